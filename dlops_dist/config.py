@@ -1,0 +1,313 @@
+"""Every setting of a run, typed and validated: a YAML file, then dotted overrides from the command line."""
+
+import argparse
+import contextlib
+import difflib
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dlops_dist.errors import UserError
+
+CONFIG_FOLDERS = [Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs"]  # wheel, checkout
+
+
+class Section(BaseModel):
+    """A group of settings. Unknown names are refused; values never change after they were read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise UserError(_explain(type(self), error)) from None
+
+
+class Data(Section):
+    """Which samples, in which order."""
+
+    shards: str = "shards/tiny-imagenet"
+    """Folder of packed shards, as written by launch/shard.py."""
+    order: Literal["auto", "uniform", "balanced"] = "auto"
+    """uniform: a shuffle. balanced: P classes x K samples in each batch. auto: balanced for triplet, else uniform."""
+    samples_per_class: int | None = Field(None, ge=2)
+    """K of balanced batches; by default the least K >= 4 that divides the batch and for which P classes exist."""
+    drop_last: bool = True
+    """Leave out the last batch of an epoch when it is short (uniform order; balanced batches are always whole)."""
+    val_fraction: float = Field(0.0, ge=0.0, lt=1.0)
+    """Part of train held out, class by class, to choose settings on; never trained on."""
+    threads: int = Field(2, ge=1)
+    """Threads that read and decode, in each worker."""
+    prefetch: int = Field(4, ge=1)
+    """Batches that are read ahead."""
+
+
+class Augment(Section):
+    """Random changes of the training images, keyed by (seed, epoch, sample): equal for any number of workers."""
+
+    crop_padding: int = Field(8, ge=0)
+    """Pad by so many pixels, then crop at a random place back to the size; 0 for none."""
+    flip: bool = True
+    """Mirror every second image, left to right."""
+
+
+class Model(Section):
+    """ResNet-18."""
+
+    stem: Literal["cifar", "imagenet"] = "cifar"
+    """cifar: 3x3 convolution, stride 1, no pooling. imagenet: 7x7, stride 2, max-pool (10 times cheaper)."""
+    width: int = Field(64, ge=1)
+    """Channels of the first stage; the embedding has 8 times as many values."""
+    norm: Literal["sync", "local"] = "sync"
+    """Batch norm over all ranks (exact for any number of workers), or over each rank's own part."""
+
+
+class Optimizer(Section):
+    """SGD, and its learning rate over time."""
+
+    lr: float = Field(0.1, gt=0)
+    """Peak learning rate."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Weight of the last step's direction."""
+    dampening: float = Field(0.0, ge=0, le=1)
+    """Part of the gradient that does not enter the momentum."""
+    nesterov: bool = False
+    """Nesterov's look-ahead momentum (needs momentum > 0 and dampening 0)."""
+    weight_decay: float = Field(5e-4, ge=0)
+    """L2 penalty on every parameter."""
+    clip_norm: float | None = Field(None, gt=0)
+    """Clip the gradient's global norm at this value."""
+    schedule: Literal["cosine", "one-cycle", "step", "constant"] = "cosine"
+    """How the rate falls after the warm-up."""
+    warmup_epochs: float = Field(1.0, ge=0)
+    """Linear warm-up from 0 (one-cycle: the rising part of the cycle)."""
+    step_epochs: int = Field(30, ge=1)
+    """schedule step: the rate falls by step_gamma every so many epochs."""
+    step_gamma: float = Field(0.1, gt=0, le=1)
+    """schedule step: the factor."""
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> "Optimizer":
+        if self.nesterov and (self.momentum == 0 or self.dampening != 0):
+            raise ValueError("nesterov needs momentum > 0 and dampening 0; pass --optimizer.no-nesterov")
+        return self
+
+
+class Ce(Section):
+    """Cross-entropy."""
+
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Probability spread evenly over all classes."""
+
+
+class Triplet(Section):
+    """Triplet loss, mined over the global batch."""
+
+    margin: float = Field(0.5, ge=0)
+    """A negative counts as far enough once it is this much farther than the positive."""
+    mining: Literal["batch-hard", "semi-hard", "all"] = "batch-hard"
+    """Which triplets of the batch are used."""
+    normalize: bool = True
+    """L2-normalise the embeddings first."""
+    squared: bool = False
+    """Squared Euclidean distances."""
+    average: Literal["valid", "active"] = "valid"
+    """Mean over all valid triplets, or over those with a loss above 0."""
+    ce_weight: float = Field(0.0, ge=0)
+    """Weight of the added cross-entropy; at 0 the head learns on detached embeddings."""
+
+
+class Center(Section):
+    """Centre loss."""
+
+    weight: float = Field(0.01, ge=0)
+    """Weight of the centre term."""
+    alpha: float = Field(0.5, gt=0, le=1)
+    """Step of the centres towards their class means."""
+    ce_weight: float = Field(1.0, ge=0)
+    """Weight of the cross-entropy; at 0 the head learns on detached embeddings."""
+
+
+class Run(Section):
+    """What every task has in common: where, how long, on what."""
+
+    config: str | None = None
+    """YAML file of settings; by default the task's own in configs/."""
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._=-]*$")
+    """Folder of the run under --runs-dir; by default task, loss and a hash of the settings that change the result."""
+    runs_dir: str = "runs"
+    """Folder of all runs; one that every node sees."""
+    local: bool = False
+    """Train in this one process, without Ray."""
+    smoke: bool = False
+    """A trial of a few seconds on generated images; implies --local."""
+    workers: int | None = Field(None, ge=1)
+    """Ray workers; by default the number of GPUs of the cluster, else 1."""
+    wandb: Literal["online", "offline", "off"] = "off"
+    """Log to Weights & Biases; offline needs neither key nor network."""
+    checkpoint_every: int | None = Field(None, ge=1)
+    """Save a checkpoint every so many steps too, besides the end of each epoch."""
+    epochs: int = Field(10, ge=1)
+    """Passes over the training data."""
+    global_batch_size: int = Field(128, ge=1)
+    """Samples in one step, over all workers together."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Seed of the initial weights, the order and the augmentation."""
+    precision: Literal["auto", "float32", "bf16", "float64"] = "auto"
+    """auto: bf16 on GPUs that have it, else float32."""
+    compile: bool | None = None
+    """Use torch.compile; by default on GPUs."""
+    deterministic: bool = True
+    """Only kernels that give the same bits each time."""
+
+
+class Q1(Run):
+    """ResNet-18 classification under cross-entropy, triplet or centre loss."""
+
+    loss: Literal["ce", "triplet", "center"] = "ce"
+    """ce: cross-entropy. triplet: metric learning. center: cross-entropy plus centre loss."""
+    data: Data = Data()
+    augment: Augment = Augment()
+    model: Model = Model()
+    optimizer: Optimizer = Optimizer()
+    ce: Ce = Ce()
+    triplet: Triplet = Triplet()
+    center: Center = Center()
+
+
+TASKS: dict[str, type[Q1]] = {"q1": Q1}
+
+SMOKE: dict[str, Any] = {
+    "smoke": True, "local": True, "epochs": 2, "global_batch_size": 40,
+    "model": {"width": 8, "stem": "imagenet"}, "augment": {"crop_padding": 2},
+}  # fmt: skip
+"""What --smoke changes; its shards are made by the command line."""
+
+MAY_CHANGE = frozenset({
+    "config", "name", "runs_dir", "local", "smoke", "workers", "wandb", "checkpoint_every",
+    "data.shards", "data.threads", "data.prefetch",
+})  # fmt: skip
+"""Settings that may differ when a run goes on; all others change the result and are refused."""
+
+
+def read_settings(task: str, arguments: Sequence[str]) -> Q1:
+    """Settings of a task: its YAML file (or --config), then --smoke, then the other command-line overrides."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    first.add_argument("--smoke", action="store_true")
+    known, _ = first.parse_known_args(arguments)
+    values = _read_yaml(_find_config(known.config or f"{task}.yaml"))
+    if known.smoke:
+        values = _merged(values, SMOKE)
+    return _override(TASKS[task](**values), arguments, prog=f"python -m dlops_dist.train {task}")
+
+
+def result_settings(settings: Run) -> dict[str, Any]:
+    """The settings that change the result, as a flat {dotted name: value}."""
+    return {name: value for name, value in _flat(settings.model_dump()).items() if name not in MAY_CHANGE}
+
+
+def default_name(task: str, settings: Q1, dataset_id: str) -> str:
+    """task-loss-hash: equal for two runs whose results must be equal."""
+    content = json.dumps([result_settings(settings), dataset_id], sort_keys=True)
+    return f"{task}-{settings.loss}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+
+
+SettingsT = TypeVar("SettingsT", bound=Section)
+
+
+def parse_arguments(kind: type[SettingsT], arguments: Sequence[str], prog: str) -> SettingsT:
+    """A command line without a YAML file below it."""
+    return _override(kind(), arguments, prog)
+
+
+def _override(defaults: SettingsT, arguments: Sequence[str], prog: str) -> SettingsT:
+    import tyro
+
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            settings, unknown = tyro.cli(
+                type(defaults), default=defaults, args=list(arguments), prog=prog, return_unknown_args=True
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UserError(_first_sentence(box.getvalue())) from None
+    if unknown:
+        raise UserError(_unknown_setting(unknown[0], [f"--{name}" for name in _names(type(defaults))]))
+    return settings
+
+
+def _first_sentence(box: str) -> str:
+    """The message of tyro's error box, without its frame and its help."""
+    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
+    end = next((i for i, line in enumerate(lines) if line.startswith("──")), len(lines))
+    return " ".join(lines[:end])
+
+
+def _unknown_setting(given: str, known: Sequence[str]) -> str:
+    name = given.split("=")[0]
+    close = difflib.get_close_matches(name.replace("_", "-"), known, n=1, cutoff=0.4)
+    hint = f"; did you mean {close[0]}?" if close else "; --help lists them all"
+    return f"unknown setting {name}{hint}"
+
+
+def _names(kind: type[BaseModel], prefix: str = "") -> list[str]:
+    names = []
+    for name, field in kind.model_fields.items():
+        section = field.annotation if isinstance(field.annotation, type) else None
+        if section is not None and issubclass(section, BaseModel):
+            names += _names(section, f"{prefix}{name}.")
+        else:
+            names.append((prefix + name).replace("_", "-"))
+    return names
+
+
+def _find_config(name: str) -> Path:
+    path = Path(name)
+    candidates = [path] if path.parent != Path() or path.exists() else [folder / name for folder in CONFIG_FOLDERS]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise UserError(f"--config {name}: no such file")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold settings as 'name: value', not a {type(values).__name__}")
+    return values
+
+
+def _merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    both = {k: _merged(base[k], v) for k, v in top.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
+    return {**base, **top, **both}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _explain(kind: type[BaseModel], error: ValidationError) -> str:
+    """The first problem in one line: the field, the value, what is allowed."""
+    problem = error.errors()[0]
+    section = "" if issubclass(kind, Run) else kind.__name__.lower() + "."
+    field = section + ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return _unknown_setting(field, [name.replace("-", "_") for name in _names(Q1)])
+    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return f"{field.rstrip('.')}: {problem['input']!r} {message}" if problem["loc"] else f"{field}{message}"

@@ -1,0 +1,61 @@
+"""Centre loss and the centres' own update (Wen et al. 2016, A Discriminative Feature Learning Approach)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dlops_dist.losses.terms import Terms, at_least_float32, count_of
+
+
+class CenterSums(NamedTuple):
+    """What a batch says about the centres; sums over parts of the batch add up to those of the whole."""
+
+    differences: Tensor
+    """(C, D): for each class, the sum of c - x over its samples."""
+    counts: Tensor
+    """(C,): its number of samples."""
+
+
+class CenterLoss(nn.Module):
+    """Pulls embeddings x (N, D) towards their class centres c (C, D).
+
+        L = 1/2 * 1/N sum_i ||x_i - c_yi||^2                               (eq. 2, as a mean)
+        c_j <- c_j - alpha * sum_{i: y_i = j} (c_j - x_i) / (1 + n_j)      (eq. 4)
+
+    The centres are a buffer, at least float32; they change in `update` alone, after the loss has used them.
+    """
+
+    centers: Tensor
+
+    def __init__(self, num_classes: int, embedding_dim: int, alpha: float = 0.5) -> None:
+        super().__init__()
+        if not 0 < alpha <= 1:
+            raise ValueError(f"alpha must be in (0, 1], not {alpha}")
+        self.alpha = alpha
+        self.register_buffer("centers", torch.zeros(num_classes, embedding_dim))
+
+    def terms(self, embeddings: Tensor, labels: Tensor) -> Terms:
+        """Sum of 1/2 ||x_i - c_yi||^2 and N."""
+        differences = at_least_float32(embeddings) - self.centers[labels]
+        return Terms(differences.square().sum() / 2, count_of(len(labels), embeddings))
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        return self.terms(embeddings, labels).mean()
+
+    @torch.no_grad()
+    def sums(self, embeddings: Tensor, labels: Tensor) -> CenterSums:
+        """What `update` needs of a batch, or of a part of one. Same bits at each call, on every device."""
+        differences = self.centers[labels] - embeddings.to(self.centers.dtype)
+        classes, place = labels.unique(return_inverse=True)
+        member = (place == torch.arange(len(classes), device=labels.device)[:, None]).to(differences.dtype)
+        all_differences = torch.zeros_like(self.centers)
+        all_differences[classes] = member @ differences  # index_add_ would add in any order on a GPU
+        counts = self.centers.new_zeros(len(self.centers))
+        counts[classes] = member.sum(dim=1)
+        return CenterSums(all_differences, counts)
+
+    @torch.no_grad()
+    def update(self, sums: CenterSums) -> None:
+        """Move the centres by the sums of the whole batch (eq. 4); classes without samples stay."""
+        self.centers -= self.alpha * sums.differences / (1 + sums.counts[:, None])
