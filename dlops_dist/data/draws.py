@@ -1,0 +1,32 @@
+"""Random numbers on the device, one row for each sample: equal whoever draws them, in any batch."""
+
+import torch
+from torch import Tensor
+
+from dlops_dist.data.keys import GOLDEN, MIX_1, MIX_2
+
+
+def uniform(key: int, ids: Tensor, num_draws: int) -> Tensor:
+    """Uniform numbers in [0, 1), float32 (N, num_draws), for sample ids (N,).
+
+    Counter-based: draw j of sample i is the top 24 bits of mix(mix(key + i) + (j + 1) GOLDEN).
+    """
+    stream = _mix(ids + _signed(key))[:, None]
+    counters = torch.arange(1, num_draws + 1, device=ids.device) * _signed(GOLDEN)
+    return _shift_right(_mix(stream + counters), 40).float() * 2**-24
+
+
+def _mix(x: Tensor) -> Tensor:
+    """`keys.mix` on int64, whose sums and products wrap around as unsigned ones do."""
+    x = (x ^ _shift_right(x, 30)) * _signed(MIX_1)
+    x = (x ^ _shift_right(x, 27)) * _signed(MIX_2)
+    return x ^ _shift_right(x, 31)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical shift: torch's own repeats the sign."""
+    return (x >> bits) & (2 ** (64 - bits) - 1)
+
+
+def _signed(x: int) -> int:
+    return x - 2**64 if x >= 2**63 else x

@@ -1,0 +1,66 @@
+"""What ranks exchange: global sums, and a gather through which gradients flow back.
+
+Without a process group every function is that of a world of one.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_sum(x: Tensor) -> Tensor:
+    """The sum of x over all ranks, the same bits on each; without gradient."""
+    total = x.detach().clone(memory_format=torch.contiguous_format)
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def gather(x: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
+    """The rows of all ranks, (sum of sizes, ...), in rank order, from each rank's x (sizes[rank], ...).
+
+        backward:  grad x_r = sum over ranks q of (grad of q's result)[rows of r]
+
+    so a loss that rank q computes from r's rows reaches r's parameters. Parts may be unequal or empty; where
+    `sizes` is not given, it is exchanged first.
+    """
+    if world_size() == 1:
+        return x
+    if sizes is None:
+        sizes = _exchange_sizes(x)
+    return _Gather.apply(x, tuple(sizes))
+
+
+def _exchange_sizes(x: Tensor) -> list[int]:
+    own = torch.tensor([len(x)], device=x.device)
+    sizes = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(sizes, own)
+    return [int(size) for size in sizes]
+
+
+class _Gather(torch.autograd.Function):
+    """Parts are padded to the largest: gloo aborts the process on uneven ones."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, sizes: tuple[int, ...]) -> Tensor:  # type: ignore[override]
+        ctx.sizes = sizes  # type: ignore[attr-defined]
+        padded = x.new_zeros(max(sizes), *x.shape[1:])
+        padded[: len(x)] = x
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        start = sum(ctx.sizes[: rank()])  # type: ignore[attr-defined]
+        return all_sum(gradient)[start : start + ctx.sizes[rank()]], None  # type: ignore[attr-defined]

@@ -1,0 +1,129 @@
+"""Pack datasets into WebDataset shards.
+
+    python launch/shard.py                                   both datasets of the study, fetched where needed
+    python launch/shard.py tiny-imagenet --source FILE.zip   from an archive or folder at hand
+    python launch/shard.py shapes                            generated images: no network needed
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dlops_dist.errors import UserError, exit_code_of
+
+if TYPE_CHECKING:
+    from dlops_dist.data.sources import Source
+
+STUDY = ("tiny-imagenet", "stl10")
+DATASETS = (*STUDY, "shapes", "shapes-stl10")
+GENERATED = {"train_per_class": 100, "test_per_class": 20}
+
+
+def main() -> None:
+    arguments = parse()
+    from dlops_dist.data.pack import pack
+    from dlops_dist.data.shards import MANIFEST, read_manifest
+
+    if arguments.source and len(arguments.datasets) != 1:
+        raise UserError("--source goes with exactly one dataset: name it")
+    for dataset in arguments.datasets or STUDY:
+        out = arguments.out / dataset
+        if (out / MANIFEST).is_file() and not arguments.again:
+            manifest = read_manifest(out)
+            print(f"{out}: already packed, {describe(manifest.splits)}, {len(manifest.classes)} classes (--again packs anew)")
+            continue
+        with tempfile.TemporaryDirectory() as scratch:
+            source = open_source(dataset, arguments, Path(scratch))
+            started = time.monotonic()
+            manifest = pack(
+                source, out, dataset, arguments.seed, arguments.shard_size, arguments.workers,
+                progress(f"packing {dataset}", "images"),
+            )  # fmt: skip
+        seconds = time.monotonic() - started
+        images = sum(manifest.splits.values())
+        print(
+            f"{out}: {describe(manifest.splits)}, {len(manifest.classes)} classes, {len(manifest.shards)} shards, "
+            f"{sum(s.bytes for s in manifest.shards) / 1e6:.1f} MB in {seconds:.1f} s ({images / seconds:.0f} images/s)"
+        )
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("datasets", nargs="*", metavar="DATASET", help=f"{', '.join(DATASETS)}; default: {' '.join(STUDY)}")
+    parser.add_argument("--source", help="archive, folder or URL to read (default: the official archive)")
+    parser.add_argument("--out", type=Path, default=Path("shards"), help="folder of all datasets (default: shards)")
+    parser.add_argument("--downloads", type=Path, default=Path("downloads"), help="where archives are kept (default: downloads)")
+    parser.add_argument("--classes", type=positive, help="only the first so many classes, by sorted name")
+    parser.add_argument("--shard-size", type=positive, default=5000, help="samples in a shard (default: 5000)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order in the shards (default: 0)")
+    parser.add_argument("--workers", type=positive, help="packing processes (default: one for each core)")
+    parser.add_argument("--again", action="store_true", help="pack anew what is already packed")
+    arguments = parser.parse_args()
+    for dataset in arguments.datasets:
+        if dataset not in DATASETS:
+            parser.error(f"unknown dataset {dataset!r}: choose from {', '.join(DATASETS)}")
+    return arguments
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
+    return value
+
+
+def open_source(dataset: str, arguments: argparse.Namespace, scratch: Path) -> "Source":
+    """The named source, or the official archive, or generated images."""
+    from dlops_dist.data import shapes
+    from dlops_dist.data.fetch import OFFICIAL, Archive, fetch
+    from dlops_dist.data.sources import STL10, TinyImageNet, unpack_stl10
+
+    if dataset == "shapes":
+        shapes.write_tiny_imagenet(scratch / "shapes.zip", **GENERATED)
+        return TinyImageNet(scratch / "shapes.zip", arguments.classes)
+    if dataset == "shapes-stl10":
+        shapes.write_stl10(scratch / "stl10_binary", num_unlabeled=1000, **GENERATED)
+        return STL10(scratch, arguments.classes)
+    if arguments.source is None:
+        path = fetch(OFFICIAL[dataset], arguments.downloads, progress(f"fetching {dataset}", "bytes"))
+    elif "://" in arguments.source:
+        archive = Archive(arguments.source, arguments.source.rsplit("/", 1)[1], md5="")
+        path = fetch(archive, arguments.downloads, progress(f"fetching {dataset}", "bytes"))
+    else:
+        path = Path(arguments.source)
+        if not path.exists():
+            raise UserError(f"--source {path}: no such file or folder")
+    if dataset == "tiny-imagenet":
+        return TinyImageNet(path, arguments.classes)
+    return STL10(path if path.is_dir() else unpack_stl10(path, path.parent), arguments.classes)
+
+
+def progress(title: str, unit: str) -> Callable[[int, int], None]:
+    """A line that is rewritten on a terminal, and repeated every ten seconds elsewhere."""
+    started, shown = time.monotonic(), 0.0
+
+    def show(done: int, total: int) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if now - shown < (0.1 if sys.stderr.isatty() else 10) and done < total:
+            return
+        shown = now
+        rate = done / max(now - started, 1e-9)
+        left = f", {(total - done) / rate:.0f} s left" if total and rate else ""
+        end = "\r" if sys.stderr.isatty() and done < total else "\n"
+        print(f"{title}: {done:,} of {total:,} {unit}, {rate:,.0f}/s{left}\033[K" if sys.stderr.isatty() else
+              f"{title}: {done:,} of {total:,} {unit}, {rate:,.0f}/s{left}", end=end, file=sys.stderr)  # fmt: skip
+
+    return show
+
+
+def describe(splits: dict[str, int]) -> str:
+    return ", ".join(f"{number:,} {split}" for split, number in splits.items())
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code_of(main))
