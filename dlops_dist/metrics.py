@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 
 def rank_of_label(logits: Tensor, labels: Tensor) -> Tensor:
-    """For each row of logits (N, C), how many classes come before its label (0: the label is the top one).
+    """For each row of logits (N, C), how many classes come before its label: below k means a top-k hit.
 
     Of equal logits the lower class comes first, so the rank is exact and the same on every device. A row with
     a NaN counts as a miss.
@@ -17,41 +17,48 @@ def rank_of_label(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.where(logits.isnan().any(dim=1), logits.shape[1], before.sum(dim=1))
 
 
-def topk_correct(logits: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Boolean (N,): whether the label is among the k largest logits."""
-    return rank_of_label(logits, labels) < k
-
-
-def per_class(values: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Sum of values (N,) for each class, float64 (C,)."""
-    return torch.bincount(labels, weights=values.double(), minlength=num_classes)
+def class_sums(values: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """For each class its number of samples and the sum of their values (N, D): (C, 1 + D). Deterministic."""
+    classes, place = labels.unique(return_inverse=True)
+    member = (place == torch.arange(len(classes), device=labels.device)[:, None]).to(values.dtype)
+    sums = values.new_zeros(num_classes, 1 + values.shape[1])
+    sums[classes] = torch.cat([member.sum(dim=1, keepdim=True), member @ values], dim=1)
+    return sums
 
 
 def nearest_center_correct(embeddings: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
-    """Boolean (N,): whether the nearest of centers (C, D) is the label's (Euclidean). A NaN centre is never nearest."""
-    distances = _squared_distances(embeddings, centers).nan_to_num(nan=torch.inf)
-    return distances.argmin(dim=1) == labels
+    """Boolean (N,): whether the nearest of the centers (C, D) is the label's (Euclidean).
 
-
-def recall_at_1(queries: Tensor, own_index: Tensor, query_labels: Tensor, gallery: Tensor, labels: Tensor) -> Tensor:
-    """Boolean (Q,): whether a query's nearest other sample of the gallery (N, D) has its label.
-
-    own_index (Q,) is where each query itself stands in the gallery (Musgrave et al. 2020, section 3).
+    A centre with a NaN, that of a class never seen, is nearest to nothing.
     """
-    distances = _squared_distances(queries, gallery)
-    distances.scatter_(1, own_index[:, None], torch.inf)
-    return labels[distances.argmin(dim=1)] == query_labels
+    seen = ~centers.isnan().any(dim=1)
+    distances = _squared_distances(embeddings, centers.nan_to_num())
+    return distances.masked_fill(~seen, torch.inf).argmin(dim=1) == labels
 
 
-def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """(N, M), at least float32, with the mean of b taken off first for the digits' sake."""
-    dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
-    a, b = a.to(dtype), b.to(dtype)
-    shift = b.nanmean(dim=0)
-    a, b = a - shift, b - shift
-    return torch.addmm(b.square().sum(dim=1), a, b.T, alpha=-2) + a.square().sum(dim=1, keepdim=True)
+def recall_at_1(embeddings: Tensor, labels: Tensor, queries: slice) -> Tensor:
+    """Boolean: for each query among the embeddings (N, D), whether its nearest other sample has its label.
+
+    (Musgrave et al. 2020, A Metric Learning Reality Check, section 3.)
+    """
+    rows = torch.arange(*queries.indices(len(embeddings)), device=labels.device)
+    distances = _squared_distances(embeddings[queries], embeddings)
+    distances.scatter_(1, rows[:, None], torch.inf)
+    return labels[distances.argmin(dim=1)] == labels[queries]
 
 
 def unit_length(embeddings: Tensor) -> Tensor:
     """Embeddings scaled to length 1, in float32 at least."""
-    return F.normalize(embeddings if embeddings.dtype == torch.float64 else embeddings.float(), dim=1)
+    return F.normalize(_wide(embeddings), dim=1)
+
+
+def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    """(N, M), at least float32, with the mean of b taken off first for the digits' sake."""
+    a, b = _wide(a), _wide(b)
+    shift = b.mean(dim=0)
+    a, b = a - shift, b - shift
+    return torch.addmm(b.square().sum(dim=1), a, b.T, alpha=-2) + a.square().sum(dim=1, keepdim=True)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,5 @@
+"""Training: one step, the epoch, exact evaluation, checkpoints. Runs in one process or in each worker of a group."""
+
+from dlops_dist.engine.fit import fit
+
+__all__ = ["fit"]

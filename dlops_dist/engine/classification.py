@@ -1,0 +1,86 @@
+"""The q1 task: a ResNet, its head, and the terms of the chosen loss."""
+
+import torch
+from torch import Tensor, nn
+
+from dlops_dist.config import Q1
+from dlops_dist.distributed.norm import SyncBatchNorm2d
+from dlops_dist.losses import CenterLoss, CrossEntropyLoss, Terms, TripletLoss
+from dlops_dist.models.resnet import ResNet, resnet18
+
+
+def build_model(settings: Q1, num_classes: int) -> ResNet:
+    """The network, its initial weights a function of the seed alone."""
+    norm = SyncBatchNorm2d if settings.model.norm == "sync" else nn.BatchNorm2d
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        return resnet18(num_classes, settings.model.stem, settings.model.width, norm)
+
+
+class TwoOutputs(nn.Module):
+    """A ResNet whose forward gives embeddings (N, D) and logits (N, C): the module that DDP and compile wrap.
+
+    With `detach_head` the head learns on embeddings that its loss does not change.
+    """
+
+    def __init__(self, model: ResNet, detach_head: bool) -> None:
+        super().__init__()
+        self.model, self.detach_head = model, detach_head
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        embeddings = self.model.embed(images)
+        logits = self.model.fc(embeddings.detach() if self.detach_head else embeddings)
+        return embeddings, logits
+
+
+class ClassificationLoss(nn.Module):
+    """Which losses a run has, with which weights:
+
+        ce:       CE
+        triplet:  triplet.ce_weight CE + triplet
+        center:   center.ce_weight CE + center.weight centre
+
+    Where the weight of CE is 0, the head alone still learns from it, on detached embeddings.
+    """
+
+    def __init__(self, settings: Q1, num_classes: int, embedding_dim: int) -> None:
+        super().__init__()
+        self.cross_entropy = CrossEntropyLoss(settings.ce.label_smoothing)
+        self.triplet: TripletLoss | None = None
+        self.center: CenterLoss | None = None
+        self.weights: dict[str, float] = {"ce": 1.0}
+        if settings.loss == "triplet":
+            chosen = settings.triplet
+            self.triplet = TripletLoss(
+                chosen.margin, chosen.mining, chosen.normalize, chosen.squared, chosen.average
+            )
+            self.weights = {"ce": chosen.ce_weight, "triplet": 1.0}
+        if settings.loss == "center":
+            self.center = CenterLoss(num_classes, embedding_dim, settings.center.alpha)
+            self.weights = {"ce": settings.center.ce_weight, "center": settings.center.weight}
+        self.unit_length = settings.loss == "triplet" and settings.triplet.normalize
+
+    @property
+    def detach_head(self) -> bool:
+        return self.weights["ce"] == 0
+
+    @property
+    def backward_weights(self) -> dict[str, float]:
+        """The weights of what is back-propagated: a head on detached embeddings learns with weight 1."""
+        return self.weights | {"ce": self.weights["ce"] or 1.0}
+
+    def terms(
+        self, embeddings: Tensor, logits: Tensor, all_embeddings: Tensor, all_labels: Tensor, part: slice
+    ) -> dict[str, Terms]:
+        """The terms of some samples, `part` of all; triplets are mined among all."""
+        labels = all_labels[part]
+        terms = {"ce": self.cross_entropy.terms(logits, labels)}
+        if self.triplet is not None:
+            terms["triplet"] = self.triplet.terms(all_embeddings, all_labels, part)
+        if self.center is not None:
+            terms["center"] = self.center.terms(embeddings, labels)
+        return terms
+
+    def total(self, values: dict[str, float]) -> float:
+        """The loss of a run from its parts."""
+        return sum(weight * values[name] for name, weight in self.weights.items() if weight)

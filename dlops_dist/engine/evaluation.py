@@ -1,0 +1,99 @@
+"""Exact evaluation: every sample once, the same figures for any number of workers."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dlops_dist.data.loader import Batch, read_ahead
+from dlops_dist.data.order import Ids, rank_part
+from dlops_dist.data.shards import Split
+from dlops_dist.distributed.collectives import all_sum, gather, rank, world_size
+from dlops_dist.engine.learner import Learner
+from dlops_dist.metrics import nearest_center_correct, rank_of_label, recall_at_1, unit_length
+
+BLOCK = 256
+"""Samples that are evaluated together. A rank owns whole blocks, so the blocks do not depend on the ranks."""
+
+
+@torch.no_grad()
+def evaluate(learner: Learner, split: Split, ids: Ids, centers: Tensor) -> dict[str, Any]:
+    """Figures of the model on some samples.
+
+        loss               the run's loss; triplets are mined within each block of 256 samples
+        top1, top5         of the head
+        nearest_center     accuracy of the nearest of `centers` (C, D), the classes' mean training embeddings
+        recall_at_1        whether the nearest other embedding has the same label
+        top1_by_class      list (C,); None for a class without samples
+
+    Embeddings have length 1 where the triplet loss normalises them. Sums are float64, added in block order.
+    """
+    blocks = [ids[start : start + BLOCK] for start in range(0, len(ids), BLOCK)]
+    mine = rank_part(len(blocks), rank(), world_size())
+    own = [_block_result(learner, batch, centers) for batch in _own_blocks(learner, split, blocks[mine])]
+
+    num_classes, num_losses = len(centers), len(learner.loss.weights)
+    rows = torch.zeros(len(blocks), 3 + 2 * num_losses, dtype=torch.float64, device=learner.device)
+    hits = torch.zeros(num_classes, dtype=torch.float64, device=learner.device)
+    for place, (row, _, correct_labels) in enumerate(own, mine.start):
+        rows[place] = row
+        hits += (correct_labels[:, None] == torch.arange(num_classes, device=hits.device)).sum(dim=0)
+    totals = all_sum(rows).cumsum(dim=0)[-1].tolist()  # the other ranks' rows are zero: exact; then block by block
+    hits = all_sum(hits).cpu()
+
+    embeddings = torch.cat([e for _, e, _ in own]) if own else _no_embeddings(learner)
+    starts = [sum(map(len, blocks[: rank_part(len(blocks), r, world_size()).start])) for r in range(world_size())]
+    sizes = np.diff([*starts, len(ids)]).tolist()
+    labels = split.labels[ids]
+    recalled = _count_recalled(gather(embeddings, sizes), torch.from_numpy(labels).to(learner.device))
+
+    numbers = torch.from_numpy(np.bincount(labels, minlength=num_classes))
+    losses = {
+        name: totals[3 + 2 * i] / max(totals[4 + 2 * i], 1) for i, name in enumerate(learner.loss.weights)
+    }
+    return {
+        "loss": learner.loss.total(losses),
+        **losses,
+        "top1": totals[0] / len(ids),
+        "top5": totals[1] / len(ids),
+        "nearest_center": totals[2] / len(ids),
+        "recall_at_1": recalled / len(ids),
+        "top1_by_class": [h / n if n else None for h, n in zip(hits.tolist(), numbers.tolist(), strict=True)],
+    }
+
+
+def _own_blocks(learner: Learner, split: Split, blocks: list[Ids]) -> Iterator[Batch]:
+    data = learner.settings.data
+    whole = ((block, slice(0, len(block))) for block in blocks)
+    return read_ahead(split, whole, learner.device, data.threads, data.prefetch)
+
+
+def _block_result(learner: Learner, batch: Batch, centers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of one block: (top-1, top-5, nearest centre, then sum and count of each loss), embeddings, labels that were hit."""
+    learner.forward.eval()
+    with torch.autocast(learner.device.type, torch.bfloat16, enabled=learner.autocast):
+        embeddings, logits = learner.forward(learner.prepare(batch.images))
+    labels = batch.labels
+    terms = learner.loss.terms(embeddings, logits, embeddings, labels, slice(0, len(labels)))
+    if learner.loss.unit_length:
+        embeddings, centers = unit_length(embeddings), unit_length(centers)
+    place = rank_of_label(logits, labels)
+    nearest = nearest_center_correct(embeddings, labels, centers)
+    figures = [(place < 1).sum(), (place < 5).sum(), nearest.sum()]
+    figures += [figure for name in learner.loss.weights for figure in terms[name]]
+    row = torch.stack([figure.double() for figure in figures])
+    return row, embeddings, labels[place < 1]
+
+
+def _no_embeddings(learner: Learner) -> Tensor:
+    return torch.empty(0, learner.model.embedding_dim, device=learner.device, dtype=learner.dtype)
+
+
+def _count_recalled(embeddings: Tensor, labels: Tensor) -> float:
+    """Recall@1 hits over all queries; each rank asks for whole blocks of them."""
+    blocks = [slice(start, min(start + BLOCK, len(labels))) for start in range(0, len(labels), BLOCK)]
+    mine = blocks[rank_part(len(blocks), rank(), world_size())]
+    own = sum(int(recall_at_1(embeddings, labels, block).sum()) for block in mine)
+    return all_sum(torch.tensor(float(own), device=labels.device)).item()

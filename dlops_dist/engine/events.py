@@ -1,0 +1,59 @@
+"""What a run tells while it goes on. Listeners (console, metrics file, W&B) take what they need."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Started:
+    """The run is about to take its first step."""
+
+    folder: str
+    settings: dict[str, Any]
+    """Flat {dotted name: value}."""
+    facts: dict[str, Any]
+    """What was found out: samples, classes, parameters, workers, device."""
+    epochs: int
+    steps_per_epoch: int
+    first_step: int
+    """0, or where a resumed run goes on."""
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """Some steps were taken; told about once a second."""
+
+    epoch: int
+    step_in_epoch: int
+    loss: float
+    top1: float
+    """Of the epoch so far, on this rank's samples."""
+    images_per_s: float
+
+
+@dataclass(frozen=True)
+class EpochEnded:
+    """An epoch was trained and evaluated."""
+
+    row: dict[str, Any]
+    """As metrics.jsonl holds it."""
+
+
+@dataclass(frozen=True)
+class Warned:
+    """Something that the user should know; the run goes on."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The run is complete."""
+
+    row: dict[str, Any]
+    """The last epoch's."""
+
+
+Event = Started | Stepped | EpochEnded | Warned | Finished
+Listener = Callable[[Event], None]

@@ -1,0 +1,193 @@
+"""A run from its first step, or the last checkpoint, to its last."""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dlops_dist.config import Q1, result_settings
+from dlops_dist.data.loader import Batch, TrainingOrder, read_ahead
+from dlops_dist.data.order import fit_samples_per_class, hold_out, rank_part
+from dlops_dist.data.shards import Manifest, Split, read_manifest
+from dlops_dist.distributed.collectives import rank, world_size
+from dlops_dist.engine.evaluation import evaluate
+from dlops_dist.engine.events import EpochEnded, Event, Finished, Listener, Started, Stepped, Warned
+from dlops_dist.engine.learner import Learner, centers_of
+from dlops_dist.engine.run_folder import RunFolder, prepare
+from dlops_dist.errors import RunError
+
+TELL_EVERY_S = 1.0
+CHECK_EVERY = {"cpu": 1, "cuda": 20}
+"""Steps between looks at the loss, which make a GPU wait."""
+COLLAPSED_SPREAD = 0.01
+
+
+def fit(
+    settings: Q1, *, task: str = "q1", device: torch.device | None = None, listeners: Sequence[Listener] = ()
+) -> dict[str, Any]:
+    """Train to the end, from the last checkpoint of the run where there is one.
+
+    Call it in one process, or in every worker of a torch.distributed group; settings.runs_dir and data.shards must
+    then be seen by all.
+
+    Args:
+        settings: of the run; name and paths are filled in.
+        device: of this worker; by default the first GPU, else the CPU.
+        listeners: called on rank 0 with each event.
+
+    Returns:
+        The last row of metrics.
+
+    Raises:
+        UserError: settings or data that do not fit together.
+        RunError: the loss became infinite or NaN.
+    """
+    return _Fit(prepare(task, settings), device or default_device(), listeners).run()
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class _Fit:
+    def __init__(self, settings: Q1, device: torch.device, listeners: Sequence[Listener]) -> None:
+        _set_numerics(settings, device)
+        self.settings, self.device, self.listeners = settings, device, listeners
+        self.folder = RunFolder(Path(settings.runs_dir) / str(settings.name))
+        shards = Path(settings.data.shards)
+        self.manifest = read_manifest(shards)
+        self.train, self.test = (Split(shards, self.manifest, name) for name in ("train", "test"))
+        self.train_ids, self.val_ids = hold_out(self.train.labels, settings.data.val_fraction)
+        self.order = _training_order(settings, self.manifest, self.train, self.train_ids)
+        self.learner = Learner(settings, self.manifest, self.order.steps_per_epoch, device)
+
+    def run(self) -> dict[str, Any]:
+        state = self.folder.load(self.settings, self.manifest.id, self.device)
+        step = 0
+        if state is not None:
+            step = state["step"]
+            self.learner.load_state_dict(state)
+        if rank() == 0:
+            self.folder.keep_rows(step)
+        self._tell(self._started(step))
+        per_epoch = self.order.steps_per_epoch
+        for epoch in range(step // per_epoch, self.settings.epochs):
+            started = time.monotonic()
+            first = max(step - epoch * per_epoch, 0)
+            self._train_epoch(epoch, first)
+            trained_s = time.monotonic() - started
+            row = self._evaluated_row(epoch)
+            images = (per_epoch - first) * self.settings.global_batch_size
+            row |= {"epoch_s": time.monotonic() - started, "train_images_per_s": images / trained_s}
+            self.learner.sums.clear()
+            if rank() == 0:
+                self.folder.add_row(row)
+            self._tell(EpochEnded(row))
+            self._save((epoch + 1) * per_epoch)
+        row = self.folder.rows()[-1]
+        self._tell(Finished(row))
+        return row
+
+    def _train_epoch(self, epoch: int, first: int) -> None:
+        per_epoch = self.order.steps_per_epoch
+        told, told_step = time.monotonic(), first
+        for step_in_epoch, batch in enumerate(self._batches(epoch, first), first + 1):
+            step = epoch * per_epoch + step_in_epoch
+            loss = self.learner.step(batch, epoch, step - 1)
+            if step % CHECK_EVERY[self.device.type] == 0 or step_in_epoch == per_epoch:
+                self._check_finite(loss, epoch, step)
+            every = self.settings.checkpoint_every
+            if every and step % every == 0 and step_in_epoch < per_epoch:
+                self._check_finite(loss, epoch, step)
+                self._save(step)
+            now = time.monotonic()
+            if rank() == 0 and now - told >= TELL_EVERY_S:
+                samples, top1 = self.learner.sums.counts[:2].tolist()
+                rate = (step_in_epoch - told_step) * self.settings.global_batch_size / (now - told)
+                self._tell(Stepped(epoch + 1, step_in_epoch, loss.item(), top1 / samples, rate))
+                told, told_step = now, step_in_epoch
+
+    def _batches(self, epoch: int, first: int) -> Iterator[Batch]:
+        parts = (
+            (ids, rank_part(len(ids), rank(), world_size())) for ids in self.order.epoch(epoch)[first:]
+        )
+        return read_ahead(self.train, parts, self.device, self.settings.data.threads, self.settings.data.prefetch)
+
+    def _evaluated_row(self, epoch: int) -> dict[str, Any]:
+        """The epoch's row of metrics, equal on every rank."""
+        per_epoch = self.order.steps_per_epoch
+        total = self.learner.sums.total()
+        train = self.learner.sums.metrics(total)
+        centers = centers_of(total)
+        row: dict[str, Any] = {"epoch": epoch + 1, "step": (epoch + 1) * per_epoch}
+        row["lr"] = self.learner.lr((epoch + 1) * per_epoch - 1)
+        row |= {f"train/{name}": value for name, value in {"loss": self.learner.loss.total(train), **train}.items()}
+        if len(self.val_ids):
+            figures = evaluate(self.learner, self.train, self.val_ids, centers)
+            row |= {f"val/{name}": value for name, value in figures.items()}
+        figures = evaluate(self.learner, self.test, _all_ids(self.test), centers)
+        row |= {f"test/{name}": value for name, value in figures.items()}
+        if row["train/embedding_spread"] < COLLAPSED_SPREAD:
+            self._tell(Warned(
+                f"epoch {epoch + 1}: the embeddings have collapsed onto one direction (spread "
+                f"{row['train/embedding_spread']:.4f}); lower optimizer.lr, raise the loss's ce_weight, or use another mining"
+            ))  # fmt: skip
+        return row
+
+    def _check_finite(self, loss: torch.Tensor, epoch: int, step: int) -> None:
+        value = loss.item()
+        if not math.isfinite(value):
+            raise RunError(
+                f"the loss became {value} at step {step} (epoch {epoch + 1}); lower optimizer.lr or set "
+                f"optimizer.clip_norm, under another --name"
+            )
+
+    def _save(self, step: int) -> None:
+        state = self.learner.state_dict()  # every rank takes part in its sums
+        if rank() == 0:
+            self.folder.save(step, self.manifest.id, self.settings, state)
+
+    def _started(self, step: int) -> Started:
+        facts = {
+            "dataset": self.manifest.dataset, "dataset_id": self.manifest.id[:12], "classes": len(self.manifest.classes),
+            "train": len(self.train_ids), "val": len(self.val_ids), "test": len(self.test),
+            "parameters": sum(p.numel() for p in self.learner.model.parameters()),
+            "workers": world_size(), "device": str(self.device),
+        }  # fmt: skip
+        settings = result_settings(self.settings)
+        return Started(
+            str(self.folder.path), settings, facts, self.settings.epochs, self.order.steps_per_epoch, step
+        )
+
+    def _tell(self, event: Event) -> None:
+        if rank() == 0:
+            for listener in self.listeners:
+                listener(event)
+
+
+def _training_order(settings: Q1, manifest: Manifest, train: Split, ids: Any) -> TrainingOrder:
+    data, batch_size = settings.data, settings.global_batch_size
+    balanced = data.order == "balanced" or (data.order == "auto" and settings.loss == "triplet")
+    samples_per_class = (
+        fit_samples_per_class(batch_size, len(manifest.classes), data.samples_per_class) if balanced else None
+    )
+    return TrainingOrder(ids, train.labels, settings.seed, batch_size, samples_per_class, data.drop_last)
+
+
+def _all_ids(split: Split) -> Any:
+    import numpy as np
+
+    return np.arange(len(split))
+
+
+def _set_numerics(settings: Q1, device: torch.device) -> None:
+    """On a GPU: float32 means float32, and the same bits each time where that is asked for."""
+    if device.type != "cuda":
+        return
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+    torch.backends.cuda.matmul.fp32_precision = "ieee"  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = not settings.deterministic
+    torch.use_deterministic_algorithms(settings.deterministic)

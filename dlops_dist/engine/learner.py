@@ -1,0 +1,152 @@
+"""One training step, and all the state that it changes."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dlops_dist.config import Q1
+from dlops_dist.data.augment import crop_and_flip, normalize
+from dlops_dist.data.loader import Batch
+from dlops_dist.data.order import part_sizes
+from dlops_dist.data.shards import Manifest
+from dlops_dist.distributed.collectives import all_sum, gather, rank, world_size
+from dlops_dist.distributed.objective import global_objective, update_centers
+from dlops_dist.engine.classification import ClassificationLoss, TwoOutputs, build_model
+from dlops_dist.metrics import class_sums, rank_of_label, unit_length
+from dlops_dist.optim import SGD, lr_factor
+
+
+class Learner:
+    """Model, losses and optimiser of a run, on this rank.
+
+    Everything that the next step depends on is in `state_dict`, and is the same on every rank, but for
+    `sums`, which hold this rank's share of the epoch so far.
+    """
+
+    def __init__(self, settings: Q1, manifest: Manifest, steps_per_epoch: int, device: torch.device) -> None:
+        self.settings, self.device, self._manifest = settings, device, manifest
+        self.dtype = torch.float64 if settings.precision == "float64" else torch.float32
+        self.autocast = settings.precision == "bf16" or (
+            settings.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+        )
+        num_classes = len(manifest.classes)
+        self.model = build_model(settings, num_classes).to(device, self.dtype, memory_format=torch.channels_last)
+        self.loss = ClassificationLoss(settings, num_classes, self.model.embedding_dim).to(device, self.dtype)
+        self.optimizer = SGD(
+            self.model.parameters(), settings.optimizer.lr, settings.optimizer.momentum,
+            settings.optimizer.dampening, settings.optimizer.weight_decay, settings.optimizer.nesterov,
+        )  # fmt: skip
+        self._steps_per_epoch = steps_per_epoch
+        self.sums = EpochSums(num_classes, self.model.embedding_dim, list(self.loss.weights), device)
+        network: nn.Module = TwoOutputs(self.model, self.loss.detach_head)
+        self.forward: nn.Module = network
+        compiled = settings.compile if settings.compile is not None else device.type == "cuda"
+        if compiled:
+            network = torch.compile(network)  # type: ignore[assignment]
+        if world_size() > 1:
+            network = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+        self._network = network
+
+    def lr(self, step: int) -> float:
+        """Learning rate of a step, counted from 0 over all epochs."""
+        chosen, per_epoch = self.settings.optimizer, self._steps_per_epoch
+        return chosen.lr * lr_factor(
+            step, self.settings.epochs * per_epoch, chosen.schedule,
+            round(chosen.warmup_epochs * per_epoch), chosen.step_epochs * per_epoch, chosen.step_gamma,
+        )  # fmt: skip
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Normalised channels-last images of the model's type from uint8 (N, H, W, 3)."""
+        return normalize(images, self._manifest.mean, self._manifest.std, self.dtype)
+
+    def step(self, batch: Batch, epoch: int, step: int) -> Tensor:
+        """Train on this rank's part of a global batch. Returns the loss over the whole batch, without gradient."""
+        settings = self.settings
+        images = crop_and_flip(
+            batch.images, batch.ids, settings.seed, epoch, settings.augment.crop_padding, settings.augment.flip
+        )
+        sizes = part_sizes(len(batch.labels), world_size())
+        self._network.train()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            embeddings, logits = self._network(self.prepare(images))
+        everyone = gather(embeddings, sizes) if self.loss.triplet is not None else embeddings
+        terms = self.loss.terms(embeddings, logits, everyone, batch.labels, batch.part)
+        objective = global_objective(terms, self.loss.backward_weights)
+
+        self.optimizer.zero_grad()
+        objective.backward.backward()
+        if settings.optimizer.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), settings.optimizer.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr(step)
+        self.optimizer.step()
+        if self.loss.center is not None:
+            update_centers(self.loss.center, embeddings, batch.labels, batch.part, sizes)
+        self.sums.add(objective.values, embeddings.detach(), logits.detach(), batch.labels[batch.part])
+        return torch.stack([objective.values[name] * weight for name, weight in self.loss.weights.items()]).sum()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state to go on from, as plain tensors and numbers. Every rank must call it."""
+        return {
+            "model": self.model.state_dict(),
+            "loss": self.loss.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "sums": self.sums.total(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.loss.load_state_dict(state["loss"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.sums.load(state["sums"])
+
+
+class EpochSums:
+    """Sums over the samples of an epoch so far: each rank adds its own, `total` is that of all ranks."""
+
+    def __init__(self, num_classes: int, embedding_dim: int, losses: list[str], device: torch.device) -> None:
+        self._losses = losses
+        self.counts = torch.zeros(3 + len(losses), dtype=torch.float64, device=device)
+        """Samples, top-1, top-5, then each loss summed over samples."""
+        self.by_class = torch.zeros(num_classes, 1 + embedding_dim, device=device)
+        """Samples and summed embeddings of each class."""
+        self.unit = torch.zeros(embedding_dim, dtype=torch.float64, device=device)
+        """Summed embeddings of length 1."""
+
+    def add(self, values: dict[str, Tensor], embeddings: Tensor, logits: Tensor, labels: Tensor) -> None:
+        place = rank_of_label(logits, labels)
+        number = len(labels)
+        self.counts[0] += number
+        self.counts[1] += (place < 1).sum()
+        self.counts[2] += (place < 5).sum()
+        self.counts[3:] += torch.stack([values[name] for name in self._losses]) * number
+        self.by_class += class_sums(embeddings.to(self.by_class.dtype), labels, len(self.by_class))
+        self.unit += unit_length(embeddings).sum(dim=0)
+
+    def total(self) -> dict[str, Tensor]:
+        return {"counts": all_sum(self.counts), "by_class": all_sum(self.by_class), "unit": all_sum(self.unit)}
+
+    def load(self, total: dict[str, Tensor]) -> None:
+        """Go on from a total: one rank carries it."""
+        for name, value in total.items():
+            own = getattr(self, name)
+            own.copy_(value if rank() == 0 else torch.zeros_like(own))
+
+    def clear(self) -> None:
+        for own in (self.counts, self.by_class, self.unit):
+            own.zero_()
+
+    def metrics(self, total: dict[str, Tensor]) -> dict[str, float]:
+        """Means over the epoch: accuracies of the head, each loss, spread of the embeddings' directions in [0, 1]."""
+        samples, top1, top5, *losses = total["counts"].tolist()
+        direction = (total["unit"] / samples).square().sum().item()
+        return {"top1": top1 / samples, "top5": top5 / samples, "embedding_spread": 1 - direction} | {
+            name: loss / samples for name, loss in zip(self._losses, losses, strict=True)
+        }
+
+
+def centers_of(total: dict[str, Tensor]) -> Tensor:
+    """Mean embedding of each class over the epoch, (C, D); NaN for a class without samples."""
+    return total["by_class"][:, 1:] / total["by_class"][:, :1]

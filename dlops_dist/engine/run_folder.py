@@ -1,0 +1,132 @@
+"""The folder of a run: its settings, its rows of metrics, its checkpoints."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from dlops_dist.config import Q1, TASKS, Run, default_name, result_settings
+from dlops_dist.data.shards import read_manifest
+from dlops_dist.errors import RunError, UserError
+
+FORMAT = 1
+KEPT_CHECKPOINTS = 2
+
+
+class RunFolder:
+    """runs/NAME/: config.yaml, metrics.jsonl, checkpoints/, report/."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics_file = path / "metrics.jsonl"
+        self._checkpoints = path / "checkpoints"
+
+    def create(self, task: str, settings: Q1) -> None:
+        """Make the folder, or check that the one that is there belongs to the same settings."""
+        if (self.path / "config.yaml").is_file():
+            _, existing = self.settings()
+            _refuse_other_settings(self.path, result_settings(existing), result_settings(settings))
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        content = yaml.safe_dump({"task": task, **settings.model_dump()}, sort_keys=False)
+        _replace(self.path / "config.yaml", content.encode())
+
+    def settings(self) -> tuple[str, Q1]:
+        """Task and settings that the run was started with."""
+        file = self.path / "config.yaml"
+        if not file.is_file():
+            raise UserError(f"{self.path} is not a run: no config.yaml in it")
+        values = yaml.safe_load(file.read_text())
+        task = values.pop("task")
+        return task, TASKS[task](**values)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row of metrics for each epoch."""
+        if not self.metrics_file.is_file():
+            return []
+        return [json.loads(line) for line in self.metrics_file.read_text().splitlines()]
+
+    def keep_rows(self, last_step: int) -> None:
+        """Drop the rows that are later than the checkpoint that the run goes on from."""
+        rows = self.rows()
+        kept = [row for row in rows if row["step"] <= last_step]
+        if len(kept) < len(rows):
+            _replace(self.metrics_file, "".join(json.dumps(row) + "\n" for row in kept).encode())
+
+    def add_row(self, row: dict[str, Any]) -> None:
+        with self.metrics_file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def save(self, step: int, dataset_id: str, settings: Run, state: dict[str, Any]) -> None:
+        """Write the checkpoint of a step whole or not at all, and forget older ones."""
+        self._checkpoints.mkdir(exist_ok=True)
+        path = self._checkpoints / f"step-{step:09d}.pt"
+        partial = path.with_name(f".{path.name}.partial")
+        content = {
+            "format": FORMAT, "step": step, "dataset_id": dataset_id, "settings": result_settings(settings), **state,
+        }  # fmt: skip
+        with partial.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+        for old in self._checkpoint_files()[:-KEPT_CHECKPOINTS]:
+            old.unlink()
+
+    def load(self, settings: Run, dataset_id: str | None, device: torch.device) -> dict[str, Any] | None:
+        """The latest checkpoint, or None. One of other settings, data or format is refused by name."""
+        files = self._checkpoint_files()
+        if not files:
+            return None
+        path = files[-1]
+        try:
+            state = torch.load(path, map_location=device, weights_only=True)
+        except Exception as error:  # torch raises many kinds for a damaged file
+            raise RunError(f"{path} cannot be read ({str(error).splitlines()[0]}); delete it to go on without it") from None
+        if state["format"] != FORMAT:
+            raise UserError(f"{path} has format {state['format']}, this version reads {FORMAT}; choose another --name")
+        _refuse_other_settings(self.path, state["settings"], result_settings(settings))
+        if dataset_id not in (None, state["dataset_id"]):
+            raise UserError(
+                f"{self.path}: the run was trained on dataset {state['dataset_id'][:12]}, data.shards is now "
+                f"{dataset_id[:12]}; choose another --name"  # type: ignore[index]
+            )
+        return state
+
+    def _checkpoint_files(self) -> list[Path]:
+        return sorted(self._checkpoints.glob("step-*.pt"))
+
+
+def prepare(task: str, settings: Q1) -> Q1:
+    """Settings with name and paths filled in, for a run whose folder now exists. Refuses before it writes."""
+    shards = Path(settings.data.shards).absolute()
+    dataset_id = read_manifest(shards).id
+    name = settings.name or default_name(task, settings, dataset_id)
+    data = settings.data.model_copy(update={"shards": str(shards)})
+    runs_dir = str(Path(settings.runs_dir).absolute())
+    ready = settings.model_copy(update={"name": name, "runs_dir": runs_dir, "data": data})
+    RunFolder(Path(runs_dir) / name).create(task, ready)
+    return ready
+
+
+def _refuse_other_settings(path: Path, existing: dict[str, Any], wanted: dict[str, Any]) -> None:
+    changed = [n for n in wanted if _plain(existing.get(n)) != _plain(wanted[n])]
+    if changed:
+        shown = ", ".join(f"{n} {existing.get(n)} there, {wanted[n]} here" for n in changed[:3])
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise UserError(f"{path} is a run with other settings ({shown}{more}); choose another --name")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _replace(path: Path, content: bytes) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content)
+    partial.rename(path)
