@@ -9,12 +9,19 @@ from dlops_dist.losses import CenterLoss, CrossEntropyLoss, Terms, TripletLoss
 from dlops_dist.models.resnet import ResNet, resnet18
 
 
+DETACHED_HEAD_NORM = 8.0
+"""Length of the embeddings that a head reads beside a loss of directions alone: SGD on the head is stable for
+lr < 4 (1 + momentum) / norm^2, about 0.12."""
+
+
 def build_model(settings: Q1, num_classes: int) -> ResNet:
     """The network, its initial weights a function of the seed alone."""
     norm = SyncBatchNorm2d if settings.model.norm == "sync" else nn.BatchNorm2d
+    only_directions = settings.loss == "triplet" and settings.triplet.normalize and settings.triplet.ce_weight == 0
+    embedding_norm = DETACHED_HEAD_NORM if only_directions else None
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
-        return resnet18(num_classes, settings.model.stem, settings.model.width, norm)
+        return resnet18(num_classes, settings.model.stem, settings.model.width, norm, embedding_norm)
 
 
 class TwoOutputs(nn.Module):

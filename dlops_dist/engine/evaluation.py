@@ -19,12 +19,12 @@ BLOCK = 256
 
 
 @torch.no_grad()
-def evaluate(learner: Learner, split: Split, ids: Ids, centers: Tensor) -> dict[str, Any]:
+def evaluate(learner: Learner, split: Split, ids: Ids) -> dict[str, Any]:
     """Figures of the model on some samples.
 
         loss               the run's loss; triplets are mined within each block of 256 samples
         top1, top5         of the head
-        nearest_center     accuracy of the nearest of `centers` (C, D), the classes' mean training embeddings
+        nearest_center     accuracy of the nearest of the classes' mean training embeddings
         recall_at_1        whether the nearest other embedding has the same label
         top1_by_class      list (C,); None for a class without samples
 
@@ -32,9 +32,9 @@ def evaluate(learner: Learner, split: Split, ids: Ids, centers: Tensor) -> dict[
     """
     blocks = [ids[start : start + BLOCK] for start in range(0, len(ids), BLOCK)]
     mine = rank_part(len(blocks), rank(), world_size())
-    own = [_block_result(learner, batch, centers) for batch in _own_blocks(learner, split, blocks[mine])]
+    own = [_block_result(learner, batch) for batch in _own_blocks(learner, split, blocks[mine])]
 
-    num_classes, num_losses = len(centers), len(learner.loss.weights)
+    num_classes, num_losses = learner.inputs.num_classes, len(learner.loss.weights)
     rows = torch.zeros(len(blocks), 3 + 2 * num_losses, dtype=torch.float64, device=learner.device)
     hits = torch.zeros(num_classes, dtype=torch.float64, device=learner.device)
     for place, (row, _, correct_labels) in enumerate(own, mine.start):
@@ -70,13 +70,14 @@ def _own_blocks(learner: Learner, split: Split, blocks: list[Ids]) -> Iterator[B
     return read_ahead(split, whole, learner.device, data.threads, data.prefetch)
 
 
-def _block_result(learner: Learner, batch: Batch, centers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _block_result(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Of one block: (top-1, top-5, nearest centre, then sum and count of each loss), embeddings, labels that were hit."""
     learner.forward.eval()
     with torch.autocast(learner.device.type, torch.bfloat16, enabled=learner.autocast):
         embeddings, logits = learner.forward(learner.prepare(batch.images))
     labels = batch.labels
     terms = learner.loss.terms(embeddings, logits, embeddings, labels, slice(0, len(labels)))
+    centers = learner.class_means
     if learner.loss.unit_length:
         embeddings, centers = unit_length(embeddings), unit_length(centers)
     place = rank_of_label(logits, labels)

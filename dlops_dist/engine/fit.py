@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dlops_dist.config import Q1, result_settings
@@ -15,7 +16,7 @@ from dlops_dist.data.shards import Manifest, Split, read_manifest
 from dlops_dist.distributed.collectives import rank, world_size
 from dlops_dist.engine.evaluation import evaluate
 from dlops_dist.engine.events import EpochEnded, Event, Finished, Listener, Started, Stepped, Warned
-from dlops_dist.engine.learner import Learner, centers_of
+from dlops_dist.engine.learner import Inputs, Learner
 from dlops_dist.engine.run_folder import RunFolder, prepare
 from dlops_dist.errors import RunError
 
@@ -62,7 +63,8 @@ class _Fit:
         self.train, self.test = (Split(shards, self.manifest, name) for name in ("train", "test"))
         self.train_ids, self.val_ids = hold_out(self.train.labels, settings.data.val_fraction)
         self.order = _training_order(settings, self.manifest, self.train, self.train_ids)
-        self.learner = Learner(settings, self.manifest, self.order.steps_per_epoch, device)
+        inputs = Inputs(len(self.manifest.classes), self.manifest.mean, self.manifest.std)
+        self.learner = Learner(settings, inputs, self.order.steps_per_epoch, device)
 
     def run(self) -> dict[str, Any]:
         state = self.folder.load(self.settings, self.manifest.id, self.device)
@@ -82,7 +84,6 @@ class _Fit:
             row = self._evaluated_row(epoch)
             images = (per_epoch - first) * self.settings.global_batch_size
             row |= {"epoch_s": time.monotonic() - started, "train_images_per_s": images / trained_s}
-            self.learner.sums.clear()
             if rank() == 0:
                 self.folder.add_row(row)
             self._tell(EpochEnded(row))
@@ -119,17 +120,12 @@ class _Fit:
     def _evaluated_row(self, epoch: int) -> dict[str, Any]:
         """The epoch's row of metrics, equal on every rank."""
         per_epoch = self.order.steps_per_epoch
-        total = self.learner.sums.total()
-        train = self.learner.sums.metrics(total)
-        centers = centers_of(total)
         row: dict[str, Any] = {"epoch": epoch + 1, "step": (epoch + 1) * per_epoch}
         row["lr"] = self.learner.lr((epoch + 1) * per_epoch - 1)
-        row |= {f"train/{name}": value for name, value in {"loss": self.learner.loss.total(train), **train}.items()}
+        row |= _named("train", self.learner.end_epoch())
         if len(self.val_ids):
-            figures = evaluate(self.learner, self.train, self.val_ids, centers)
-            row |= {f"val/{name}": value for name, value in figures.items()}
-        figures = evaluate(self.learner, self.test, _all_ids(self.test), centers)
-        row |= {f"test/{name}": value for name, value in figures.items()}
+            row |= _named("val", evaluate(self.learner, self.train, self.val_ids))
+        row |= _named("test", evaluate(self.learner, self.test, np.arange(len(self.test))))
         if row["train/embedding_spread"] < COLLAPSED_SPREAD:
             self._tell(Warned(
                 f"epoch {epoch + 1}: the embeddings have collapsed onto one direction (spread "
@@ -148,7 +144,8 @@ class _Fit:
     def _save(self, step: int) -> None:
         state = self.learner.state_dict()  # every rank takes part in its sums
         if rank() == 0:
-            self.folder.save(step, self.manifest.id, self.settings, state)
+            position = {"step": step, "epoch": step / self.order.steps_per_epoch, "dataset_id": self.manifest.id}
+            self.folder.save(self.settings, position | state)
 
     def _started(self, step: int) -> Started:
         facts = {
@@ -177,10 +174,8 @@ def _training_order(settings: Q1, manifest: Manifest, train: Split, ids: Any) ->
     return TrainingOrder(ids, train.labels, settings.seed, batch_size, samples_per_class, data.drop_last)
 
 
-def _all_ids(split: Split) -> Any:
-    import numpy as np
-
-    return np.arange(len(split))
+def _named(split: str, figures: dict[str, Any]) -> dict[str, Any]:
+    return {f"{split}/{name}": value for name, value in figures.items()}
 
 
 def _set_numerics(settings: Q1, device: torch.device) -> None:

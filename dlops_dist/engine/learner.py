@@ -1,6 +1,6 @@
 """One training step, and all the state that it changes."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +10,20 @@ from dlops_dist.config import Q1
 from dlops_dist.data.augment import crop_and_flip, normalize
 from dlops_dist.data.loader import Batch
 from dlops_dist.data.order import part_sizes
-from dlops_dist.data.shards import Manifest
 from dlops_dist.distributed.collectives import all_sum, gather, rank, world_size
 from dlops_dist.distributed.objective import global_objective, update_centers
 from dlops_dist.engine.classification import ClassificationLoss, TwoOutputs, build_model
 from dlops_dist.metrics import class_sums, rank_of_label, unit_length
 from dlops_dist.optim import SGD, lr_factor
+
+
+class Inputs(NamedTuple):
+    """What a model must know of the data that it was trained on."""
+
+    num_classes: int
+    mean: tuple[float, ...]
+    """Of each channel, as a part of 255; so is std."""
+    std: tuple[float, ...]
 
 
 class Learner:
@@ -25,13 +33,13 @@ class Learner:
     `sums`, which hold this rank's share of the epoch so far.
     """
 
-    def __init__(self, settings: Q1, manifest: Manifest, steps_per_epoch: int, device: torch.device) -> None:
-        self.settings, self.device, self._manifest = settings, device, manifest
+    def __init__(self, settings: Q1, inputs: Inputs, steps_per_epoch: int, device: torch.device) -> None:
+        self.settings, self.device, self.inputs = settings, device, inputs
         self.dtype = torch.float64 if settings.precision == "float64" else torch.float32
         self.autocast = settings.precision == "bf16" or (
             settings.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
         )
-        num_classes = len(manifest.classes)
+        num_classes = inputs.num_classes
         self.model = build_model(settings, num_classes).to(device, self.dtype, memory_format=torch.channels_last)
         self.loss = ClassificationLoss(settings, num_classes, self.model.embedding_dim).to(device, self.dtype)
         self.optimizer = SGD(
@@ -40,6 +48,8 @@ class Learner:
         )  # fmt: skip
         self._steps_per_epoch = steps_per_epoch
         self.sums = EpochSums(num_classes, self.model.embedding_dim, list(self.loss.weights), device)
+        self.class_means = torch.full((num_classes, self.model.embedding_dim), torch.nan, device=device)
+        """Mean training embedding of each class over the last whole epoch, (C, D)."""
         network: nn.Module = TwoOutputs(self.model, self.loss.detach_head)
         self.forward: nn.Module = network
         compiled = settings.compile if settings.compile is not None else device.type == "cuda"
@@ -59,7 +69,7 @@ class Learner:
 
     def prepare(self, images: Tensor) -> Tensor:
         """Normalised channels-last images of the model's type from uint8 (N, H, W, 3)."""
-        return normalize(images, self._manifest.mean, self._manifest.std, self.dtype)
+        return normalize(images, self.inputs.mean, self.inputs.std, self.dtype)
 
     def step(self, batch: Batch, epoch: int, step: int) -> Tensor:
         """Train on this rank's part of a global batch. Returns the loss over the whole batch, without gradient."""
@@ -94,6 +104,8 @@ class Learner:
             "loss": self.loss.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "sums": self.sums.total(),
+            "class_means": self.class_means,
+            "inputs": self.inputs._asdict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -101,6 +113,15 @@ class Learner:
         self.loss.load_state_dict(state["loss"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.sums.load(state["sums"])
+        self.class_means = state["class_means"]
+
+    def end_epoch(self) -> dict[str, float]:
+        """Figures of the epoch's training, equal on every rank; the next epoch's sums start at zero."""
+        total = self.sums.total()
+        self.class_means = total["by_class"][:, 1:] / total["by_class"][:, :1]
+        self.sums.clear()
+        figures = self.sums.metrics(total)
+        return {"loss": self.loss.total(figures), **figures}
 
 
 class EpochSums:
@@ -145,8 +166,3 @@ class EpochSums:
         return {"top1": top1 / samples, "top5": top5 / samples, "embedding_spread": 1 - direction} | {
             name: loss / samples for name, loss in zip(self._losses, losses, strict=True)
         }
-
-
-def centers_of(total: dict[str, Tensor]) -> Tensor:
-    """Mean embedding of each class over the epoch, (C, D); NaN for a class without samples."""
-    return total["by_class"][:, 1:] / total["by_class"][:, :1]

@@ -62,14 +62,13 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
 
-    def save(self, step: int, dataset_id: str, settings: Run, state: dict[str, Any]) -> None:
-        """Write the checkpoint of a step whole or not at all, and forget older ones."""
+    def save(self, settings: Run, state: dict[str, Any]) -> None:
+        """Write the checkpoint of state["step"] whole or not at all, and forget older ones."""
         self._checkpoints.mkdir(exist_ok=True)
-        path = self._checkpoints / f"step-{step:09d}.pt"
+        path = self._checkpoints / f"step-{state['step']:09d}.pt"
         partial = path.with_name(f".{path.name}.partial")
-        content = {
-            "format": FORMAT, "step": step, "dataset_id": dataset_id, "settings": result_settings(settings), **state,
-        }  # fmt: skip
+        threads = torch.get_num_threads()
+        content = {"format": FORMAT, "settings": result_settings(settings), "threads": threads, **state}
         with partial.open("wb") as file:
             torch.save(content, file)
             file.flush()

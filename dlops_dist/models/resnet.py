@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 NormLayer = Callable[[int], nn.Module]
 STAGES = 4
@@ -43,6 +44,8 @@ class ResNet(nn.Module):
         stem: "cifar" (3x3, stride 1, no pooling) or "imagenet" (7x7, stride 2, 3x3 max-pool).
         width: channels of the first stage; each stage doubles them, so an embedding has 8 * width values.
         norm_layer: makes the normalisation of so many channels.
+        embedding_norm: scale every embedding to this length, for a head that learns beside a loss of directions
+            alone, which leaves the length to chance (Wang et al. 2017, NormFace).
     """
 
     def __init__(
@@ -52,8 +55,10 @@ class ResNet(nn.Module):
         stem: Literal["cifar", "imagenet"] = "cifar",
         width: int = 64,
         norm_layer: NormLayer = nn.BatchNorm2d,
+        embedding_norm: float | None = None,
     ) -> None:
         super().__init__()
+        self.embedding_norm = embedding_norm
         if stem not in ("cifar", "imagenet"):
             raise ValueError(f"stem must be 'cifar' or 'imagenet', not {stem!r}")
         if stem == "cifar":
@@ -90,7 +95,8 @@ class ResNet(nn.Module):
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         for stage in range(1, STAGES + 1):
             x = getattr(self, f"layer{stage}")(x)
-        return self.avgpool(x).flatten(1)
+        x = self.avgpool(x).flatten(1)
+        return x if self.embedding_norm is None else F.normalize(x, dim=1) * self.embedding_norm
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, num_classes) of images (N, 3, H, W)."""
@@ -102,6 +108,7 @@ def resnet18(
     stem: Literal["cifar", "imagenet"] = "cifar",
     width: int = 64,
     norm_layer: NormLayer = nn.BatchNorm2d,
+    embedding_norm: float | None = None,
 ) -> ResNet:
     """ResNet-18: two blocks in each of four stages. Takes torchvision's weights when stem="imagenet"."""
-    return ResNet((2, 2, 2, 2), num_classes, stem, width, norm_layer)
+    return ResNet((2, 2, 2, 2), num_classes, stem, width, norm_layer, embedding_norm)

@@ -1,0 +1,65 @@
+"""Evaluate the last checkpoint of a run: the same test figures again, or those on other shards.
+
+    python -m dlops_dist.evaluate runs/NAME
+    python -m dlops_dist.evaluate runs/NAME --data.shards shards/other
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from dlops_dist.errors import UserError, exit_code_of
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m dlops_dist.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="folder of the run")
+    parser.add_argument("--data.shards", dest="shards", type=Path, help="other shards with as many classes")
+    parser.add_argument("--split", default="test", help="which split (default: test)")
+    arguments = parser.parse_args()
+    figures, epoch = evaluate_run(arguments.run, arguments.shards, arguments.split)
+
+    from dlops_dist.tracking import test_figures
+
+    for name, value in figures.items():
+        if isinstance(value, list):
+            shown = " ".join("-" if v is None else f"{v:.2%}" for v in value)
+            print(f"{name}: {shown}")
+        else:
+            print(f"{name}: {value!r}")
+    row = {f"test/{name}": value for name, value in figures.items()}
+    print(f"result: {arguments.run.name} at epoch {epoch:g}, {arguments.split}: {test_figures(row)}")
+
+
+def evaluate_run(run: Path, shards: Path | None = None, split_name: str = "test") -> tuple[dict[str, Any], float]:
+    """Figures of the run's last checkpoint on a split, and the epoch it was taken at."""
+    import numpy as np
+    import torch
+
+    from dlops_dist.data.shards import Split, read_manifest
+    from dlops_dist.engine.evaluation import evaluate
+    from dlops_dist.engine.fit import default_device
+    from dlops_dist.engine.learner import Inputs, Learner
+    from dlops_dist.engine.run_folder import RunFolder
+
+    folder, device = RunFolder(run), default_device()
+    _, settings = folder.settings()
+    state = folder.load(settings, None, device)
+    if state is None:
+        raise UserError(f"{run} has no checkpoint yet; train it first")
+    shards = shards or Path(settings.data.shards)
+    manifest, inputs = read_manifest(shards), Inputs(**state["inputs"])
+    if len(manifest.classes) != inputs.num_classes:
+        raise UserError(f"data.shards: {shards} has {len(manifest.classes)} classes, the run has {inputs.num_classes}")
+    torch.set_num_threads(state["threads"])  # sums are rounded alike
+    learner = Learner(settings, inputs, 1, device)
+    learner.load_state_dict(state)
+    split = Split(shards, manifest, split_name)
+    return evaluate(learner, split, np.arange(len(split))), state["epoch"]
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code_of(main))

@@ -1,0 +1,142 @@
+"""Listeners of a run: a console that shows it, and Weights & Biases."""
+
+import netrc
+import os
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from urllib.parse import urlparse
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from dlops_dist.engine.events import EpochEnded, Event, Finished, Started, Stepped, Warned
+from dlops_dist.errors import UserError
+
+PLAIN_EVERY_S = 10.0
+WANDB_PROJECT = "dlops_dist"
+
+
+class Console:
+    """A live bar on a terminal, plain lines elsewhere. Use it as a context and call it with events."""
+
+    def __init__(self) -> None:
+        self._out = RichConsole(highlight=False, soft_wrap=True)
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+        self._epochs, self._steps = 0, 0
+        self._last_line = 0.0
+        if self._out.is_terminal:
+            columns = ("[bold]{task.description}", "{task.completed:.0f}/{task.total:.0f}", "{task.fields[figures]}")
+            texts = [TextColumn(column) for column in columns]
+            self._progress = Progress(texts[0], BarColumn(), *texts[1:], TimeRemainingColumn(), console=self._out)
+
+    def __enter__(self) -> "Console":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        self._out.print(text, markup=False)
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Started():
+                self._started(event)
+            case Stepped():
+                self._stepped(event)
+            case EpochEnded():
+                self.say(epoch_line(event.row, self._epochs))
+            case Warned():
+                self.say(f"warning: {event.text}")
+            case Finished():
+                if self._progress is not None:
+                    self._progress.stop()
+
+    def _started(self, event: Started) -> None:
+        facts = event.facts
+        self._epochs, self._steps = event.epochs, event.steps_per_epoch
+        where = f" from step {event.first_step}" if event.first_step else ""
+        self.say(
+            f"run {event.folder}{where}: {facts['parameters'] / 1e6:.1f} M parameters, {facts['train']:,} training and "
+            f"{facts['test']:,} test images of {facts['classes']} classes ({facts['dataset']}), "
+            f"{facts['workers']} worker{'s' * (facts['workers'] > 1)} on {facts['device']}, "
+            f"{event.epochs} epochs of {event.steps_per_epoch} steps"
+        )
+        if facts["workers"] > 1 and event.settings["model.norm"] == "local":
+            self.say("warning: model.norm local: each worker normalises by its own samples; results depend on --workers")
+        if self._progress is not None:
+            self._progress.start()
+            total = event.epochs * event.steps_per_epoch
+            self._task = self._progress.add_task("starting", total=total, completed=event.first_step, figures="")
+
+    def _stepped(self, event: Stepped) -> None:
+        done = (event.epoch - 1) * self._steps + event.step_in_epoch
+        figures = f"loss {event.loss:.4f}  top-1 {event.top1:.1%}  {event.images_per_s:,.0f} images/s"
+        where = f"epoch {event.epoch}/{self._epochs}"
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done, description=where, figures=figures)
+            return
+        now = time.monotonic()
+        if now - self._last_line >= PLAIN_EVERY_S:
+            self._last_line = now
+            self.say(f"{where} step {event.step_in_epoch}/{self._steps}  {figures}")
+
+
+def epoch_line(row: dict[str, Any], epochs: int) -> str:
+    """An epoch's figures for a person."""
+    val = f"val loss {row['val/loss']:.4f} top-1 {row['val/top1']:.2%}  " if "val/loss" in row else ""
+    return (
+        f"epoch {row['epoch']}/{epochs}  train loss {row['train/loss']:.4f} top-1 {row['train/top1']:.2%}  {val}"
+        f"test {test_figures(row)}  {row['train_images_per_s']:,.0f} images/s  {row['epoch_s']:.1f} s"
+    )
+
+
+def test_figures(row: dict[str, Any]) -> str:
+    """The test figures of a row, in words and numbers."""
+    return (
+        f"loss {row['test/loss']:.4f} top-1 {row['test/top1']:.2%} top-5 {row['test/top5']:.2%} "
+        f"nearest-centre {row['test/nearest_center']:.2%} Recall@1 {row['test/recall_at_1']:.2%}"
+    )
+
+
+class Wandb:
+    """Logs settings and every epoch's figures to Weights & Biases; a resumed run goes on as the same run there."""
+
+    def __init__(self, mode: str, folder: Path) -> None:
+        self._mode, self._folder, self._run = mode, folder, None
+
+    def __call__(self, event: Event) -> None:
+        import wandb
+
+        match event:
+            case Started():
+                settings = wandb.Settings(console="off", silent=True)
+                self._run = wandb.init(
+                    project=WANDB_PROJECT, name=self._folder.name, id=self._folder.name, resume="allow",
+                    dir=self._folder, config={**event.settings, **event.facts}, mode=self._mode, settings=settings,
+                )  # type: ignore[call-overload]  # fmt: skip
+            case EpochEnded() if self._run is not None:
+                figures = {k: v for k, v in event.row.items() if not isinstance(v, list)}
+                self._run.log(figures, step=event.row["step"])
+            case Finished() if self._run is not None:
+                self._run.finish()
+
+
+def check_wandb(mode: str) -> None:
+    """Refuse `online` where nobody is logged in, before anything is made."""
+    if mode == "online" and not (os.environ.get("WANDB_API_KEY") or _key_in_netrc()):
+        raise UserError("wandb: online needs a key; run 'wandb login', set WANDB_API_KEY, or pass --wandb offline")
+
+
+def _key_in_netrc() -> bool:
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    try:
+        return netrc.netrc(path).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
