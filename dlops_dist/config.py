@@ -52,7 +52,7 @@ class Data(Section):
 class Augment(Section):
     """Random changes of the training images, keyed by (seed, epoch, sample): equal for any number of workers."""
 
-    crop_padding: int = Field(8, ge=0)
+    crop_padding: int = Field(4, ge=0)
     """Pad by so many pixels, then crop at a random place back to the size; 0 for none."""
     flip: bool = True
     """Mirror every second image, left to right."""
@@ -254,7 +254,7 @@ def _first_sentence(box: str) -> str:
 
 
 def _unknown_setting(given: str, known: Sequence[str]) -> str:
-    name = given.split("=")[0]
+    name = given.split("=", maxsplit=1)[0]
     close = difflib.get_close_matches(name.replace("_", "-"), known, n=1, cutoff=0.4)
     hint = f"; did you mean {close[0]}?" if close else "; --help lists them all"
     return f"unknown setting {name}{hint}"

@@ -1,7 +1,7 @@
 """Evaluate the last checkpoint of a run: the same test figures again, or those on other shards.
 
-    python -m dlops_dist.evaluate runs/NAME
-    python -m dlops_dist.evaluate runs/NAME --data.shards shards/other
+python -m dlops_dist.evaluate runs/NAME
+python -m dlops_dist.evaluate runs/NAME --data.shards shards/other
 """
 
 import argparse

@@ -114,11 +114,11 @@ def lr_factor(
 ) -> float:
     """Learning rate of a step (from 0), as a part of the peak.
 
-        warm-up:   (step + 1) / warmup_steps while step < warmup_steps, else by u = progress after it, in [0, 1):
-        cosine:    (1 + cos(pi u)) / 2                                   (Loshchilov & Hutter 2017, eq. 5)
-        one-cycle: cosine up from 1/25 in the warm-up, then cosine down to 1e-4    (after Smith & Topin 2018)
-        step:      gamma ** floor(step / steps_per_decay)
-        constant:  1
+    warm-up:   (step + 1) / warmup_steps while step < warmup_steps, else by u = progress after it, in [0, 1):
+    cosine:    (1 + cos(pi u)) / 2                                   (Loshchilov & Hutter 2017, eq. 5)
+    one-cycle: cosine up from 1/25 in the warm-up, then cosine down to 1e-4    (after Smith & Topin 2018)
+    step:      gamma ** floor(step / steps_per_decay)
+    constant:  1
     """
     if step < warmup_steps:
         rising = (step + 1) / warmup_steps

@@ -47,18 +47,21 @@ def train_on_ray(task: str, settings: Q1, console: Console) -> dict[str, Any]:
         events = Queue(actor_options={"num_cpus": 0})
         listening = _Listening(events, console)
         trainer = TorchTrainer(
-            _train_on_worker,
+            _train_on_worker,  # type: ignore[arg-type]
             train_loop_config={"task": task, "settings": settings.model_dump(), "events": events},
             torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
-            scaling_config=ScalingConfig(num_workers, use_gpu="GPU" in resources, resources_per_worker=resources),
+            scaling_config=ScalingConfig(
+                num_workers=num_workers, use_gpu="GPU" in resources, resources_per_worker=resources
+            ),
             run_config=RunConfig(
                 name=settings.name, storage_path=str(Path(settings.runs_dir) / ".ray"),
                 failure_config=FailureConfig(max_failures=MAX_RESTARTS),
-                worker_runtime_env={"env_vars": {k: v for k, v in os.environ.items() if k.startswith("WANDB_")}},
+                worker_runtime_env={  # type: ignore[call-arg]
+                    "env_vars": {k: v for k, v in os.environ.items() if k.startswith("WANDB_")}},
             ),
         )  # fmt: skip
         try:
-            return trainer.fit().return_value
+            return trainer.fit().return_value  # type: ignore[attr-defined]
         except SystemExit:  # Ray's handler of Ctrl-C, which _Listening also uses
             raise listening.failure or KeyboardInterrupt from None
         except ray.train.TrainingFailedError as error:
@@ -81,7 +84,9 @@ def _cluster(console: Console) -> Iterator[None]:
     try:
         ray.init(address, log_to_driver=False, logging_level="ERROR", **options)  # type: ignore[arg-type]
     except ConnectionError as error:
-        raise UserError(f"RAY_ADDRESS={address}: no cluster answers ({error}); start one with 'ray start --head'") from None
+        raise UserError(
+            f"RAY_ADDRESS={address}: no cluster answers ({error}); start one with 'ray start --head'"
+        ) from None
     try:
         yield
     finally:

@@ -5,7 +5,7 @@ import os
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlparse
 
 from rich.console import Console as RichConsole
@@ -68,7 +68,9 @@ class Console:
             f"{event.epochs} epochs of {event.steps_per_epoch} steps"
         )
         if facts["workers"] > 1 and event.settings["model.norm"] == "local":
-            self.say("warning: model.norm local: each worker normalises by its own samples; results depend on --workers")
+            self.say(
+                "warning: model.norm local: each worker normalises by its own samples; results depend on --workers"
+            )
         if self._progress is not None:
             self._progress.start()
             total = event.epochs * event.steps_per_epoch
@@ -107,8 +109,9 @@ def test_figures(row: dict[str, Any]) -> str:
 class Wandb:
     """Logs settings and every epoch's figures to Weights & Biases; a resumed run goes on as the same run there."""
 
-    def __init__(self, mode: str, folder: Path) -> None:
-        self._mode, self._folder, self._run = mode, folder, None
+    def __init__(self, mode: Literal["online", "offline"], folder: Path) -> None:
+        self._mode, self._folder = mode, folder
+        self._run: Any = None
 
     def __call__(self, event: Event) -> None:
         import wandb
@@ -119,7 +122,7 @@ class Wandb:
                 self._run = wandb.init(
                     project=WANDB_PROJECT, name=self._folder.name, id=self._folder.name, resume="allow",
                     dir=self._folder, config={**event.settings, **event.facts}, mode=self._mode, settings=settings,
-                )  # type: ignore[call-overload]  # fmt: skip
+                )  # fmt: skip
             case EpochEnded() if self._run is not None:
                 figures = {k: v for k, v in event.row.items() if not isinstance(v, list)}
                 self._run.log(figures, step=event.row["step"])

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dlops_dist.config import TASKS, Q1, read_settings
+from dlops_dist.config import Q1, TASKS, read_settings
 from dlops_dist.errors import UserError, exit_code_of
 
 SMOKE_SHARDS = {"train_per_class": 40, "test_per_class": 10}
@@ -38,9 +38,13 @@ def main() -> None:
 
 def run(task: str, settings: Q1, console: Any) -> dict[str, Any]:
     """Train here or on Ray. Returns the last row of metrics."""
-    from dlops_dist.engine.run_folder import prepare
+    from dlops_dist.engine.run_folder import RunFolder, prepare
 
     settings = prepare(task, settings)
+    folder = RunFolder(Path(settings.runs_dir) / str(settings.name))
+    if (row := folder.finished_row(settings)) is not None:
+        console.say(f"run {folder.path} is complete; another --name trains anew")
+        return row
     if not settings.local:
         from dlops_dist.ray_backend import train_on_ray
 
@@ -50,7 +54,7 @@ def run(task: str, settings: Q1, console: Any) -> dict[str, Any]:
 
     listeners = [console]
     if settings.wandb != "off":
-        listeners.append(Wandb(settings.wandb, Path(settings.runs_dir) / str(settings.name)))
+        listeners.append(Wandb(settings.wandb, folder.path))
     return fit(settings, task=task, listeners=listeners)
 
 

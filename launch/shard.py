@@ -1,8 +1,8 @@
 """Pack datasets into WebDataset shards.
 
-    python launch/shard.py                                   both datasets of the study, fetched where needed
-    python launch/shard.py tiny-imagenet --source FILE.zip   from an archive or folder at hand
-    python launch/shard.py shapes                            generated images: no network needed
+python launch/shard.py                                   both datasets of the study, fetched where needed
+python launch/shard.py tiny-imagenet --source FILE.zip   from an archive or folder at hand
+python launch/shard.py shapes                            generated images: no network needed
 """
 
 import argparse
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 STUDY = ("tiny-imagenet", "stl10")
 DATASETS = (*STUDY, "shapes", "shapes-stl10")
-GENERATED = {"train_per_class": 100, "test_per_class": 20}
+GENERATED = {"train_per_class": 200, "test_per_class": 40}
 
 
 def main() -> None:
@@ -34,7 +34,10 @@ def main() -> None:
         out = arguments.out / dataset
         if (out / MANIFEST).is_file() and not arguments.again:
             manifest = read_manifest(out)
-            print(f"{out}: already packed, {describe(manifest.splits)}, {len(manifest.classes)} classes (--again packs anew)")
+            held = f"{describe(manifest.splits)}, {len(manifest.classes)} classes"
+            if arguments.classes not in (None, len(manifest.classes)) or arguments.seed != manifest.seed:
+                raise UserError(f"{out} holds {held}, seed {manifest.seed}; choose another --out, or pass --again")
+            print(f"{out}: already packed, {held} (--again packs anew)")
             continue
         with tempfile.TemporaryDirectory() as scratch:
             source = open_source(dataset, arguments, Path(scratch))
@@ -53,10 +56,14 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("datasets", nargs="*", metavar="DATASET", help=f"{', '.join(DATASETS)}; default: {' '.join(STUDY)}")
+    parser.add_argument(
+        "datasets", nargs="*", metavar="DATASET", help=f"{', '.join(DATASETS)}; default: {' '.join(STUDY)}"
+    )
     parser.add_argument("--source", help="archive, folder or URL to read (default: the official archive)")
     parser.add_argument("--out", type=Path, default=Path("shards"), help="folder of all datasets (default: shards)")
-    parser.add_argument("--downloads", type=Path, default=Path("downloads"), help="where archives are kept (default: downloads)")
+    parser.add_argument(
+        "--downloads", type=Path, default=Path("downloads"), help="where archives are kept (default: downloads)"
+    )
     parser.add_argument("--classes", type=positive, help="only the first so many classes, by sorted name")
     parser.add_argument("--shard-size", type=positive, default=5000, help="samples in a shard (default: 5000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the order in the shards (default: 0)")

@@ -52,8 +52,8 @@ def balanced_epoch(seed: int, epoch: int, labels: Ids, global_batch_size: int, s
     order_key = key(seed, epoch, "order")
     groups = []
     for c, members in enumerate(np.split(by_class, ends[:-1])):
-        members = members[shuffled(order_key ^ c, len(members))]
-        groups.append(members[: len(members) // samples_per_class * samples_per_class].reshape(-1, samples_per_class))
+        mixed = members[shuffled(order_key ^ c, len(members))]
+        groups.append(mixed[: len(mixed) // samples_per_class * samples_per_class].reshape(-1, samples_per_class))
 
     ties = iter(shuffled(key(seed, epoch, "class order"), sum(map(len, groups)) + len(groups)).tolist())
     left = [(-len(g), next(ties), c) for c, g in enumerate(groups) if len(g)]

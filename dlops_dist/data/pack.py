@@ -7,6 +7,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,7 +65,9 @@ def pack(
     plan = _plan(source, seed, shard_size)
     out.mkdir(parents=True, exist_ok=True)
     (out / MANIFEST).unlink(missing_ok=True)
-    _begin(out, {"dataset": dataset, "seed": seed, "shard_size": shard_size, "classes": source.classes, "format": FORMAT})
+    _begin(
+        out, {"dataset": dataset, "seed": seed, "shard_size": shard_size, "classes": source.classes, "format": FORMAT}
+    )
 
     total, done = sum(len(p.indices) for p in plan), 0
     packed: list[Packed] = []
@@ -107,17 +110,20 @@ def _write_all(source: Source, out: Path, plan: list[Planned], workers: int) -> 
         yield from (_write(source, out, shard) for shard in plan)
         return
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(plan)), spawn, _set_source, (source, out)) as pool:
-        yield from pool.map(_write_in_process, plan)
+    with ProcessPoolExecutor(min(workers, len(plan)), spawn, _hold_source, (source,)) as pool:
+        yield from pool.map(_write_in_process, repeat(out), plan)
 
 
-def _set_source(source: Source, out: Path) -> None:
-    global _source, _out  # noqa: PLW0603  one source for each packing process: its file handles stay open
-    _source, _out = source, out
+_process_source: list[Source] = []
+"""Of a packing process: opened once, its file handles serve all its shards."""
 
 
-def _write_in_process(planned: Planned) -> Packed:
-    return _write(_source, _out, planned)
+def _hold_source(source: Source) -> None:
+    _process_source.append(source)
+
+
+def _write_in_process(out: Path, planned: Planned) -> Packed:
+    return _write(_process_source[0], out, planned)
 
 
 def _write(source: Source, out: Path, planned: Planned) -> Packed:
@@ -133,7 +139,9 @@ def _write(source: Source, out: Path, planned: Planned) -> Packed:
         except ValueError as error:
             raise UserError(f"{planned.split} sample {sample} is not a readable image ({error})") from None
         if shape is not None and image.shape != shape:
-            raise UserError(f"{planned.split} sample {sample} is {image.shape}, others are {shape}: sizes must be equal")
+            raise UserError(
+                f"{planned.split} sample {sample} is {image.shape}, others are {shape}: sizes must be equal"
+            )
         shape = image.shape
         if planned.split == "train":
             pixel_sums += _pixel_sums(image)
@@ -199,15 +207,18 @@ def _manifest(source: Source, dataset: str, seed: int, packed: list[Packed], ind
     if len(shapes) != 1:
         raise UserError(f"images of several sizes, {shapes}: sizes must be equal")
     height, width, _ = shapes.pop()
-    count, total, squares = sum(p.pixel_sums for p in packed).astype(object)  # python integers: exact
-    mean = tuple(float(t / n / 255) for n, t in zip(count, total, strict=True))
+    count, total, squares = np.sum([p.pixel_sums for p in packed], axis=0).astype(object)  # python integers: exact
+    if not count[0]:
+        raise UserError("the source has no training images")
+    mean = [float(t / n / 255) for n, t in zip(count, total, strict=True)]
     variance = ((s / n / 255**2 - m * m) for n, s, m in zip(count, squares, mean, strict=True))
+    std = [max(v, 1e-8) ** 0.5 for v in variance]
     splits: dict[str, int] = {}
     for p in packed:
         splits[p.shard.split] = splits.get(p.shard.split, 0) + p.shard.samples
     return Manifest(
         dataset=dataset, seed=seed, extension=source.extension, height=height, width=width,
-        mean=mean, std=tuple(max(v, 1e-8) ** 0.5 for v in variance), classes=source.classes, splits=splits,
+        mean=tuple(mean), std=tuple(std), classes=source.classes, splits=splits,
         shards=[p.shard for p in packed], index_sha256=index_sha256,
     )  # fmt: skip
 

@@ -19,7 +19,7 @@ def draw(label: int, seed: int, size: int) -> np.ndarray:
     """One image (size, size, 3) uint8 of the class; a pure function of its arguments."""
     rng = np.random.Generator(np.random.Philox(key=key(seed, label, "shapes")))
     grid = (np.mgrid[0:size, 0:size] + 0.5) / size
-    center, radius, angle = rng.uniform(0.35, 0.65, 2), rng.uniform(0.18, 0.34), rng.uniform(0, 2 * np.pi)
+    center, radius, angle = rng.uniform(0.38, 0.62, 2), rng.uniform(0.24, 0.4), rng.uniform(-0.6, 0.6)
     y, x = (grid[0] - center[0]) / radius, (grid[1] - center[1]) / radius
     u, v = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
 
@@ -28,10 +28,10 @@ def draw(label: int, seed: int, size: int) -> np.ndarray:
         figure = rng.uniform(0.05, 0.95, 3)
     tilt = rng.uniform(-0.3, 0.3, (2, 3))
     image = background + tilt[0] * (grid[0][..., None] - 0.5) + tilt[1] * (grid[1][..., None] - 0.5)
-    for _ in range(4):
+    for _ in range(3):
         image = _stroke(image, grid, rng)
     image = np.where(_inside(CLASSES[label], u, v)[..., None], figure, image)
-    image += rng.normal(0, 0.06, image.shape)
+    image += rng.normal(0, 0.03, image.shape)
     return (np.clip(image, 0, 1) * 255).astype(np.uint8)
 
 

@@ -1,8 +1,8 @@
 """A folder of packed shards: its manifest, its index, and random access to the images.
 
-    OUT/train-000000.tar ...   WebDataset tars: <key>.jpg or <key>.npy, then <key>.cls
-    OUT/index.parquet          key, shard, offset, size, label of each sample, in the order of the shards
-    OUT/manifest.json          classes, counts, sha256 of each file; written last: its presence means complete
+OUT/train-000000.tar ...   WebDataset tars: <key>.jpg or <key>.npy, then <key>.cls
+OUT/index.parquet          key, shard, offset, size, label of each sample, in the order of the shards
+OUT/manifest.json          classes, counts, sha256 of each file; written last: its presence means complete
 """
 
 import hashlib
@@ -42,9 +42,9 @@ class Manifest(BaseModel):
     extension: str
     height: int
     width: int
-    mean: tuple[float, float, float]
+    mean: tuple[float, ...]
     """Of the train split's pixels, as parts of 255."""
-    std: tuple[float, float, float]
+    std: tuple[float, ...]
     classes: list[str]
     splits: dict[str, int]
     """Number of samples in each."""

@@ -118,7 +118,9 @@ class TinyImageNet:
         test = [n for n, wnid in test_wnid.items() if wnid in label_of]
         missing = set(test) - set(self._names)
         if missing:
-            raise UserError(f"{self.path}: {len(missing)} images of val_annotations.txt are missing, {min(missing)} first")
+            raise UserError(
+                f"{self.path}: {len(missing)} images of val_annotations.txt are missing, {min(missing)} first"
+            )
         train.sort(key=lambda name: Path(name).stem)
         test.sort(key=lambda name: Path(name).stem)
         self._files = {"train": train, "test": test}

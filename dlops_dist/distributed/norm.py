@@ -22,8 +22,8 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         y, mean, variance, count = _SyncNormalize.apply(x, self.weight, self.bias, self.eps)
         if self.track_running_stats:
             with torch.no_grad():
-                self.num_batches_tracked += 1  # type: ignore[operator]
-                momentum = self.momentum or 1 / self.num_batches_tracked  # type: ignore[operator]
+                self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+                momentum = self.momentum or 1 / self.num_batches_tracked.item()  # type: ignore[union-attr]
                 unbiased = variance * (count / (count - 1).clamp(min=1))
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)  # type: ignore[union-attr]
                 self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)  # type: ignore[union-attr]

@@ -8,7 +8,6 @@ from dlops_dist.distributed.norm import SyncBatchNorm2d
 from dlops_dist.losses import CenterLoss, CrossEntropyLoss, Terms, TripletLoss
 from dlops_dist.models.resnet import ResNet, resnet18
 
-
 DETACHED_HEAD_NORM = 8.0
 """Length of the embeddings that a head reads beside a loss of directions alone: SGD on the head is stable for
 lr < 4 (1 + momentum) / norm^2, about 0.12."""
@@ -58,9 +57,7 @@ class ClassificationLoss(nn.Module):
         self.weights: dict[str, float] = {"ce": 1.0}
         if settings.loss == "triplet":
             chosen = settings.triplet
-            self.triplet = TripletLoss(
-                chosen.margin, chosen.mining, chosen.normalize, chosen.squared, chosen.average
-            )
+            self.triplet = TripletLoss(chosen.margin, chosen.mining, chosen.normalize, chosen.squared, chosen.average)
             self.weights = {"ce": chosen.ce_weight, "triplet": 1.0}
         if settings.loss == "center":
             self.center = CenterLoss(num_classes, embedding_dim, settings.center.alpha)

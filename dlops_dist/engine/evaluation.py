@@ -50,9 +50,7 @@ def evaluate(learner: Learner, split: Split, ids: Ids) -> dict[str, Any]:
     recalled = _count_recalled(gather(embeddings, sizes), torch.from_numpy(labels).to(learner.device))
 
     numbers = torch.from_numpy(np.bincount(labels, minlength=num_classes))
-    losses = {
-        name: totals[3 + 2 * i] / max(totals[4 + 2 * i], 1) for i, name in enumerate(learner.loss.weights)
-    }
+    losses = {name: totals[3 + 2 * i] / max(totals[4 + 2 * i], 1) for i, name in enumerate(learner.loss.weights)}
     return {
         "loss": learner.loss.total(losses),
         **losses,
@@ -71,7 +69,7 @@ def _own_blocks(learner: Learner, split: Split, blocks: list[Ids]) -> Iterator[B
 
 
 def _block_result(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Of one block: (top-1, top-5, nearest centre, then sum and count of each loss), embeddings, labels that were hit."""
+    """Of one block: counts of hits with sum and count of each loss, the embeddings, the labels that were hit."""
     learner.forward.eval()
     with torch.autocast(learner.device.type, torch.bfloat16, enabled=learner.autocast):
         embeddings, logits = learner.forward(learner.prepare(batch.images))
@@ -83,7 +81,7 @@ def _block_result(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor, Tenso
     place = rank_of_label(logits, labels)
     nearest = nearest_center_correct(embeddings, labels, centers)
     figures = [(place < 1).sum(), (place < 5).sum(), nearest.sum()]
-    figures += [figure for name in learner.loss.weights for figure in terms[name]]
+    figures += [f for name in learner.loss.weights for f in (terms[name].sum, terms[name].count)]
     row = torch.stack([figure.double() for figure in figures])
     return row, embeddings, labels[place < 1]
 

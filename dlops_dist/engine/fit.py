@@ -112,9 +112,7 @@ class _Fit:
                 told, told_step = now, step_in_epoch
 
     def _batches(self, epoch: int, first: int) -> Iterator[Batch]:
-        parts = (
-            (ids, rank_part(len(ids), rank(), world_size())) for ids in self.order.epoch(epoch)[first:]
-        )
+        parts = ((ids, rank_part(len(ids), rank(), world_size())) for ids in self.order.epoch(epoch)[first:])
         return read_ahead(self.train, parts, self.device, self.settings.data.threads, self.settings.data.prefetch)
 
     def _evaluated_row(self, epoch: int) -> dict[str, Any]:
@@ -127,10 +125,9 @@ class _Fit:
             row |= _named("val", evaluate(self.learner, self.train, self.val_ids))
         row |= _named("test", evaluate(self.learner, self.test, np.arange(len(self.test))))
         if row["train/embedding_spread"] < COLLAPSED_SPREAD:
-            self._tell(Warned(
-                f"epoch {epoch + 1}: the embeddings have collapsed onto one direction (spread "
-                f"{row['train/embedding_spread']:.4f}); lower optimizer.lr, raise the loss's ce_weight, or use another mining"
-            ))  # fmt: skip
+            spread = f"{row['train/embedding_spread']:.4f}"
+            advice = "lower optimizer.lr, raise the loss's ce_weight, or choose another triplet.mining"
+            self._tell(Warned(f"epoch {epoch + 1}: the embeddings have collapsed (spread {spread}): {advice}"))
         return row
 
     def _check_finite(self, loss: torch.Tensor, epoch: int, step: int) -> None:
@@ -149,15 +146,14 @@ class _Fit:
 
     def _started(self, step: int) -> Started:
         facts = {
-            "dataset": self.manifest.dataset, "dataset_id": self.manifest.id[:12], "classes": len(self.manifest.classes),
+            "dataset": self.manifest.dataset, "dataset_id": self.manifest.id[:12],
+            "classes": len(self.manifest.classes),
             "train": len(self.train_ids), "val": len(self.val_ids), "test": len(self.test),
             "parameters": sum(p.numel() for p in self.learner.model.parameters()),
             "workers": world_size(), "device": str(self.device),
         }  # fmt: skip
         settings = result_settings(self.settings)
-        return Started(
-            str(self.folder.path), settings, facts, self.settings.epochs, self.order.steps_per_epoch, step
-        )
+        return Started(str(self.folder.path), settings, facts, self.settings.epochs, self.order.steps_per_epoch, step)
 
     def _tell(self, event: Event) -> None:
         if rank() == 0:

@@ -40,15 +40,16 @@ class Learner:
             settings.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
         )
         num_classes = inputs.num_classes
-        self.model = build_model(settings, num_classes).to(device, self.dtype, memory_format=torch.channels_last)
+        self.model = build_model(settings, num_classes).to(device, self.dtype)
+        self.model.to(memory_format=torch.channels_last)
         self.loss = ClassificationLoss(settings, num_classes, self.model.embedding_dim).to(device, self.dtype)
         self.optimizer = SGD(
             self.model.parameters(), settings.optimizer.lr, settings.optimizer.momentum,
             settings.optimizer.dampening, settings.optimizer.weight_decay, settings.optimizer.nesterov,
         )  # fmt: skip
         self._steps_per_epoch = steps_per_epoch
-        self.sums = EpochSums(num_classes, self.model.embedding_dim, list(self.loss.weights), device)
-        self.class_means = torch.full((num_classes, self.model.embedding_dim), torch.nan, device=device)
+        self.sums = EpochSums(list(self.loss.weights), self.model.fc.weight)
+        self.class_means = torch.full_like(self.model.fc.weight, torch.nan, requires_grad=False)
         """Mean training embedding of each class over the last whole epoch, (C, D)."""
         network: nn.Module = TwoOutputs(self.model, self.loss.detach_head)
         self.forward: nn.Module = network
@@ -56,7 +57,7 @@ class Learner:
         if compiled:
             network = torch.compile(network)  # type: ignore[assignment]
         if world_size() > 1:
-            network = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+            network = DistributedDataParallel(network, forward_sync_buffers=False, gradient_as_bucket_view=True)
         self._network = network
 
     def lr(self, step: int) -> float:
@@ -127,13 +128,15 @@ class Learner:
 class EpochSums:
     """Sums over the samples of an epoch so far: each rank adds its own, `total` is that of all ranks."""
 
-    def __init__(self, num_classes: int, embedding_dim: int, losses: list[str], device: torch.device) -> None:
+    def __init__(self, losses: list[str], like: Tensor) -> None:
+        """`like` has the shape (C, D), type and device of a head."""
+        num_classes, embedding_dim = like.shape
         self._losses = losses
-        self.counts = torch.zeros(3 + len(losses), dtype=torch.float64, device=device)
+        self.counts = like.new_zeros(3 + len(losses), dtype=torch.float64)
         """Samples, top-1, top-5, then each loss summed over samples."""
-        self.by_class = torch.zeros(num_classes, 1 + embedding_dim, device=device)
+        self.by_class = like.new_zeros(num_classes, 1 + embedding_dim)
         """Samples and summed embeddings of each class."""
-        self.unit = torch.zeros(embedding_dim, dtype=torch.float64, device=device)
+        self.unit = like.new_zeros(embedding_dim, dtype=torch.float64)
         """Summed embeddings of length 1."""
 
     def add(self, values: dict[str, Tensor], embeddings: Tensor, logits: Tensor, labels: Tensor) -> None:

@@ -10,6 +10,7 @@ import yaml
 
 from dlops_dist.config import Q1, TASKS, Run, default_name, result_settings
 from dlops_dist.data.shards import read_manifest
+from dlops_dist.distributed.collectives import rank
 from dlops_dist.errors import RunError, UserError
 
 FORMAT = 1
@@ -30,7 +31,12 @@ class RunFolder:
             _, existing = self.settings()
             _refuse_other_settings(self.path, result_settings(existing), result_settings(settings))
             return
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"runs_dir: cannot make {self.path} ({error.strerror}); choose another --runs-dir"
+            ) from None
         content = yaml.safe_dump({"task": task, **settings.model_dump()}, sort_keys=False)
         _replace(self.path / "config.yaml", content.encode())
 
@@ -49,6 +55,12 @@ class RunFolder:
             return []
         return [json.loads(line) for line in self.metrics_file.read_text().splitlines()]
 
+    def finished_row(self, settings: Run) -> dict[str, Any] | None:
+        """The last row of a run whose last checkpoint is that of its last epoch."""
+        rows, checkpoints = self.rows(), self._checkpoint_files()
+        done = rows and checkpoints and rows[-1]["epoch"] == settings.epochs
+        return rows[-1] if done and checkpoints[-1] == self._checkpoint_file(rows[-1]["step"]) else None
+
     def keep_rows(self, last_step: int) -> None:
         """Drop the rows that are later than the checkpoint that the run goes on from."""
         rows = self.rows()
@@ -65,7 +77,7 @@ class RunFolder:
     def save(self, settings: Run, state: dict[str, Any]) -> None:
         """Write the checkpoint of state["step"] whole or not at all, and forget older ones."""
         self._checkpoints.mkdir(exist_ok=True)
-        path = self._checkpoints / f"step-{state['step']:09d}.pt"
+        path = self._checkpoint_file(state["step"])
         partial = path.with_name(f".{path.name}.partial")
         threads = torch.get_num_threads()
         content = {"format": FORMAT, "settings": result_settings(settings), "threads": threads, **state}
@@ -86,7 +98,9 @@ class RunFolder:
         try:
             state = torch.load(path, map_location=device, weights_only=True)
         except Exception as error:  # torch raises many kinds for a damaged file
-            raise RunError(f"{path} cannot be read ({str(error).splitlines()[0]}); delete it to go on without it") from None
+            raise RunError(
+                f"{path} cannot be read ({str(error).splitlines()[0]}); delete it to go on without it"
+            ) from None
         if state["format"] != FORMAT:
             raise UserError(f"{path} has format {state['format']}, this version reads {FORMAT}; choose another --name")
         _refuse_other_settings(self.path, state["settings"], result_settings(settings))
@@ -97,19 +111,23 @@ class RunFolder:
             )
         return state
 
+    def _checkpoint_file(self, step: int) -> Path:
+        return self._checkpoints / f"step-{step:09d}.pt"
+
     def _checkpoint_files(self) -> list[Path]:
         return sorted(self._checkpoints.glob("step-*.pt"))
 
 
 def prepare(task: str, settings: Q1) -> Q1:
-    """Settings with name and paths filled in, for a run whose folder now exists. Refuses before it writes."""
+    """Settings with name and paths filled in, for a run whose folder rank 0 makes. Refuses before it writes."""
     shards = Path(settings.data.shards).absolute()
     dataset_id = read_manifest(shards).id
     name = settings.name or default_name(task, settings, dataset_id)
     data = settings.data.model_copy(update={"shards": str(shards)})
     runs_dir = str(Path(settings.runs_dir).absolute())
     ready = settings.model_copy(update={"name": name, "runs_dir": runs_dir, "data": data})
-    RunFolder(Path(runs_dir) / name).create(task, ready)
+    if rank() == 0:
+        RunFolder(Path(runs_dir) / name).create(task, ready)
     return ready
 
 

@@ -1,12 +1,13 @@
 """A loss before its division: what every loss gives, so that any share of the samples can be added up."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-class Terms(NamedTuple):
+@dataclass(frozen=True)
+class Terms:
     """Sum of a loss's terms and how many they are; the loss is sum / max(count, 1), over all ranks."""
 
     sum: Tensor

@@ -1,0 +1,64 @@
+"""Runs a function on several gloo ranks, each a process of its own. A hang is a failure, not a wait."""
+
+import multiprocessing
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "dlops_dist.engine"])
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, timeout_s: float = 90) -> list[Any]:
+    """[function(*arguments) on rank 0, on rank 1, ...]; the first rank that fails, or time that runs out, fails all."""
+    deadline = time.monotonic() + timeout_s
+    with tempfile.TemporaryDirectory() as folder:
+        pipes, processes = [], []
+        for rank in range(world_size):
+            ours, theirs = CONTEXT.Pipe(duplex=False)
+            store = Path(folder) / "rendezvous"
+            process = CONTEXT.Process(target=_on_rank, args=(theirs, store, rank, world_size, function, arguments))
+            process.start()
+            theirs.close()
+            pipes.append(ours)
+            processes.append(process)
+        try:
+            outcomes = [_received(pipe, deadline) for pipe in pipes]
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+    failures = [f"rank {rank}: {value}" for rank, (succeeded, value) in enumerate(outcomes) if not succeeded]
+    assert not failures, "\n".join(failures)
+    return [value for _, value in outcomes]
+
+
+def _received(pipe: Any, deadline: float) -> tuple[bool, Any]:
+    """(True, result) or (False, why not)."""
+    if not pipe.poll(max(0, deadline - time.monotonic())):
+        return False, "hangs"
+    try:
+        return pipe.recv()
+    except EOFError:
+        return False, "died"
+
+
+def _on_rank(
+    pipe: Any, store: Path, rank: int, world_size: int, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group(
+            "gloo", f"file://{store}", timeout=timedelta(seconds=60), rank=rank, world_size=world_size
+        )
+        pipe.send((True, function(*arguments)))
+    except Exception:
+        pipe.send((False, traceback.format_exc()))
+    time.sleep(60)  # the parent ends all ranks together: an early exit would break a peer's last collective

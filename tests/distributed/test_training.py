@@ -1,0 +1,126 @@
+"""Whole training, 1 process against 2, 3 and 4 ranks: the promise that the project exists for."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks
+
+from dlops_dist.config import Q1
+from dlops_dist.data.loader import read_ahead
+from dlops_dist.data.order import rank_part
+from dlops_dist.data.shards import Split, read_manifest
+from dlops_dist.distributed.collectives import rank, world_size
+from dlops_dist.engine import fit
+from dlops_dist.engine.learner import Inputs, Learner
+
+LOSSES = {
+    "ce": {"loss": "ce", "ce": {"label_smoothing": 0.1}, "optimizer": {"lr": 0.02, "clip_norm": 1.0}},
+    "center": {"loss": "center", "data": {"drop_last": False}, "optimizer": {"lr": 0.02}},
+    "batch-hard": {"loss": "triplet", "optimizer": {"lr": 0.002, "nesterov": True}},
+    "semi-hard": {
+        "loss": "triplet", "triplet": {"mining": "semi-hard", "average": "active"}, "optimizer": {"lr": 0.002},
+    },
+    "all": {
+        "loss": "triplet", "triplet": {"mining": "all", "ce_weight": 0.5}, "data": {"order": "uniform"},
+        "optimizer": {"lr": 0.002},
+    },
+}  # fmt: skip
+"""Learning rates at which a run is stable: elsewhere two correct runs drift apart tenfold with each step."""
+
+
+def settings_of(loss, shards, runs, **changes):
+    """Two epochs of about ten float64 steps; 22 samples a step, which neither 3 nor 4 ranks share evenly."""
+    batch = {"samples_per_class": None if LOSSES[loss].get("loss") != "triplet" else 4}
+    values = {
+        "name": "run", "runs_dir": str(runs), "epochs": 2, "global_batch_size": 20 if loss.endswith("hard") else 22,
+        "precision": "float64", "model": {"width": 4, "stem": "imagenet"}, **LOSSES[loss],
+    }  # fmt: skip
+    values["data"] = {"shards": str(shards), "val_fraction": 0.1, **batch, **LOSSES[loss].get("data", {})}
+    return Q1(**{**values, **changes})
+
+
+def train(loss, shards, runs):
+    """Train on this rank's share; the final state and the rows of metrics."""
+    settings = settings_of(loss, shards, runs)
+    fit(settings)
+    checkpoint = torch.load(sorted(Path(runs).glob("run/checkpoints/*.pt"))[-1], weights_only=True)
+    rows = [json.loads(line) for line in (Path(runs) / "run/metrics.jsonl").read_text().splitlines()]
+    return checkpoint, rows
+
+
+def tensors(tree, prefix=""):
+    """{path: tensor} of a nested state."""
+    if isinstance(tree, torch.Tensor):
+        return {prefix: tree}
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    return {path: t for key, value in items for path, t in tensors(value, f"{prefix}/{key}").items()}
+
+
+def distance(ours, theirs):
+    """Norm of the difference, as a part of the norm or of 1."""
+    ours, theirs = ours.double().nan_to_num(), theirs.double().nan_to_num()
+    return (ours - theirs).norm().item() / max(theirs.norm().item(), 1.0)
+
+
+def one_step(loss, shards, ids):
+    """The state after one step on a global batch, and this rank's averaged gradients."""
+    manifest = read_manifest(shards)
+    model = {"width": 4, "stem": "cifar"}  # leaves batch norm 16 values in the last stage: well-conditioned
+    settings = settings_of(loss, shards, "unused", model=model)
+    learner = Learner(settings, Inputs(10, manifest.mean, manifest.std), 10, torch.device("cpu"))
+    part = rank_part(len(ids), rank(), world_size())
+    (batch,) = read_ahead(Split(shards, manifest, "train"), [(ids, part)], torch.device("cpu"), 1, 1)
+    value = learner.step(batch, epoch=0, step=5)
+    gradients = {name: p.grad for name, p in learner.model.named_parameters()}
+    return {"loss": value, "gradients": gradients, **learner.state_dict()}
+
+
+def batches(labels):
+    """Global batches with something odd in each."""
+    one_class = np.flatnonzero(labels == 3)
+    return {
+        "mixed": np.arange(22),
+        "fewer samples than ranks": np.array([1, 2, 9]),
+        "one class only": one_class[:9],
+        "duplicates": np.array([5, 5, 5, 9, 9, 30, 31, 32, 5, 9]),
+        "one class, then others: ranks without a triplet": np.concatenate([one_class[:5], [*range(11)]]),
+    }
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_one_step_on_any_number_of_ranks_is_that_of_one_process(loss, shapes_shards):
+    odd = batches(Split(shapes_shards, read_manifest(shapes_shards), "train").labels)
+    expected = {name: tensors(one_step(loss, shapes_shards, ids)) for name, ids in odd.items()}
+    for ranks in (2, 3, 4):
+        results = run_ranks(steps, ranks, loss, shapes_shards, odd)
+        for name, ours in results[0].items():
+            for path, value in expected[name].items():
+                assert distance(ours[path], value) <= 1e-12, (ranks, name, path)
+        for other in results[1:]:
+            for name, ours in other.items():
+                for path, value in results[0][name].items():
+                    assert torch.equal(ours[path].nan_to_num(), value.nan_to_num()), (ranks, name, path)
+
+
+def steps(loss, shards, odd):
+    return {name: tensors(one_step(loss, shards, ids)) for name, ids in odd.items()}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_twenty_steps_on_any_number_of_ranks_are_those_of_one_process(loss, shapes_shards, tmp_path):
+    expected, expected_rows = train(loss, shapes_shards, tmp_path / "1")
+    assert expected["step"] >= 18
+    for ranks in (2, 3, 4):
+        runs = tmp_path / str(ranks)
+        checkpoint, rows = run_ranks(train, ranks, loss, shapes_shards, runs)[0]
+        ours, theirs = tensors(checkpoint), tensors(expected)
+        assert ours.keys() == theirs.keys()
+        for path, value in theirs.items():
+            assert distance(ours[path], value) <= 1e-6, (ranks, path)
+        for row, expected_row in zip(rows, expected_rows, strict=True):
+            same = [k for k in expected_row if not k.endswith("_s")]
+            assert [k for k in row if not k.endswith("_s")] == same
+            assert {k: row[k] for k in same} == {k: pytest.approx(expected_row[k], rel=1e-6) for k in same}

@@ -1,0 +1,391 @@
+"""Settings from YAML, --smoke and the command line; their errors in one line; names of runs; exit codes."""
+
+import pytest
+from pydantic import Field
+
+from dlops_dist.config import Q1, Section, default_name, parse_arguments, read_settings, result_settings
+from dlops_dist.engine.run_folder import RunFolder
+from dlops_dist.errors import RunError, UserError, exit_code_of
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Settings of q1 from the text of a YAML file and arguments."""
+
+    def settings(text: str, *arguments: str) -> Q1:
+        (tmp_path / "settings.yaml").write_text(text)
+        return read_settings("q1", ["--config", str(tmp_path / "settings.yaml"), *arguments])
+
+    return settings
+
+
+def flat(values: dict, prefix: str = "") -> dict:
+    """{dotted name: value}."""
+    pairs = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            pairs.update(flat(value, f"{prefix}{name}."))
+        else:
+            pairs[prefix + name] = value
+    return pairs
+
+
+# which value wins
+
+
+def test_the_defaults_come_from_the_tasks_own_file():
+    settings = read_settings("q1", [])
+    assert (settings.epochs, settings.global_batch_size, settings.data.shards) == (10, 128, "shards/tiny-imagenet")
+    assert (settings.loss, settings.optimizer.lr, settings.triplet.margin) == ("ce", 0.1, 0.5)
+
+
+def test_the_tasks_own_file_is_not_taken_from_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "q1.yaml").write_text("epochs: 99")
+    monkeypatch.chdir(tmp_path)
+    assert read_settings("q1", []).epochs == 10
+
+
+def test_the_command_line_wins_over_smoke_and_smoke_over_yaml(read):
+    text = "epochs: 7\nseed: 5\nmodel: {width: 32, norm: local}\noptimizer: {lr: 0.02, momentum: 0.5}"
+    yaml_only = read(text)
+    assert (yaml_only.epochs, yaml_only.model.width, yaml_only.local) == (7, 32, False)
+    smoke = read(text, "--smoke")
+    assert (smoke.smoke, smoke.local, smoke.epochs) == (True, True, 2)
+    assert smoke.model.width < 32
+    assert (smoke.seed, smoke.model.norm, smoke.optimizer.lr) == (5, "local", 0.02)
+    line = read(text, "--smoke", "--epochs", "3", "--model.width=16", "--optimizer.lr", "0.3")
+    assert (line.epochs, line.model.width, line.optimizer.lr) == (3, 16, 0.3)
+    assert (line.local, line.seed, line.model.norm, line.optimizer.momentum) == (True, 5, "local", 0.5)
+
+
+def test_smoke_in_a_file_implies_local_too(read):
+    assert read("smoke: true").local
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name", "value"),
+    [
+        (["--augment.no-flip"], "augment.flip", False),
+        (["--data.no-drop-last"], "data.drop_last", False),
+        (["--data.drop_last", "--workers", "3"], "workers", 3),
+        (["--data.val_fraction", "0.25"], "data.val_fraction", 0.25),
+        (["--data.samples-per-class=8"], "data.samples_per_class", 8),
+        (["--epochs", "2", "--epochs", "4"], "epochs", 4),
+        (["--optimizer.clip-norm", "None"], "optimizer.clip_norm", None),
+        (["--name", "a-run_1.2=b"], "name", "a-run_1.2=b"),
+    ],
+)
+def test_arguments_set_what_they_name(arguments, name, value):
+    assert flat(read_settings("q1", arguments).model_dump())[name] == value
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "data: {}\n"])
+def test_a_file_that_says_nothing_leaves_the_defaults(text, read):
+    settings = read(text)
+    assert settings.model_copy(update={"config": None}) == Q1()
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("optimizer: {lr: 1e-3}", "optimizer.lr", 0.001),
+        ("wandb: off", "wandb", "off"),
+        ("workers: null", "workers", None),
+        ("compile: no", "compile", False),
+    ],
+)
+def test_what_yaml_reads_in_its_own_way_is_still_understood(text, name, value, read):
+    assert flat(read(text).model_dump())[name] == value
+
+
+def test_settings_cannot_be_changed_after_they_were_read():
+    settings = Q1()
+    with pytest.raises(ValueError, match="frozen"):
+        settings.epochs = 3
+    with pytest.raises(ValueError, match="frozen"):
+        settings.optimizer.lr = 3
+
+
+def test_help_is_printed_and_ends_well(capsys):
+    with pytest.raises(SystemExit) as stop:
+        read_settings("q1", ["--help"])
+    assert stop.value.code in (0, None)
+    assert "--optimizer.lr" in capsys.readouterr().out
+
+
+# mistakes
+
+
+@pytest.mark.parametrize(
+    ("given", "closest"),
+    [
+        ("--epoch", "--epochs"),
+        ("--optimizer.momentun", "--optimizer.momentum"),
+        ("--optimizer.weight_deca", "--optimizer.weight-decay"),
+        ("--triplet.margins=1", "--triplet.margin"),
+        ("--data.shard", "--data.shards"),
+        ("--globalbatchsize", "--global-batch-size"),
+        ("--lr", "--optimizer.lr"),
+        ("--margin", "--triplet.margin"),
+    ],
+)
+def test_an_unknown_argument_names_the_closest(given, closest, user_error):
+    with user_error(f"{given.split('=')[0]};", f"did you mean {closest}?"):
+        read_settings("q1", [given, "1"])
+
+
+@pytest.mark.parametrize(
+    ("text", "given", "closest"),
+    [
+        ("epoch: 3", "epoch", "epochs"),
+        ("globl_batch_size: 3", "globl_batch_size", "global_batch_size"),
+        ("optimizer: {lrr: 1}", "optimizer.lrr", "optimizer.lr"),
+        ("data: {samples_pro_class: 4}", "data.samples_pro_class", "data.samples_per_class"),
+        ("lr: 0.1", "lr", "optimizer.lr"),
+    ],
+)
+def test_an_unknown_name_in_a_file_names_the_closest(text, given, closest, read, user_error):
+    with user_error(f"unknown setting {given};", f"did you mean {closest}?"):
+        read(text)
+
+
+def test_a_name_like_none_points_at_the_help(user_error):
+    with user_error("--zzzzzz", "--help"):
+        read_settings("q1", ["--zzzzzz", "1"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("epochs", "0", "greater than or equal to 1"),
+        ("seed", "-1", "greater than or equal to 0"),
+        ("seed", "4294967296", "less than 4294967296"),
+        ("workers", "0", "greater than or equal to 1"),
+        ("optimizer.lr", "0", "greater than 0"),
+        ("optimizer.lr", "nan", "greater than 0"),
+        ("optimizer.momentum", "1", "less than 1"),
+        ("optimizer.weight_decay", "-0.1", "greater than or equal to 0"),
+        ("data.val_fraction", "1.0", "less than 1"),
+        ("data.samples_per_class", "1", "greater than or equal to 2"),
+        ("data.prefetch", "0", "greater than or equal to 1"),
+        ("ce.label_smoothing", "1", "less than 1"),
+        ("center.alpha", "0", "greater than 0"),
+        ("name", "a/b", "A-Za-z0-9"),
+        ("name", "../a", "A-Za-z0-9"),
+    ],
+)
+@pytest.mark.parametrize("where", ["line", "file"])
+def test_a_value_out_of_range_names_field_value_and_what_is_allowed(*, where, name, value, allowed, read, user_error):
+    shown = value.removesuffix(".0")
+    with user_error(f"{name}:", shown, allowed):
+        if where == "line":
+            read_settings("q1", [f"--{name}", value])
+        else:
+            section, _, last = name.rpartition(".")
+            pair = f"{last}: {value.replace('nan', '.nan')}"
+            read(f"{section}: {{{pair}}}" if section else pair)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["--epochs", "ten"], ["--epochs", "'ten'", "int"]),
+        (["--epochs", "1.5"], ["--epochs", "'1.5'", "int"]),
+        (["--workers", "many"], ["--workers", "'many'", "int"]),
+        (["--optimizer.lr", "fast"], ["--optimizer.lr", "'fast'", "float"]),
+        (["--compile", "maybe"], ["--compile", "'maybe'", "True", "False"]),
+        (["--loss", "hinge"], ["--loss", "'hinge'", "'ce'", "'triplet'", "'center'"]),
+        (["--model.norm", "batch"], ["--model.norm", "'batch'", "'sync'", "'local'"]),
+        (["--triplet.mining", "semi"], ["--triplet.mining", "'semi'", "'batch-hard'", "'semi-hard'", "'all'"]),
+        (["--epochs"], ["--epochs", "alue"]),
+        (["--epochs", "--loss", "ce"], ["--epochs", "alue"]),
+        (["--config"], ["--config", "alue"]),
+        (["--name"], ["--name", "alue"]),
+        (["--smoke=1"], ["--smoke", "1"]),
+        (["triplet"], ["triplet"]),
+    ],
+    ids=" ".join,
+)
+def test_an_argument_that_cannot_be_read_is_explained(arguments, shown, user_error, capfd):
+    with user_error(*shown):
+        read_settings("q1", arguments)
+    assert capfd.readouterr() == ("", "")  # nothing besides the error's one line
+
+
+@pytest.mark.parametrize("columns", ["30", "80", "300"])
+def test_a_long_value_is_shown_whole_on_any_terminal(columns, monkeypatch, user_error):
+    value = "a/folder/of/which/nobody/would/think/that/it/could/be/meant/as/the/name/of/a/loss/and/so/on"
+    monkeypatch.setenv("COLUMNS", columns)
+    with user_error(f"'{value}'", "'semi-hard'"):
+        read_settings("q1", ["--triplet.mining", value])
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("epochs: ten", ["epochs:", "'ten'", "integer"]),
+        ("epochs: 1.5", ["epochs:", "1.5", "integer"]),
+        ("epochs: true", ["epochs:", "True", "integer"]),
+        ("epochs: [1, 2]", ["epochs:", "[1, 2]", "integer"]),
+        ("data: {shards: 3}", ["data.shards:", "3", "string"]),
+        ("data:", ["data:", "None", "dictionary"]),
+        ("optimizer: 0.1", ["optimizer:", "0.1", "dictionary"]),
+        ("loss: hinge", ["loss:", "'hinge'", "'ce', 'triplet' or 'center'"]),
+        ("optimizer: {schedule: cos}", ["optimizer.schedule:", "'cos'", "'cosine'"]),
+        ('name: "a\\nb"', ["name:", "a\\nb", "A-Za-z0-9"]),
+        ("1: 2", ["1"]),
+        ("on: 3", ["True"]),
+        ("optimizer: {1: 2}", ["1"]),
+    ],
+    ids=repr,
+)
+def test_a_wrong_value_in_a_file_is_explained(text, shown, read, user_error):
+    with user_error(*shown):
+        read(text)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"a: [", b"a: b: c", b"epochs: 3\n\tseed: 1", b"'open", b"\xff\xfe\xfa", b"- epochs\n- 3", b"epochs", b"&a [*b]"],
+    ids=repr,
+)
+def test_a_file_that_is_no_mapping_is_named(content, tmp_path, user_error):
+    path = tmp_path / "settings.yaml"
+    path.write_bytes(content)
+    with user_error(path):
+        read_settings("q1", ["--config", str(path)])
+
+
+@pytest.mark.parametrize("name", ["missing.yaml", "folder/missing.yaml", "."])
+def test_a_config_that_is_not_there_is_named(name, tmp_path, monkeypatch, user_error):
+    monkeypatch.chdir(tmp_path)
+    with user_error(f"--config {name}", "no such file"):
+        read_settings("q1", ["--config", name])
+
+
+@pytest.mark.parametrize("other", [["--optimizer.momentum", "0"], ["--optimizer.dampening", "0.1"]])
+def test_nesterov_without_momentum_names_the_three_settings(other, user_error):
+    with user_error("optimizer.nesterov", "momentum > 0", "dampening 0"):
+        read_settings("q1", ["--optimizer.nesterov", *other])
+
+
+# a command line without a file
+
+
+class Options(Section):
+    """Of some command."""
+
+    size: int = Field(1, ge=1)
+    """How large."""
+    seed: int = 0
+
+
+def test_arguments_without_a_file(user_error):
+    assert parse_arguments(Options, ["--size", "3"], "prog") == Options(size=3)
+    with user_error("size", "0", "greater than or equal to 1"):
+        parse_arguments(Options, ["--size", "0"], "prog")
+    with user_error("--sizes;", "--size?"):
+        parse_arguments(Options, ["--sizes", "2"], "prog")
+
+
+# what identifies a run
+
+MAY_DIFFER = {
+    "config": "other.yaml", "name": "other", "runs_dir": "elsewhere", "local": True, "smoke": True, "workers": 7,
+    "wandb": "offline", "checkpoint_every": 5, "data.shards": "elsewhere", "data.threads": 9, "data.prefetch": 9,
+}  # fmt: skip
+CHANGES_THE_RESULT = {
+    "epochs": 11, "global_batch_size": 64, "seed": 1, "precision": "float64", "compile": True, "deterministic": False,
+    "loss": "center",
+    "data.order": "balanced", "data.samples_per_class": 8, "data.drop_last": False, "data.val_fraction": 0.1,
+    "augment.crop_padding": 4, "augment.flip": False,
+    "model.stem": "imagenet", "model.width": 32, "model.norm": "local",
+    "optimizer.lr": 0.2, "optimizer.momentum": 0.8, "optimizer.dampening": 0.5, "optimizer.nesterov": True,
+    "optimizer.weight_decay": 0.0, "optimizer.clip_norm": 1.0, "optimizer.schedule": "step",
+    "optimizer.warmup_epochs": 0.0, "optimizer.step_epochs": 10, "optimizer.step_gamma": 0.5,
+    "ce.label_smoothing": 0.1,
+    "triplet.margin": 0.3, "triplet.mining": "all", "triplet.normalize": False, "triplet.squared": True,
+    "triplet.average": "active", "triplet.ce_weight": 1.0,
+    "center.weight": 0.1, "center.alpha": 0.1, "center.ce_weight": 0.0,
+}  # fmt: skip
+
+
+def with_setting(name: str, value: object) -> Q1:
+    *sections, last = name.split(".")
+    return Q1(**({sections[0]: {last: value}} if sections else {last: value}))
+
+
+def test_every_setting_is_listed_as_changing_the_result_or_not():
+    assert flat(Q1().model_dump()).keys() == MAY_DIFFER.keys() | CHANGES_THE_RESULT.keys()
+    assert result_settings(Q1()).keys() == CHANGES_THE_RESULT.keys()
+
+
+@pytest.mark.parametrize("name", MAY_DIFFER)
+def test_the_default_name_does_not_depend_on(name):
+    assert default_name("q1", with_setting(name, MAY_DIFFER[name]), "id") == default_name("q1", Q1(), "id")
+
+
+def test_the_default_name_depends_on_each_setting_that_changes_the_result():
+    names = [default_name("q1", with_setting(name, value), "id") for name, value in CHANGES_THE_RESULT.items()]
+    names += [default_name("q1", Q1(), "id"), default_name("q1", Q1(), "other id"), default_name("q2", Q1(), "id")]
+    assert len(set(names)) == len(names)
+    assert all(Q1(name=name).name == name for name in names)  # each is a name that --name would take
+
+
+def test_the_default_name_is_made_of_task_loss_and_hash():
+    task, loss, digest = default_name("q1", Q1(loss="triplet"), "id").split("-")
+    assert (task, loss) == ("q1", "triplet")
+    assert int(digest, 16) >= 0
+
+
+@pytest.mark.parametrize("name", MAY_DIFFER | CHANGES_THE_RESULT)
+def test_the_settings_of_a_run_are_read_back_as_they_were(name, tmp_path):
+    settings = with_setting(name, (MAY_DIFFER | CHANGES_THE_RESULT)[name])
+    RunFolder(tmp_path / "run").create("q1", settings)
+    assert RunFolder(tmp_path / "run").settings() == ("q1", settings)
+
+
+def test_the_config_of_a_run_can_be_given_as_config(tmp_path):
+    settings = read_settings("q1", ["--loss", "center", "--epochs", "3", "--optimizer.lr", "0.025"])
+    RunFolder(tmp_path / "run").create("q1", settings)
+    again = read_settings("q1", ["--config", str(tmp_path / "run" / "config.yaml")])
+    assert result_settings(again) == result_settings(settings)
+
+
+# exit codes
+
+
+def raiser(error: BaseException):
+    def command() -> None:
+        raise error
+
+    return command
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UserError("epochs: 0"), 2, "error: epochs: 0\n"),
+        (RunError("loss is nan"), 1, "failed: loss is nan\n"),
+    ],
+)
+def test_a_known_error_is_one_line_and_its_exit_code(error, code, line, capsys):
+    assert exit_code_of(raiser(error)) == code
+    assert capsys.readouterr() == ("", line)
+
+
+def test_ctrl_c_is_130_and_one_line(capsys):
+    assert exit_code_of(raiser(KeyboardInterrupt())) == 130
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1
+
+
+def test_a_command_that_ends_well_is_0_and_prints_nothing(capsys):
+    assert exit_code_of(lambda: None) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_an_unknown_error_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        exit_code_of(raiser(ZeroDivisionError()))

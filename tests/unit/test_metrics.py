@@ -1,0 +1,158 @@
+"""Metrics against loops over samples, classes and pairs."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from dlops_dist.metrics import class_sums, nearest_center_correct, rank_of_label, recall_at_1, unit_length
+
+NAN = math.nan
+
+
+def samples(num=24, dim=5, num_classes=4, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(num, dim, generator=generator, dtype=torch.float64)
+    return values.to(dtype), torch.randint(num_classes, (num,), generator=generator)
+
+
+def nearest(point, candidates):
+    """Index of the candidate (index, point) that is nearest, the first of equal ones."""
+    return min(candidates, key=lambda candidate: math.dist(point, candidate[1]))[0]
+
+
+@given(
+    rows=st.lists(st.lists(st.integers(-2, 2), min_size=5, max_size=5), min_size=1, max_size=6),
+    labels=st.lists(st.integers(0, 4), min_size=6, max_size=6),
+)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_rank_is_the_place_in_a_stable_descending_sort(rows, labels):
+    labels = labels[: len(rows)]
+    expected = [
+        sorted(range(5), key=lambda c, row=row: (-row[c], c)).index(y) for row, y in zip(rows, labels, strict=True)
+    ]
+    assert rank_of_label(torch.tensor(rows, dtype=torch.float32), torch.tensor(labels)).tolist() == expected
+
+
+@pytest.mark.parametrize("k", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rank_below_k_is_a_hit_among_torchs_top_k(k, dtype):
+    logits, _ = samples(num=50, dim=20, dtype=dtype)
+    labels = torch.arange(50) % 20
+    hits = (logits.topk(k, dim=1).indices == labels[:, None]).any(dim=1)
+    assert torch.equal(rank_of_label(logits, labels) < k, hits)
+    assert 0 < hits.sum() < 50
+
+
+def test_a_row_with_a_nan_is_a_miss_for_every_k():
+    logits = torch.tensor([[0.0, 9.0, 1.0], [NAN, 9.0, 1.0], [0.0, NAN, 1.0], [NAN, NAN, NAN]])
+    assert rank_of_label(logits, torch.tensor([1, 1, 1, 0])).tolist() == [0, 3, 3, 3]
+
+
+def test_infinite_logits_are_ranked():
+    logits = torch.tensor([[-math.inf, 0.0, math.inf]]).expand(3, 3)
+    assert rank_of_label(logits, torch.tensor([0, 1, 2])).tolist() == [2, 1, 0]
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.float64, 1e-13)])
+def test_class_sums_equal_the_loop(dtype, rtol):
+    values, labels = samples(num_classes=3, dtype=dtype)
+    labels[labels == 1] = 3
+    sums = class_sums(values, labels, num_classes=5)
+    assert sums.dtype == dtype
+    for c in range(5):
+        own = [row for row, y in zip(values.tolist(), labels.tolist(), strict=True) if y == c]
+        expected = [len(own), *(math.fsum(row[d] for row in own) for d in range(5))]
+        assert sums[c].tolist() == pytest.approx(expected, rel=rtol, abs=rtol)
+    assert sums[:, 0].count_nonzero() == 3
+
+
+def test_class_sums_of_parts_add_up_and_repeat_bit_by_bit():
+    values, labels = samples()
+    whole = class_sums(values, labels, 4)
+    parts = [class_sums(values[part], labels[part], 4) for part in (slice(0, 7), slice(7, 7), slice(7, 24))]
+    assert_close(sum(parts), whole, rtol=1e-13, atol=1e-14)
+    assert torch.equal(class_sums(values, labels, 4), whole)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nearest_center_equals_the_loop(offset, dtype):
+    embeddings, labels = samples(num=60, dtype=dtype)
+    centers, _ = samples(num=4, seed=1, dtype=dtype)
+    embeddings, centers = embeddings + offset, centers + offset
+    expected = [
+        nearest(x, enumerate(centers.tolist())) == y for x, y in zip(embeddings.tolist(), labels.tolist(), strict=True)
+    ]
+    assert nearest_center_correct(embeddings, labels, centers).tolist() == expected
+    assert 0 < sum(expected) < 60
+
+
+@pytest.mark.parametrize("unseen", [0, 2, 3])
+def test_a_class_never_seen_is_nearest_to_nothing(unseen):
+    embeddings, labels = samples(num=60)
+    centers, _ = samples(num=4, seed=1)
+    centers[unseen] = NAN
+    seen = [(c, center) for c, center in enumerate(centers.tolist()) if c != unseen]
+    expected = [nearest(x, seen) == y for x, y in zip(embeddings.tolist(), labels.tolist(), strict=True)]
+    assert nearest_center_correct(embeddings, labels, centers).tolist() == expected
+    assert not any(correct for correct, y in zip(expected, labels.tolist(), strict=True) if y == unseen)
+
+
+def test_a_centre_with_one_nan_is_nearest_to_nothing():
+    centers = torch.tensor([[0.0, NAN], [5.0, 5.0]])
+    assert nearest_center_correct(torch.zeros(2, 2), torch.tensor([0, 1]), centers).tolist() == [False, True]
+
+
+def test_without_any_class_seen_nothing_is_correct():
+    embeddings, labels = samples()
+    assert not nearest_center_correct(embeddings, labels, torch.full((4, 5), NAN, dtype=torch.float64)).any()
+
+
+def loop_recall(embeddings, labels):
+    points = embeddings.tolist()
+    hits = []
+    for i, point in enumerate(points):
+        found = nearest(point, [(j, other) for j, other in enumerate(points) if j != i])
+        hits.append(bool(labels[found] == labels[i]))
+    return hits
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_recall_equals_the_loop(offset, dtype):
+    embeddings, labels = samples(num=60, dim=3, dtype=dtype)
+    embeddings += offset
+    expected = loop_recall(embeddings, labels)
+    assert recall_at_1(embeddings, labels, slice(None)).tolist() == expected
+    assert 0 < sum(expected) < 60
+
+
+@pytest.mark.parametrize("cuts", [[0, 24], [0, 10, 10, 24], [0, 1, 23, 24]])
+def test_recall_of_blocks_of_queries_is_that_of_all(cuts):
+    embeddings, labels = samples()
+    blocks = [recall_at_1(embeddings, labels, slice(*ends)) for ends in pairwise(cuts)]
+    assert torch.cat(blocks).tolist() == loop_recall(embeddings, labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_nearest_other_of_a_duplicate_is_its_twin(dtype):
+    embeddings, _ = samples(num=11, dim=32, dtype=dtype)
+    first = torch.arange(11) % 4
+    second = torch.where(torch.arange(11) < 6, first, first + 1)
+    hits = recall_at_1(embeddings.repeat(2, 1), torch.cat([first, second]), slice(None))
+    assert hits.tolist() == ([True] * 6 + [False] * 5) * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_unit_length_keeps_directions_and_has_length_1(dtype):
+    values, _ = samples(dtype=dtype)
+    scaled = unit_length(values)
+    assert scaled.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert_close(scaled.norm(dim=1), torch.ones(24, dtype=scaled.dtype))
+    assert_close(F.cosine_similarity(scaled, values.to(scaled.dtype)), torch.ones(24, dtype=scaled.dtype))
