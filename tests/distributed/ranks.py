@@ -6,6 +6,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, ti
             pipes.append(ours)
             processes.append(process)
         try:
-            outcomes = [_received(pipe, deadline) for pipe in pipes]
+            outcomes = _outcomes(pipes, deadline)
         finally:
             for process in processes:
                 process.kill()
@@ -37,14 +38,18 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, ti
     return [value for _, value in outcomes]
 
 
-def _received(pipe: Any, deadline: float) -> tuple[bool, Any]:
-    """(True, result) or (False, why not)."""
-    if not pipe.poll(max(0, deadline - time.monotonic())):
-        return False, "hangs"
-    try:
-        return pipe.recv()
-    except EOFError:
-        return False, "died"
+def _outcomes(pipes: list[Any], deadline: float) -> list[tuple[bool, Any]]:
+    """(True, result) or (False, why not) of each rank; once one has failed, its peers have two seconds left."""
+    outcomes: dict[Any, tuple[bool, Any]] = {}
+    while len(outcomes) < len(pipes) and (left := deadline - time.monotonic()) > 0:
+        for pipe in connection.wait([pipe for pipe in pipes if pipe not in outcomes], left):
+            try:
+                outcomes[pipe] = pipe.recv()
+            except EOFError:
+                outcomes[pipe] = False, "died"
+            if not outcomes[pipe][0]:
+                deadline = min(deadline, time.monotonic() + 2)
+    return [outcomes.get(pipe, (False, "hangs")) for pipe in pipes]
 
 
 def _on_rank(

@@ -236,6 +236,14 @@ def test_classes_meet_in_balanced_batches_equally_often():
     assert np.abs(met - number / 5).max() < 5 * np.sqrt(number / 5)
 
 
+def test_classes_of_one_size_are_shuffled_each_on_its_own():
+    labels, size = np.arange(400) % 2, 200
+    batches = order.balanced_epoch(0, 0, labels, 8, 4)
+    places = [np.concatenate([batch[labels[batch] == c] // 2 for batch in batches]) for c in (0, 1)]
+    assert (places[0] == places[1]).sum() < 8  # 1 +- 1 for unrelated permutations
+    assert abs(np.corrcoef(*places)[0, 1]) < 4.5 / np.sqrt(size)
+
+
 @pytest.mark.parametrize(
     ("batch", "classes", "wanted", "k"),
     [(128, 200, None, 4), (128, 10, None, 16), (36, 10, None, 4), (128, 200, 2, 2), (30, 4, None, 10)],

@@ -261,13 +261,32 @@ class LargestTensor(TorchDispatchMode):
 
 
 @each_mining
-@pytest.mark.parametrize("num_classes", [2, 16])
+@pytest.mark.parametrize("num_classes", [2, 32])
 def test_memory_stays_below_n_squared(mining, num_classes, monkeypatch):
-    monkeypatch.setattr("dlops_dist.losses.triplet.CHUNK_ELEMENTS", 4 * 64)
-    embeddings, _ = batch(num=64, dim=8)
+    monkeypatch.setattr("dlops_dist.losses.triplet.CHUNK_ELEMENTS", 4 * 128)
+    embeddings, labels = batch(num=128)[0], torch.arange(128) % num_classes
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+        loss = TripletLoss(mining=mining)(embeddings, labels)
     with LargestTensor() as largest:
-        TripletLoss(mining=mining)(embeddings, torch.arange(64) % num_classes).backward()
-    assert 64 * 8 <= largest.numel < 64 * 64
+        TripletLoss(mining=mining)(embeddings, labels).backward()
+    assert loss > 0
+    assert 128 * 4 <= largest.numel < 128 * 128
+    assert sum(saved) < 128 * 128
+
+
+@each_average
+def test_small_losses_of_many_long_distances_keep_their_digits_in_float32(average):
+    generator = torch.Generator().manual_seed(0)
+    embeddings = 10 * torch.eye(128) + 1e-4 * torch.randn(128, 128, generator=generator)  # distances of about 14.14
+    labels = torch.arange(128) % 2
+    distance = (embeddings.double()[:, None] - embeddings.double()).norm(dim=2)
+    same = labels[:, None] == labels
+    valid = (same & ~torch.eye(128, dtype=torch.bool))[:, :, None] & ~same[:, None]
+    losses = (distance[:, :, None] - distance[:, None] + 1e-2).relu()[valid]
+    terms = TripletLoss(1e-2, "all", normalize=False, average=average).terms(embeddings, labels)
+    assert terms.sum.item() == pytest.approx(losses.sum().item(), rel=1e-5)
+    assert terms.count.item() == len(losses) == 128 * 63 * 64
 
 
 @each_mining

@@ -1,0 +1,167 @@
+"""What ranks exchange: the gather and its gradient, global sums, the one helper, batch norm over all ranks."""
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch import nn
+
+from dlops_dist.data.order import rank_part
+from dlops_dist.distributed.collectives import all_sum, gather, rank, world_size
+from dlops_dist.distributed.norm import SyncBatchNorm2d
+from dlops_dist.distributed.objective import global_objective, update_centers
+from dlops_dist.losses import CenterLoss, CrossEntropyLoss, Terms
+
+PARTS = {2: [3, 5], 3: [4, 0, 1], 4: [0, 2, 7, 1]}
+KINDS = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool]
+
+
+def own_rows(x, sizes):
+    start = sum(sizes[: rank()])
+    return x[start : start + sizes[rank()]]
+
+
+def gathered(x, sizes):
+    """Every kind of tensor through the gather, with sizes given and asked for."""
+    results = {}
+    for kind in KINDS:
+        own = own_rows(x.to(kind), sizes)
+        results[kind] = gather(own, sizes)
+        assert torch.equal(results[kind], gather(own))
+    transposed = own_rows(x, sizes).T.contiguous().T
+    assert torch.equal(gather(transposed, sizes), x)
+    return results
+
+
+@pytest.mark.parametrize("ranks", PARTS)
+def test_gather_rebuilds_the_whole_in_rank_order(ranks):
+    sizes = PARTS[ranks]
+    x = torch.arange(sum(sizes) * 3.0).reshape(-1, 3) - 4
+    for results in run_ranks(gathered, ranks, x, sizes):
+        for kind, whole in results.items():
+            assert torch.equal(whole, x.to(kind))
+
+
+def gradients(x, weights, sizes):
+    """Each rank computes its own loss from everyone's rows; the gradient at its own rows."""
+    own = own_rows(x, sizes).clone().requires_grad_()
+    whole = gather(own, sizes)
+    (whole * weights[rank()]).square().sum().backward()
+    return own.grad
+
+
+@pytest.mark.parametrize("ranks", PARTS)
+def test_gradient_flows_back_from_every_rank(ranks):
+    sizes = PARTS[ranks]
+    generator = torch.Generator().manual_seed(ranks)
+    x = torch.randn(sum(sizes), 3, generator=generator, dtype=torch.float64)
+    weights = torch.randn(ranks, sum(sizes), 3, generator=generator, dtype=torch.float64)
+    expected = sum(2 * w.square() * x for w in weights)  # each rank's loss, differentiated by hand
+    torch.testing.assert_close(torch.cat(run_ranks(gradients, ranks, x, weights, sizes)), expected)
+
+
+def summed(values):
+    before = values[rank()].T
+    return all_sum(before), before
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_all_sum_adds_up_and_leaves_its_argument(ranks):
+    values = torch.arange(ranks * 6.0).reshape(ranks, 2, 3)
+    for rank_, (total, before) in enumerate(run_ranks(summed, ranks, values)):
+        assert torch.equal(total, values.sum(dim=0).T)
+        assert torch.equal(before, values[rank_].T)
+
+
+def objective_gradient(weight, x, labels, sizes):
+    """DDP's mean of gradients of the helper's loss, and the value it logs."""
+    weight = weight.clone().requires_grad_()
+    own, own_labels = own_rows(x, sizes), own_rows(labels, sizes)
+    terms = {
+        "ce": CrossEntropyLoss().terms(own @ weight, own_labels),
+        "positive": Terms((own @ weight).relu().sum(), (own @ weight > 0).sum(dtype=torch.float64)),
+    }
+    objective = global_objective(terms, {"ce": 0.7, "positive": 2.0})
+    objective.backward.backward()
+    return all_sum(weight.grad) / world_size(), objective.values
+
+
+@pytest.mark.parametrize("ranks", PARTS)
+def test_objective_is_that_of_one_process_for_unequal_counts(ranks):
+    sizes = PARTS[ranks]
+    generator = torch.Generator().manual_seed(ranks)
+    x = torch.randn(sum(sizes), 4, generator=generator, dtype=torch.float64)
+    labels = torch.arange(sum(sizes)) % 3
+    weight = torch.randn(4, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    logits = x @ weight
+    ce = nn.functional.cross_entropy(logits, labels)
+    positive = logits.relu().sum() / (logits > 0).sum()
+    (expected,) = torch.autograd.grad(0.7 * ce + 2.0 * positive, weight)
+    for gradient, values in run_ranks(objective_gradient, ranks, weight.detach(), x, labels, sizes):
+        torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(values["ce"], ce.detach(), rtol=1e-12, atol=0)
+        torch.testing.assert_close(values["positive"], positive.detach(), rtol=1e-12, atol=0)
+
+
+def centers_after(x, labels, sizes, num_classes):
+    loss = CenterLoss(num_classes, x.shape[1]).double()
+    part = slice(sum(sizes[: rank()]), sum(sizes[: rank() + 1]))
+    for _ in range(3):
+        update_centers(loss, x[part], labels, part, sizes)
+    return loss.centers
+
+
+@pytest.mark.parametrize("ranks", PARTS)
+@pytest.mark.parametrize("num_classes", [4, 1000], ids=["sums all-reduced", "embeddings gathered"])
+def test_centers_are_those_of_one_process_and_equal_bits_on_every_rank(ranks, num_classes):
+    sizes = PARTS[ranks]
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(sum(sizes), 5, generator=generator, dtype=torch.float64)
+    labels = torch.randint(num_classes, (sum(sizes),), generator=generator)
+    expected = centers_after(x, labels, [len(x)], num_classes)
+    centers = run_ranks(centers_after, ranks, x, labels, sizes, num_classes)
+    torch.testing.assert_close(centers[0], expected, rtol=1e-13, atol=1e-15)
+    assert all(torch.equal(c, centers[0]) for c in centers)
+
+
+def normalised(x, gradient, sizes):
+    """Two training steps of batch norm: output, gradients (of the parameters as DDP sums them), buffers."""
+    norm = SyncBatchNorm2d(x.shape[1]).double()
+    with torch.no_grad():
+        norm.weight.copy_(torch.linspace(0.5, 2, x.shape[1]))
+        norm.bias.copy_(torch.linspace(-1, 1, x.shape[1]))
+    for _ in range(2):
+        own = own_rows(x, sizes).clone().requires_grad_()
+        y = norm(own)
+        (y * own_rows(gradient, sizes)).sum().backward()
+    buffers = [b.clone() for b in norm.buffers()]
+    return y.detach(), own.grad, all_sum(norm.weight.grad), all_sum(norm.bias.grad), buffers
+
+
+@pytest.mark.parametrize("ranks", PARTS)
+def test_sync_batch_norm_is_batch_norm_of_all_samples(ranks):
+    sizes = PARTS[ranks]
+    generator = torch.Generator().manual_seed(ranks)
+    x = torch.randn(sum(sizes), 3, 4, 2, generator=generator, dtype=torch.float64) * 3 + 1000  # E[x^2] would lose it
+    gradient = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    y, dx, dw, db, buffers = normalised(x, gradient, [len(x)])  # one process: torch's own
+    results = run_ranks(normalised, ranks, x, gradient, sizes)
+    torch.testing.assert_close(torch.cat([r[0] for r in results]), y, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(torch.cat([r[1] for r in results]), dx, rtol=1e-9, atol=1e-10)
+    for result in results:
+        torch.testing.assert_close(result[2:4], (dw, db), rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(result[4], buffers, rtol=1e-11, atol=1e-12)
+
+
+def test_rank_parts_are_what_the_loader_hands_out():
+    assert [rank_part(10, r, 4) for r in range(4)] == [slice(0, 3), slice(3, 6), slice(6, 8), slice(8, 10)]
+
+
+def fails_on_one_rank():
+    if rank() == 1:
+        raise ValueError("seen by the test")
+    gather(torch.ones(1))
+
+
+def test_a_failing_rank_is_reported_not_waited_for():
+    with pytest.raises(AssertionError, match="seen by the test"):
+        run_ranks(fails_on_one_rank, 2, timeout_s=30)

@@ -1,0 +1,75 @@
+"""The house rules: imports point one way, --help is fast and imports neither torch nor ray."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "dlops_dist"
+LAYERS = [
+    {"errors"},
+    {"config", "models", "losses", "optim", "metrics", "data"},
+    {"distributed"},
+    {"engine"},
+    {"tracking"},
+    {"ray_backend"},
+    {"train", "evaluate", "report"},
+]
+"""Each may import from those before it, and from its own."""
+PURE = {"models", "losses", "optim", "metrics"}
+"""Know nothing of each other, nor of any other part of the package."""
+
+
+def imported(path):
+    """Top-level names within the package, and packages outside of it, that a file imports anywhere."""
+    inside, outside = set(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module]
+        for name in names:
+            first, _, rest = name.partition(".")
+            (inside if first == "dlops_dist" else outside).add(rest.split(".")[0] if first == "dlops_dist" else first)
+    return inside - {""}, outside
+
+
+def part_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+FILES = [p for p in PACKAGE.rglob("*.py") if part_of(p) != "__init__"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_one_way(path):
+    part = part_of(path)
+    depth = next(i for i, layer in enumerate(LAYERS) if part in layer)
+    allowed = {part}.union(*LAYERS[: depth + (part not in PURE)])
+    assert imported(path)[0] <= allowed
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_only_one_module_imports_ray(path):
+    assert ("ray" in imported(path)[1]) == (part_of(path) == "ray_backend")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_modules_stay_short(path):
+    assert len(path.read_text().splitlines()) <= 320
+
+
+@pytest.mark.parametrize("module", ["train", "train q1", "evaluate", "report"])
+def test_help_imports_neither_torch_nor_ray(module):
+    name, *task = module.split()
+    code = (
+        "import sys, runpy, atexit\n"
+        "atexit.register(lambda: print('LOADED', [m for m in ('torch', 'ray', 'pyarrow') if m in sys.modules]))\n"
+        f"sys.argv = ['x', *{task!r}, '--help']\n"
+        f"runpy.run_module('dlops_dist.{name}', run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
+    assert "LOADED []" in done.stdout
+    assert "--" in done.stdout
