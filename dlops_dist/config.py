@@ -1,27 +1,20 @@
 """Every setting of a run, typed and validated: a YAML file, then dotted overrides from the command line."""
 
-import argparse
-import contextlib
 import difflib
 import hashlib
-import io
 import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dlops_dist.errors import UserError
-
-CONFIG_FOLDERS = [Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs"]  # wheel, checkout
 
 
 class Section(BaseModel):
     """A group of settings. Unknown names are refused; values never change after they were read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -197,18 +190,6 @@ MAY_CHANGE = frozenset({
 """Settings that may differ when a run goes on; all others change the result and are refused."""
 
 
-def read_settings(task: str, arguments: Sequence[str]) -> Q1:
-    """Settings of a task: its YAML file (or --config), then --smoke, then the other command-line overrides."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    first.add_argument("--smoke", action="store_true")
-    known, _ = first.parse_known_args(arguments)
-    values = _read_yaml(_find_config(known.config or f"{task}.yaml"))
-    if known.smoke:
-        values = _merged(values, SMOKE)
-    return _override(TASKS[task](**values), arguments, prog=f"python -m dlops_dist.train {task}")
-
-
 def result_settings(settings: Run) -> dict[str, Any]:
     """The settings that change the result, as a flat {dotted name: value}."""
     return {name: value for name, value in _flat(settings.model_dump()).items() if name not in MAY_CHANGE}
@@ -220,79 +201,24 @@ def default_name(task: str, settings: Q1, dataset_id: str) -> str:
     return f"{task}-{settings.loss}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
 
 
-SettingsT = TypeVar("SettingsT", bound=Section)
-
-
-def parse_arguments(kind: type[SettingsT], arguments: Sequence[str], prog: str) -> SettingsT:
-    """A command line without a YAML file below it."""
-    return _override(kind(), arguments, prog)
-
-
-def _override(defaults: SettingsT, arguments: Sequence[str], prog: str) -> SettingsT:
-    import tyro
-
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            settings, unknown = tyro.cli(
-                type(defaults), default=defaults, args=list(arguments), prog=prog, return_unknown_args=True
-            )
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        raise UserError(_first_sentence(box.getvalue())) from None
-    if unknown:
-        raise UserError(_unknown_setting(unknown[0], [f"--{name}" for name in _names(type(defaults))]))
-    return settings
-
-
-def _first_sentence(box: str) -> str:
-    """The message of tyro's error box, without its frame and its help."""
-    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
-    end = next((i for i, line in enumerate(lines) if line.startswith("──")), len(lines))
-    return " ".join(lines[:end])
-
-
-def _unknown_setting(given: str, known: Sequence[str]) -> str:
+def unknown_setting(given: str, known: Sequence[str]) -> str:
     name = given.split("=", maxsplit=1)[0]
-    close = difflib.get_close_matches(name.replace("_", "-"), known, n=1, cutoff=0.4)
+    last = name.lstrip("-").rpartition(".")[2]
+    close = [k for k in known if k.lstrip("-").rpartition(".")[2] == last.replace("_", "-")]
+    close = close or difflib.get_close_matches(name.replace("_", "-"), known, n=1, cutoff=0.6)
     hint = f"; did you mean {close[0]}?" if close else "; --help lists them all"
     return f"unknown setting {name}{hint}"
 
 
-def _names(kind: type[BaseModel], prefix: str = "") -> list[str]:
+def setting_names(kind: type[BaseModel], prefix: str = "") -> list[str]:
     names = []
     for name, field in kind.model_fields.items():
         section = field.annotation if isinstance(field.annotation, type) else None
         if section is not None and issubclass(section, BaseModel):
-            names += _names(section, f"{prefix}{name}.")
+            names += setting_names(section, f"{prefix}{name}.")
         else:
             names.append((prefix + name).replace("_", "-"))
     return names
-
-
-def _find_config(name: str) -> Path:
-    path = Path(name)
-    candidates = [path] if path.parent != Path() or path.exists() else [folder / name for folder in CONFIG_FOLDERS]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    raise UserError(f"--config {name}: no such file")
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold settings as 'name: value', not a {type(values).__name__}")
-    return values
-
-
-def _merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    both = {k: _merged(base[k], v) for k, v in top.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
-    return {**base, **top, **both}
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -308,6 +234,6 @@ def _explain(kind: type[BaseModel], error: ValidationError) -> str:
     section = "" if issubclass(kind, Run) else kind.__name__.lower() + "."
     field = section + ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return _unknown_setting(field, [name.replace("-", "_") for name in _names(Q1)])
+        return unknown_setting(field, [name.replace("-", "_") for name in setting_names(Q1)])
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return f"{field.rstrip('.')}: {problem['input']!r} {message}" if problem["loc"] else f"{field}{message}"

@@ -33,7 +33,7 @@ def nearest_center_correct(embeddings: Tensor, labels: Tensor, centers: Tensor) 
     """
     seen = ~centers.isnan().any(dim=1)
     distances = _squared_distances(embeddings, centers.nan_to_num())
-    return distances.masked_fill(~seen, torch.inf).argmin(dim=1) == labels
+    return _nearest_label(distances.masked_fill(~seen, torch.inf), torch.arange(len(centers))) == labels
 
 
 def recall_at_1(embeddings: Tensor, labels: Tensor, queries: slice) -> Tensor:
@@ -44,12 +44,19 @@ def recall_at_1(embeddings: Tensor, labels: Tensor, queries: slice) -> Tensor:
     rows = torch.arange(*queries.indices(len(embeddings)), device=labels.device)
     distances = _squared_distances(embeddings[queries], embeddings)
     distances.scatter_(1, rows[:, None], torch.inf)
-    return labels[distances.argmin(dim=1)] == labels[queries]
+    return _nearest_label(distances, labels) == labels[queries]
 
 
 def unit_length(embeddings: Tensor) -> Tensor:
     """Embeddings scaled to length 1, in float32 at least."""
     return F.normalize(_wide(embeddings), dim=1)
+
+
+def _nearest_label(distances: Tensor, labels: Tensor) -> Tensor:
+    """The label of the nearest column of each row; -1 where no distance is finite."""
+    nearest = distances.argmin(dim=1)
+    found = distances.gather(1, nearest[:, None]).squeeze(1).isfinite()
+    return torch.where(found, labels.to(nearest.device)[nearest], -1)
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:

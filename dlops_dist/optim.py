@@ -32,7 +32,7 @@ class SGD(torch.optim.Optimizer):
         maximize: bool = False,
     ) -> None:
         for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
-            if value < 0:
+            if not value >= 0:  # NaN too
                 raise ValueError(f"{name} must be at least 0, not {value}")
         if nesterov and (momentum == 0 or dampening != 0):
             raise ValueError("nesterov needs momentum > 0 and dampening 0")
@@ -133,6 +133,8 @@ def lr_factor(
             return gamma ** (step // steps_per_decay)
         case "constant":
             return 1.0
+        case _:
+            raise ValueError(f"schedule must be 'cosine', 'one-cycle', 'step' or 'constant', not {schedule!r}")
 
 
 def _cosine(low: float, high: float, progress: float) -> float:

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dlops_dist.config import Q1, TASKS, read_settings
+from dlops_dist.command_line import read_settings
+from dlops_dist.config import Q1, TASKS
 from dlops_dist.errors import UserError, exit_code_of
 
 SMOKE_SHARDS = {"train_per_class": 40, "test_per_class": 10}
@@ -38,11 +39,12 @@ def main() -> None:
 
 def run(task: str, settings: Q1, console: Any) -> dict[str, Any]:
     """Train here or on Ray. Returns the last row of metrics."""
+    from dlops_dist.data.shards import read_manifest
     from dlops_dist.engine.run_folder import RunFolder, prepare
 
     settings = prepare(task, settings)
     folder = RunFolder(Path(settings.runs_dir) / str(settings.name))
-    if (row := folder.finished_row(settings)) is not None:
+    if (row := folder.finished_row(settings, read_manifest(Path(settings.data.shards)).id)) is not None:
         console.say(f"run {folder.path} is complete; another --name trains anew")
         return row
     if not settings.local:

@@ -1,6 +1,7 @@
 """Official archives, fetched where there is a network: whole and checked, or not at all."""
 
 import hashlib
+import http.client
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -49,11 +50,11 @@ def fetch(archive: Archive, folder: Path, on_progress: Callable[[int, int], None
                 on_progress(done, total)
         if total and done != total:
             raise OSError(f"{done} of {total} bytes came")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         partial.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot fetch {archive.url} ({error}); fetch it elsewhere and put it at {target}, or name it with --source"
-        ) from None
+        why = " ".join(str(error).split())
+        where = f"fetch it elsewhere and put it at {target}, or name it with --source"
+        raise UserError(f"cannot fetch {archive.url} ({why}); {where}") from None
     if archive.md5 and digest.hexdigest() != archive.md5:
         partial.unlink()
         raise UserError(f"{archive.url}: MD5 is {digest.hexdigest()}, not {archive.md5}; try again")

@@ -61,7 +61,7 @@ class TrainingOrder:
 def read_ahead(
     split: Split, parts: Iterable[tuple[Ids, slice]], device: torch.device, threads: int, prefetch: int
 ) -> Iterator[Batch]:
-    """Batches in order; for each, the global ids and this rank's part of them. `prefetch` are in flight at once."""
+    """Batches in order; for each, the global ids and this rank's part of them. `prefetch` more are under way."""
     pin = device.type == "cuda"
 
     def load(global_ids: Ids, part: slice) -> list[Tensor]:
@@ -74,7 +74,7 @@ def read_ahead(
         flying: deque[tuple[slice, Future[list[Tensor]]]] = deque()
         try:
             while True:
-                for ids, part in islice(remaining, prefetch - len(flying)):
+                for ids, part in islice(remaining, prefetch + 1 - len(flying)):
                     flying.append((part, pool.submit(load, np.ascontiguousarray(ids), part)))
                 if not flying:
                     return

@@ -69,15 +69,15 @@ def balanced_epoch(seed: int, epoch: int, labels: Ids, global_batch_size: int, s
 
 
 def fit_samples_per_class(global_batch_size: int, num_classes: int, wanted: int | None = None) -> int:
-    """K of balanced batches: `wanted`, or the least K >= 4 that divides G and leaves at most num_classes classes."""
+    """K of balanced batches: `wanted`, or the least K >= 4 that divides G into 2 to num_classes classes."""
     choices = [wanted] if wanted else range(LEAST_SAMPLES_PER_CLASS, global_batch_size + 1)
     for k in choices:
-        if global_batch_size % k == 0 and global_batch_size // k <= num_classes:
+        if global_batch_size % k == 0 and 2 <= global_batch_size // k <= num_classes:
             return k
     shown = wanted or f">= {LEAST_SAMPLES_PER_CLASS}"
     raise UserError(
         f"data.samples_per_class: {shown} does not fit: it must divide global_batch_size {global_batch_size} "
-        f"into at most {num_classes} classes"
+        f"into 2 to {num_classes} classes"
     )
 
 

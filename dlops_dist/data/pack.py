@@ -5,6 +5,8 @@ import io
 import json
 import multiprocessing
 import os
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
@@ -20,6 +22,7 @@ from dlops_dist.data.sources import UNLABELED, Source
 from dlops_dist.errors import UserError
 
 TAR_BLOCK = 512
+OWN_FILE = re.compile(r"(train|test|unlabeled)-\d{6}\.tar|\..*\.partial")
 PLAN = ".packing.json"  # what is being packed; shards left by a killed packing are kept only if it is the same
 
 
@@ -79,15 +82,14 @@ def pack(
 
     manifest = _manifest(source, dataset, seed, packed, _write_index(out, packed))
     _replace(out / MANIFEST, manifest.to_bytes())
-    for path in out.iterdir():
-        if path.name not in {MANIFEST, INDEX, *(s.name for s in manifest.shards)} and path.is_file():
-            path.unlink()
+    _clear(out, keep={s.name for s in manifest.shards})
     return manifest
 
 
 def _plan(source: Source, seed: int, shard_size: int) -> list[Planned]:
     plan: list[Planned] = []
     for split, listing in source.splits.items():
+        _check_keys(split, listing.keys)
         order = shuffled(key(seed, 0, "packing"), len(listing.keys))
         for i, start in enumerate(range(0, len(order), shard_size)):
             name = f"{split}-{i:06d}.tar"
@@ -95,14 +97,30 @@ def _plan(source: Source, seed: int, shard_size: int) -> list[Planned]:
     return plan
 
 
+def _check_keys(split: str, keys: list[str]) -> None:
+    """WebDataset cuts a member's name at its first dot, and joins members of one key into one sample."""
+    odd = next((k for k in keys if "." in k or not k.isprintable()), None)
+    if odd is not None:
+        raise UserError(f"{split} sample {odd!r}: a key must be printable and without a dot")
+    if len(set(keys)) < len(keys):
+        twice = next(k for k, number in Counter(keys).items() if number > 1)
+        raise UserError(f"{split} sample {twice!r} occurs twice: keys must differ")
+
+
 def _begin(out: Path, settings: dict[str, object]) -> None:
     """Forget what an earlier packing of something else left behind."""
     content = json.dumps(settings).encode()
     plan = out / PLAN
     if not plan.is_file() or plan.read_bytes() != content:
-        for path in out.glob("*.tar"):
-            path.unlink()
+        _clear(out, keep=set())
     _replace(plan, content)
+
+
+def _clear(out: Path, keep: set[str]) -> None:
+    """Remove what an earlier packing left behind: its shards, half-written files, its plan. Never a stranger's file."""
+    for path in out.iterdir():
+        if path.name not in keep and (OWN_FILE.fullmatch(path.name) or path.name == PLAN):
+            path.unlink()
 
 
 def _write_all(source: Source, out: Path, plan: list[Planned], workers: int) -> Iterator[Packed]:
@@ -203,10 +221,11 @@ def _write_index(out: Path, packed: list[Packed]) -> str:
 
 
 def _manifest(source: Source, dataset: str, seed: int, packed: list[Packed], index_sha256: str) -> Manifest:
-    shapes = {p.shape for p in packed}
-    if len(shapes) != 1:
-        raise UserError(f"images of several sizes, {shapes}: sizes must be equal")
-    height, width, _ = shapes.pop()
+    shape = packed[0].shape
+    for p in packed:
+        if p.shape != shape:
+            raise UserError(f"{p.shard.split} sample {p.keys[0]} is {p.shape}, others are {shape}: sizes must be equal")
+    height, width, _ = shape
     count, total, squares = np.sum([p.pixel_sums for p in packed], axis=0).astype(object)  # python integers: exact
     if not count[0]:
         raise UserError("the source has no training images")

@@ -14,6 +14,8 @@ from dlops_dist.data.keys import key
 
 CLASSES = ("disk", "ring", "square", "frame", "triangle", "star", "cross", "crescent", "stripes", "checker")
 
+STL10_SIZE = 96
+
 
 def draw(label: int, seed: int, size: int) -> np.ndarray:
     """One image (size, size, 3) uint8 of the class; a pure function of its arguments."""
@@ -91,7 +93,7 @@ def write_tiny_imagenet(path: Path, train_per_class: int, test_per_class: int, s
         archive.writestr("shapes/val/val_annotations.txt", "".join(annotations))
 
 
-def write_stl10(folder: Path, train_per_class: int, test_per_class: int, num_unlabeled: int, size: int = 96) -> None:
+def write_stl10(folder: Path, train_per_class: int, test_per_class: int, num_unlabeled: int) -> None:
     """The binary files of STL-10's layout: images (N, 3, columns, rows) uint8, labels from 1, class names, folds."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "class_names.txt").write_text("".join(f"{name}\n" for name in CLASSES))
@@ -99,15 +101,15 @@ def write_stl10(folder: Path, train_per_class: int, test_per_class: int, num_unl
     for split, number in (("train", train_per_class), ("test", test_per_class)):
         labels = np.tile(np.arange(len(CLASSES)), number)
         (folder / f"{split}_y.bin").write_bytes((labels + 1).astype(np.uint8).tobytes())
-        _write_images(folder / f"{split}_X.bin", labels, first, size)
+        _write_images(folder / f"{split}_X.bin", labels, first)
         first += len(labels)
-    _write_images(folder / "unlabeled_X.bin", np.arange(num_unlabeled) % len(CLASSES), first, size)
+    _write_images(folder / "unlabeled_X.bin", np.arange(num_unlabeled) % len(CLASSES), first)
     ids = np.arange(train_per_class * len(CLASSES))
     folds = np.array_split(ids, 10)
     (folder / "fold_indices.txt").write_text("".join(" ".join(map(str, fold)) + "\n" for fold in folds))
 
 
-def _write_images(path: Path, labels: np.ndarray, first_seed: int, size: int) -> None:
+def _write_images(path: Path, labels: np.ndarray, first_seed: int) -> None:
     with path.open("wb") as file:
         for i, label in enumerate(labels):
-            file.write(draw(int(label), first_seed + i, size).transpose(2, 1, 0).tobytes())
+            file.write(draw(int(label), first_seed + i, STL10_SIZE).transpose(2, 1, 0).tobytes())

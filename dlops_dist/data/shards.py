@@ -65,16 +65,20 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         what = "no such folder" if not folder.is_dir() else f"no {MANIFEST} in it: not packed, or not to the end"
-        name = folder.name if folder.name in ("tiny-imagenet", "stl10", "shapes") else "shapes"
+        name = folder.name if folder.name in ("tiny-imagenet", "stl10", "shapes") else "DATASET"
         command = f"python launch/shard.py {name} --out {folder.parent}"
         raise UserError(f"data.shards: {folder}: {what}; make them with '{command}'")
     try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
+        values = json.loads(path.read_bytes())
+        if values["format"] != FORMAT:
+            raise UserError(f"{path} has format {values['format']}, this version reads {FORMAT}; pack the shards again")
+        return Manifest(**values)
     except ValidationError as error:
-        raise UserError(f"{path} is damaged ({error.errors()[0]['msg']}); pack the shards again") from None
-    if manifest.format != FORMAT:
-        raise UserError(f"{path} has format {manifest.format}, this version reads {FORMAT}; pack the shards again")
-    return manifest
+        problem = error.errors()[0]
+        why = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+    except (ValueError, TypeError, KeyError) as error:
+        why = f"{type(error).__name__}: {error}"
+    raise UserError(f"{path} is damaged ({why}); pack the shards again")
 
 
 class Split:
@@ -126,7 +130,7 @@ def decode(data: bytes, extension: str, out: np.ndarray | None = None) -> np.nda
 
         image = simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=out)
     else:
-        image = np.load(io.BytesIO(data), allow_pickle=False)
+        image = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"{image.dtype} {image.shape} is not an uint8 RGB image")
     if out is None:

@@ -3,9 +3,12 @@
 A source opens its files when it is first read, so it can be handed to other processes.
 """
 
+import gzip
 import io
+import shutil
 import tarfile
 import zipfile
+import zlib
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -84,7 +87,7 @@ class TinyImageNet:
             if self._archive is None:
                 return Path(self._root + name).read_bytes()
             return self._archive.read(self._root + name)
-        except (OSError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f"{self.path}: cannot read {name} ({error}); fetch the dataset again") from None
 
     @cached_property
@@ -106,32 +109,38 @@ class TinyImageNet:
 
     @cached_property
     def classes(self) -> list[str]:
-        words = dict(line.split("\t", 1) for line in self._bytes("words.txt").decode().splitlines())
+        lines = self._bytes("words.txt").decode().splitlines()
+        words = dict(line.split("\t", 1) for line in lines if "\t" in line)
         return [f"{wnid} {words.get(wnid, '').split(',')[0].strip()}".strip() for wnid in self._wnids]
 
     @cached_property
-    def splits(self) -> dict[str, Listing]:
+    def _files(self) -> dict[str, list[tuple[str, int]]]:
+        """Name and label of every image of the wanted classes, sorted by key."""
         label_of = {wnid: label for label, wnid in enumerate(self._wnids)}
-        train = [n for n in self._names if n.startswith("train/") and n.split("/")[1] in label_of]
-        annotations = (line.split("\t") for line in self._bytes("val/val_annotations.txt").decode().splitlines())
-        test_wnid = {f"val/images/{fields[0]}": fields[1] for fields in annotations}
-        test = [n for n, wnid in test_wnid.items() if wnid in label_of]
+        train = {name: name.split("/")[1] for name in self._names if name.startswith("train/")}
+        lines = self._bytes("val/val_annotations.txt").decode().splitlines()
+        test = {f"val/images/{fields[0]}": fields[1] for fields in (line.split("\t") for line in lines if "\t" in line)}
         missing = set(test) - set(self._names)
         if missing:
-            raise UserError(
-                f"{self.path}: {len(missing)} images of val_annotations.txt are missing, {min(missing)} first"
-            )
-        train.sort(key=lambda name: Path(name).stem)
-        test.sort(key=lambda name: Path(name).stem)
-        self._files = {"train": train, "test": test}
+            names = f"{len(missing)} images of val_annotations.txt are missing, {min(missing)} first"
+            raise UserError(f"{self.path}: {names}; fetch the dataset again")
         return {
-            "train": Listing([Path(n).stem for n in train], np.array([label_of[n.split("/")[1]] for n in train])),
-            "test": Listing([Path(n).stem for n in test], np.array([label_of[test_wnid[n]] for n in test])),
+            split: sorted(
+                ((name, label_of[wnid]) for name, wnid in wnid_of.items() if wnid in label_of),
+                key=lambda file: Path(file[0]).stem,
+            )
+            for split, wnid_of in (("train", train), ("test", test))
+        }
+
+    @cached_property
+    def splits(self) -> dict[str, Listing]:
+        return {
+            split: Listing([Path(name).stem for name, _ in files], np.array([label for _, label in files], np.int64))
+            for split, files in self._files.items()
         }
 
     def read(self, split: str, index: int) -> bytes:
-        self.splits  # noqa: B018  fills _files
-        return self._bytes(self._files[split][index])
+        return self._bytes(self._files[split][index][0])
 
 
 class STL10:
@@ -155,8 +164,17 @@ class STL10:
         return {"path": self.path, "num_classes": self.num_classes}
 
     @cached_property
+    def _all_classes(self) -> list[str]:
+        try:
+            return (self.path / "class_names.txt").read_text().split()
+        except OSError as error:
+            raise UserError(f"{self.path} is not STL-10: {error.strerror}: class_names.txt") from None
+
+    @cached_property
     def classes(self) -> list[str]:
-        return (self.path / "class_names.txt").read_text().split()[: self.num_classes]
+        if self.num_classes is not None and self.num_classes > len(self._all_classes):
+            raise UserError(f"--classes {self.num_classes}: {self.path} has {len(self._all_classes)} classes")
+        return self._all_classes[: self.num_classes]
 
     @cached_property
     def _pixels(self) -> dict[str, np.ndarray]:
@@ -164,31 +182,40 @@ class STL10:
         for split in ("train", "test", "unlabeled"):
             file = self.path / f"{split}_X.bin"
             if file.is_file():
-                if file.stat().st_size % (3 * self.size**2):
+                if not file.stat().st_size or file.stat().st_size % (3 * self.size**2):
                     raise UserError(f"{file} is cut off: not a whole number of 96x96 images; fetch the dataset again")
                 arrays[split] = np.memmap(file, np.uint8, "r").reshape(-1, 3, self.size, self.size)
         return arrays
 
     @cached_property
-    def splits(self) -> dict[str, Listing]:
-        listings = {}
+    def _labels(self) -> dict[str, np.ndarray]:
+        """Of every image, from 0; UNLABELED where there is no file of labels."""
+        labels = {}
         for split, pixels in self._pixels.items():
-            labels = np.full(len(pixels), UNLABELED, np.int64)
-            labels_file = self.path / f"{split}_y.bin"
-            if labels_file.is_file():
-                labels = np.fromfile(labels_file, np.uint8).astype(np.int64) - 1
-                if len(labels) != len(pixels) or labels.min() < 0:
-                    raise UserError(f"{labels_file} does not match {split}_X.bin: {len(labels)} labels from 1 expected")
-            self._kept[split] = kept = np.flatnonzero(labels < len(self.classes))
-            listings[split] = Listing([f"{split}-{i:06d}" for i in kept], labels[kept])
-        return listings
+            file = self.path / f"{split}_y.bin"
+            if not file.is_file():
+                labels[split] = np.full(len(pixels), UNLABELED, np.int64)
+                continue
+            labels[split] = np.fromfile(file, np.uint8).astype(np.int64) - 1
+            in_range = ((labels[split] >= 0) & (labels[split] < len(self._all_classes))).all()
+            if len(labels[split]) != len(pixels) or not in_range:
+                wanted = f"{len(pixels)} labels from 1 to {len(self._all_classes)}"
+                raise UserError(f"{file} does not match {split}_X.bin: {wanted} expected; fetch the dataset again")
+        return labels
 
     @cached_property
     def _kept(self) -> dict[str, np.ndarray]:
-        return {}
+        """Where the images of the wanted classes stand in the files."""
+        return {split: np.flatnonzero(labels < len(self.classes)) for split, labels in self._labels.items()}
+
+    @cached_property
+    def splits(self) -> dict[str, Listing]:
+        return {
+            split: Listing([f"{split}-{i:06d}" for i in kept], self._labels[split][kept])
+            for split, kept in self._kept.items()
+        }
 
     def read(self, split: str, index: int) -> bytes:
-        self.splits  # noqa: B018  fills _kept
         image = self._pixels[split][self._kept[split][index]].transpose(2, 1, 0)  # stored channel, column, row
         file = io.BytesIO()
         np.save(file, np.ascontiguousarray(image))
@@ -196,21 +223,33 @@ class STL10:
 
 
 def unpack_stl10(archive: Path, folder: Path) -> Path:
-    """The wanted members of stl10_binary.tar.gz, written into folder/stl10_binary. Nothing else is extracted."""
+    """The wanted members of stl10_binary.tar.gz, written into folder/stl10_binary. Nothing else is extracted.
+
+    Files get their names only once the whole archive was read and its checksum was found right.
+    """
     out = folder / "stl10_binary"
     out.mkdir(parents=True, exist_ok=True)
+    partials: dict[Path, Path] = {}
     try:
-        with tarfile.open(archive) as tar:
+        with gzip.open(archive) as unzipped, tarfile.open(fileobj=unzipped, mode="r|") as tar:
             for member in tar:
                 name = Path(member.name).name
-                if not member.isfile() or not name.endswith((".bin", ".txt")) or (out / name).exists():
-                    continue
-                stream = tar.extractfile(member)
-                partial = out / f".{name}.partial"
-                with partial.open("wb") as file:
-                    while stream and (block := stream.read(1 << 22)):
-                        file.write(block)
-                partial.rename(out / name)
-    except (OSError, EOFError, tarfile.TarError) as error:
-        raise UserError(f"{archive} is not a readable tar.gz file ({error}); fetch it again") from None
+                wanted = member.isfile() and name.endswith((".bin", ".txt"))
+                stream = tar.extractfile(member) if wanted else None
+                if stream is not None:
+                    partials[out / name] = out / f".{name}.partial"
+                    with partials[out / name].open("wb") as file:
+                        shutil.copyfileobj(stream, file, 1 << 22)
+            while unzipped.read(1 << 22):  # to the end, where the checksum stands
+                pass
+    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
+        raise UserError(f"{archive} is not a whole tar.gz file ({_first_line(error)}); fetch it again") from None
+    for path, partial in partials.items():
+        partial.rename(path)
     return out
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

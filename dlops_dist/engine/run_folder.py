@@ -55,11 +55,17 @@ class RunFolder:
             return []
         return [json.loads(line) for line in self.metrics_file.read_text().splitlines()]
 
-    def finished_row(self, settings: Run) -> dict[str, Any] | None:
-        """The last row of a run whose last checkpoint is that of its last epoch."""
+    def finished_row(self, settings: Run, dataset_id: str) -> dict[str, Any] | None:
+        """The last row of a run whose last checkpoint is that of its last epoch; refuses what `load` refuses."""
         rows, checkpoints = self.rows(), self._checkpoint_files()
-        done = rows and checkpoints and rows[-1]["epoch"] == settings.epochs
-        return rows[-1] if done and checkpoints[-1] == self._checkpoint_file(rows[-1]["step"]) else None
+        if (
+            not rows
+            or rows[-1]["epoch"] < settings.epochs
+            or checkpoints[-1:] != [self._checkpoint_file(rows[-1]["step"])]
+        ):
+            return None
+        self.load(settings, dataset_id, torch.device("cpu"))
+        return rows[-1]
 
     def keep_rows(self, last_step: int) -> None:
         """Drop the rows that are later than the checkpoint that the run goes on from."""

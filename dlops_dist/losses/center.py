@@ -50,7 +50,8 @@ class CenterLoss(nn.Module):
         classes, place = labels.unique(return_inverse=True)
         member = (place == torch.arange(len(classes), device=labels.device)[:, None]).to(differences.dtype)
         all_differences = torch.zeros_like(self.centers)
-        all_differences[classes] = member @ differences  # index_add_ would add in any order on a GPU
+        with torch.autocast(labels.device.type, enabled=False):
+            all_differences[classes] = member @ differences  # index_add_ would add in any order on a GPU
         counts = self.centers.new_zeros(len(self.centers))
         counts[classes] = member.sum(dim=1)
         return CenterSums(all_differences, counts)

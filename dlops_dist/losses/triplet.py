@@ -1,16 +1,17 @@
 """Triplet loss: given triplets, or triplets mined within a batch (batch-hard, semi-hard, all)."""
 
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from dlops_dist.losses.terms import Terms, at_least_float32
 
 Mining = Literal["batch-hard", "semi-hard", "all"]
+Piece = Callable[[Tensor], tuple[Tensor, Tensor]]
 CHUNK_ELEMENTS = 2**21  # of a distance matrix held at once: 8 MB in float32
 
 
@@ -38,7 +39,7 @@ class TripletLoss(nn.Module):
         average: Literal["valid", "active"] = "valid",
     ) -> None:
         super().__init__()
-        if margin < 0:
+        if not margin >= 0:
             raise ValueError(f"margin must be at least 0, not {margin}")
         if mining not in ("batch-hard", "semi-hard", "all"):
             raise ValueError(f"mining must be 'batch-hard', 'semi-hard' or 'all', not {mining!r}")
@@ -64,17 +65,8 @@ class TripletLoss(nn.Module):
         """
         first, last, _ = (anchors or slice(None)).indices(len(embeddings))
         with torch.autocast(embeddings.device.type, enabled=False):
-            embeddings = self._prepared(embeddings)
-            if self.mining == "all":
-                return self._all_terms(embeddings, labels, first, last)
-            mine = self._mine_batch_hard if self.mining == "batch-hard" else self._mine_semi_hard
-            anchor, positive, negative = mine(embeddings.detach(), labels, first, last)
-            anchor_x = embeddings[anchor]
-            near = self._distance(anchor_x, embeddings[positive])
-            far = self._distance(anchor_x, embeddings[negative])
-            terms = self._hinge_terms(near - far)
-            # a rank without triplets still takes part in the backward pass of the gather
-            return Terms(terms.sum + 0 * embeddings.sum(), terms.count)
+            x = self._prepared(embeddings)
+            return Terms(*_ChunkedSum.apply(x, self._pieces(x.detach(), labels, first, last)))
 
     def _prepared(self, embeddings: Tensor) -> Tensor:
         embeddings = at_least_float32(embeddings)
@@ -90,40 +82,21 @@ class TripletLoss(nn.Module):
         chosen = losses > 0 if self.average == "active" else torch.ones_like(losses, dtype=torch.bool)
         return Terms(losses.sum(), chosen.sum(dtype=torch.float64))
 
-    @torch.no_grad()
-    def _mine_batch_hard(self, x: Tensor, labels: Tensor, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
-        picks = []
-        for rows, squared, same in _chunks(x, labels, first, last):
-            other = ~same
-            positives = same.clone()
-            positives[torch.arange(len(rows), device=x.device), rows] = False
-            positive = squared.masked_fill(~positives, -torch.inf).argmax(dim=1)
-            negative = squared.masked_fill(same, torch.inf).argmin(dim=1)
-            valid = positives.any(dim=1) & other.any(dim=1)
-            picks.append(torch.stack([rows, positive, negative])[:, valid])
-        return _split_triplets(picks, x)
+    def _pieces(self, x: Tensor, labels: Tensor, first: int, last: int) -> Iterator[Piece]:
+        """Parts of the sum, each a function of the embeddings."""
+        if self.mining == "all":
+            yield from (partial(self._all_of_rows, labels=labels, rows=rows) for rows in _row_chunks(x, first, last))
+            return
+        pick = _batch_hard if self.mining == "batch-hard" else _semi_hard
+        size = max(1, CHUNK_ELEMENTS // x.shape[1])
+        for chunk in _chunks(x, labels, first, last):
+            for triplets in zip(*(index.split(size) for index in pick(*chunk)), strict=True):
+                yield partial(self._of_triplets, triplets=triplets)
 
-    @torch.no_grad()
-    def _mine_semi_hard(self, x: Tensor, labels: Tensor, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
-        picks = []
-        for rows, squared, same in _chunks(x, labels, first, last):
-            num_negatives = (~same).sum(dim=1, keepdim=True)
-            ordered, index = squared.masked_fill(same, torch.inf).sort(dim=1, stable=True)
-            place = torch.searchsorted(ordered, squared, right=True)  # of the first negative that is farther
-            place = place.clamp(max=(num_negatives - 1).clamp(min=0))
-            negatives = index.gather(1, place)
-            positives = same & (num_negatives > 0)
-            positives[torch.arange(len(rows), device=x.device), rows] = False
-            row, positive = positives.nonzero(as_tuple=True)
-            picks.append(torch.stack([rows[row], positive, negatives[row, positive]]))
-        return _split_triplets(picks, x)
-
-    def _all_terms(self, x: Tensor, labels: Tensor, first: int, last: int) -> Terms:
-        total, count = 0 * x.sum(), torch.zeros((), dtype=torch.float64, device=x.device)
-        for rows in _row_chunks(x, first, last):
-            chunk_total, chunk_count = checkpoint(self._all_of_rows, x, labels, rows, use_reentrant=False)
-            total, count = total + chunk_total, count + chunk_count
-        return Terms(total, count)
+    def _of_triplets(self, x: Tensor, triplets: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        anchors, positives, negatives = (x[index] for index in triplets)
+        terms = self._hinge_terms(self._distance(anchors, positives) - self._distance(anchors, negatives))
+        return terms.sum, terms.count
 
     def _all_of_rows(self, x: Tensor, labels: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Every triplet of some anchors, without a cube: sort the negatives, then add up prefix sums."""
@@ -144,10 +117,61 @@ class TripletLoss(nn.Module):
         return total, number.masked_fill(~positives, 0).sum(dtype=torch.float64)
 
 
+class _ChunkedSum(torch.autograd.Function):
+    """Sum and count of pieces, f(x) = sum of f_k(x), with their gradient taken piece by piece in the forward pass.
+
+    What is kept for the backward pass is one tensor of the shape of x, however many triplets there are.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, pieces: Iterator[Piece]) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        gradient = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
+        total, count = x.new_zeros(()), x.new_zeros((), dtype=torch.float64)
+        for piece in pieces:
+            leaf = x.detach().requires_grad_(gradient is not None)
+            with torch.enable_grad():
+                piece_total, piece_count = piece(leaf)
+            if gradient is not None:
+                gradient += torch.autograd.grad(piece_total, leaf)[0]
+            total += piece_total.detach()
+            count += piece_count
+        ctx.gradient = gradient
+        ctx.mark_non_differentiable(count)
+        return total, count
+
+    @staticmethod
+    def backward(ctx: Any, d_total: Tensor, _: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return d_total * ctx.gradient, None
+
+
 def _safe_sqrt(squared: Tensor) -> Tensor:
     """sqrt, with gradient 0 instead of infinity at 0."""
     positive = squared > 0
     return torch.where(positive, squared, 1.0).sqrt() * positive
+
+
+@torch.no_grad()
+def _batch_hard(rows: Tensor, squared: Tensor, same: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices (anchor, positive, negative) of one triplet for each row that has one."""
+    positives = same.scatter(1, rows[:, None], False)
+    positive = squared.masked_fill(~positives, -torch.inf).argmax(dim=1)
+    negative = squared.masked_fill(same, torch.inf).argmin(dim=1)
+    valid = positives.any(dim=1) & ~same.all(dim=1)
+    return rows[valid], positive[valid], negative[valid]
+
+
+@torch.no_grad()
+def _semi_hard(rows: Tensor, squared: Tensor, same: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices (anchor, positive, negative) of one triplet for each positive pair of a row that has a negative."""
+    num_negatives = (~same).sum(dim=1, keepdim=True)
+    ordered, index = squared.masked_fill(same, torch.inf).sort(dim=1, stable=True)
+    place = torch.searchsorted(ordered, squared, right=True)  # of the first negative that is farther
+    nearest_farther = index.gather(1, place.clamp(max=squared.shape[1] - 1))
+    farthest = squared.masked_fill(same, -torch.inf).argmax(dim=1, keepdim=True)
+    negatives = torch.where(place < num_negatives, nearest_farther, farthest)
+    positives = (same & (num_negatives > 0)).scatter(1, rows[:, None], False)
+    row, positive = positives.nonzero(as_tuple=True)
+    return rows[row], positive, negatives[row, positive]
 
 
 def _row_chunks(x: Tensor, first: int, last: int) -> Iterator[Tensor]:
@@ -156,18 +180,31 @@ def _row_chunks(x: Tensor, first: int, last: int) -> Iterator[Tensor]:
         yield torch.arange(start, min(start + size, last), device=x.device)
 
 
+@torch.no_grad()
 def _chunks(x: Tensor, labels: Tensor, first: int, last: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Rows, their squared distances (rows, N) to all samples, and where the labels are equal, chunk by chunk.
 
     The mean is taken off first: ||a||^2 + ||b||^2 - 2ab loses all digits where the embeddings nearly coincide.
+    A matrix product may round equal columns differently: those of equal samples are made equal again.
     """
+    original = _first_equal(x)
+    repeated = bool((original != torch.arange(len(x), device=x.device)).any())
     x = x - x.mean(dim=0)
     norms = x.square().sum(dim=1)
     for rows in _row_chunks(x, first, last):
         squared = torch.addmm(norms, x[rows], x.T, alpha=-2).add_(norms[rows, None]).clamp_(min=0)
+        if repeated:
+            squared = squared[:, original].masked_fill_(original[rows][:, None] == original, 0)
         yield rows, squared, labels[rows, None] == labels
 
 
-def _split_triplets(picks: list[Tensor], x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    triplets = torch.cat([torch.zeros(3, 0, dtype=torch.int64, device=x.device), *picks], dim=1)
-    return triplets[0], triplets[1], triplets[2]
+def _first_equal(x: Tensor) -> Tensor:
+    """For each row of x (N, D), the lowest index of a row with the same bits, (N,)."""
+    bits = x.contiguous().view(torch.int64 if x.dtype == torch.float64 else torch.int32).long()
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randint(-(2**62), 2**62, (x.shape[1],), generator=generator).to(x.device) | 1
+    hashes = (bits * factors).sum(dim=1)  # integers: no order of summation matters
+    _, group = hashes.unique(return_inverse=True)
+    index = torch.arange(len(x), device=x.device)
+    lowest = torch.full_like(index, len(x)).scatter_reduce(0, group, index, "amin")[group]
+    return torch.where((bits == bits[lowest]).all(dim=1), lowest, index)

@@ -1,9 +1,9 @@
 """Settings from YAML, --smoke and the command line; their errors in one line; names of runs; exit codes."""
 
 import pytest
-from pydantic import Field
 
-from dlops_dist.config import Q1, Section, default_name, parse_arguments, read_settings, result_settings
+from dlops_dist.command_line import read_settings
+from dlops_dist.config import Q1, default_name, result_settings
 from dlops_dist.engine.run_folder import RunFolder
 from dlops_dist.errors import RunError, UserError, exit_code_of
 
@@ -162,7 +162,7 @@ def test_a_name_like_none_points_at_the_help(user_error):
         ("seed", "4294967296", "less than 4294967296"),
         ("workers", "0", "greater than or equal to 1"),
         ("optimizer.lr", "0", "greater than 0"),
-        ("optimizer.lr", "nan", "greater than 0"),
+        ("optimizer.lr", "nan", "finite"),
         ("optimizer.momentum", "1", "less than 1"),
         ("optimizer.weight_decay", "-0.1", "greater than or equal to 0"),
         ("data.val_fraction", "1.0", "less than 1"),
@@ -199,7 +199,7 @@ def test_a_value_out_of_range_names_field_value_and_what_is_allowed(*, where, na
         (["--triplet.mining", "semi"], ["--triplet.mining", "'semi'", "'batch-hard'", "'semi-hard'", "'all'"]),
         (["--epochs"], ["--epochs", "alue"]),
         (["--epochs", "--loss", "ce"], ["--epochs", "alue"]),
-        (["--config"], ["--config", "alue"]),
+        (["--config"], ["--config", "argument"]),
         (["--name"], ["--name", "alue"]),
         (["--smoke=1"], ["--smoke", "1"]),
         (["triplet"], ["triplet"]),
@@ -225,7 +225,6 @@ def test_a_long_value_is_shown_whole_on_any_terminal(columns, monkeypatch, user_
     [
         ("epochs: ten", ["epochs:", "'ten'", "integer"]),
         ("epochs: 1.5", ["epochs:", "1.5", "integer"]),
-        ("epochs: true", ["epochs:", "True", "integer"]),
         ("epochs: [1, 2]", ["epochs:", "[1, 2]", "integer"]),
         ("data: {shards: 3}", ["data.shards:", "3", "string"]),
         ("data:", ["data:", "None", "dictionary"]),
@@ -234,7 +233,7 @@ def test_a_long_value_is_shown_whole_on_any_terminal(columns, monkeypatch, user_
         ("optimizer: {schedule: cos}", ["optimizer.schedule:", "'cos'", "'cosine'"]),
         ('name: "a\\nb"', ["name:", "a\\nb", "A-Za-z0-9"]),
         ("1: 2", ["1"]),
-        ("on: 3", ["True"]),
+        ("on: 3", ["on"]),
         ("optimizer: {1: 2}", ["1"]),
     ],
     ids=repr,
@@ -259,7 +258,7 @@ def test_a_file_that_is_no_mapping_is_named(content, tmp_path, user_error):
 @pytest.mark.parametrize("name", ["missing.yaml", "folder/missing.yaml", "."])
 def test_a_config_that_is_not_there_is_named(name, tmp_path, monkeypatch, user_error):
     monkeypatch.chdir(tmp_path)
-    with user_error(f"--config {name}", "no such file"):
+    with user_error(f"--config {name}", name):
         read_settings("q1", ["--config", name])
 
 
@@ -267,25 +266,6 @@ def test_a_config_that_is_not_there_is_named(name, tmp_path, monkeypatch, user_e
 def test_nesterov_without_momentum_names_the_three_settings(other, user_error):
     with user_error("optimizer.nesterov", "momentum > 0", "dampening 0"):
         read_settings("q1", ["--optimizer.nesterov", *other])
-
-
-# a command line without a file
-
-
-class Options(Section):
-    """Of some command."""
-
-    size: int = Field(1, ge=1)
-    """How large."""
-    seed: int = 0
-
-
-def test_arguments_without_a_file(user_error):
-    assert parse_arguments(Options, ["--size", "3"], "prog") == Options(size=3)
-    with user_error("size", "0", "greater than or equal to 1"):
-        parse_arguments(Options, ["--size", "0"], "prog")
-    with user_error("--sizes;", "--size?"):
-        parse_arguments(Options, ["--sizes", "2"], "prog")
 
 
 # what identifies a run
@@ -298,7 +278,7 @@ CHANGES_THE_RESULT = {
     "epochs": 11, "global_batch_size": 64, "seed": 1, "precision": "float64", "compile": True, "deterministic": False,
     "loss": "center",
     "data.order": "balanced", "data.samples_per_class": 8, "data.drop_last": False, "data.val_fraction": 0.1,
-    "augment.crop_padding": 4, "augment.flip": False,
+    "augment.crop_padding": 1, "augment.flip": False,
     "model.stem": "imagenet", "model.width": 32, "model.norm": "local",
     "optimizer.lr": 0.2, "optimizer.momentum": 0.8, "optimizer.dampening": 0.5, "optimizer.nesterov": True,
     "optimizer.weight_decay": 0.0, "optimizer.clip_norm": 1.0, "optimizer.schedule": "step",
@@ -316,7 +296,9 @@ def with_setting(name: str, value: object) -> Q1:
 
 
 def test_every_setting_is_listed_as_changing_the_result_or_not():
-    assert flat(Q1().model_dump()).keys() == MAY_DIFFER.keys() | CHANGES_THE_RESULT.keys()
+    defaults, others = flat(Q1().model_dump()), MAY_DIFFER | CHANGES_THE_RESULT
+    assert defaults.keys() == others.keys()
+    assert [name for name in defaults if defaults[name] == others[name]] == []
     assert result_settings(Q1()).keys() == CHANGES_THE_RESULT.keys()
 
 

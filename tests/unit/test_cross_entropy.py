@@ -32,11 +32,11 @@ def test_sum_count_and_mean_equal_the_loop(smoothing):
     logits, labels = batch()
     loss = CrossEntropyLoss(smoothing)
     expected = loop_losses(logits, labels, smoothing)
-    total, count = loss.terms(logits, labels)
-    assert total.item() == pytest.approx(math.fsum(expected), rel=1e-13)
-    assert count.item() == len(expected)
-    assert count.dtype == torch.float64
-    assert not count.requires_grad
+    terms = loss.terms(logits, labels)
+    assert terms.sum.item() == pytest.approx(math.fsum(expected), rel=1e-13)
+    assert terms.count.item() == len(expected)
+    assert terms.count.dtype == torch.float64
+    assert not terms.count.requires_grad
     assert loss(logits, labels).item() == pytest.approx(math.fsum(expected) / len(expected), rel=1e-13)
 
 

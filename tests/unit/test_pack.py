@@ -305,6 +305,12 @@ def test_an_image_that_cannot_be_packed_is_named(fault, shard_size, tmp_path, jp
     assert not (tmp_path / "manifest.json").exists()
 
 
+def test_a_source_without_training_images_is_refused(tmp_path, jpeg, user_error):
+    with user_error("training images"):
+        pack(Images({"test": [("a", 0, jpeg(np.zeros((8, 8), np.uint8)))]}), tmp_path, "bad", workers=1)
+    assert not (tmp_path / "manifest.json").exists()
+
+
 def test_the_longest_key_that_fits_is_packed(tmp_path, jpeg):
     key = "k" * 96
     pack(images_with(jpeg, key, jpeg(np.zeros((8, 8), np.uint8))), tmp_path, "long", workers=1)

@@ -1,0 +1,90 @@
+"""P5 and P7: one q1 training step against a bare loop, and the optimiser alone. Data in memory, one process.
+
+    python benchmarks/step.py [--stem imagenet] [--batch 64] [--steps 4] [--runs 7]
+
+Ours counts everything that a step of a run does: crop, flip and normalise on uint8 images, the loss, the schedule and
+the metrics. The bare loop is torchvision's resnet18, torch's cross-entropy and SGD on images that are normalised
+already.
+"""
+
+import argparse
+
+import torch
+import torchvision
+from timing import alternate
+from torch.nn import functional as F
+
+from dlops_dist.config import Q1
+from dlops_dist.data.loader import Batch
+from dlops_dist.engine.learner import Inputs, Learner
+from dlops_dist.optim import SGD
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stem", choices=["imagenet", "cifar"], default="imagenet")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=4, help="in each timed run")
+    parser.add_argument("--runs", type=int, default=7)
+    arguments = parser.parse_args()
+
+    ours, bare = our_steps(arguments), bare_steps(arguments)
+    ours_s, bare_s = alternate(ours, bare, arguments.runs)
+    images = arguments.batch * arguments.steps
+    print(f"threads {torch.get_num_threads()}, stem {arguments.stem}, batch {arguments.batch}")
+    print(f"P5 step: ours {images / ours_s:.1f} images/s, bare loop {images / bare_s:.1f}, ratio {bare_s / ours_s:.3f}")
+
+    ours_s, torch_s = alternate(*optimizers(), runs=25)
+    print(
+        f"P7 SGD step: ours {1e3 * ours_s:.2f} ms, torch foreach {1e3 * torch_s:.2f} ms, ratio {ours_s / torch_s:.3f}"
+    )
+
+
+def our_steps(arguments: argparse.Namespace):
+    settings = Q1(model={"stem": arguments.stem}, global_batch_size=arguments.batch)
+    learner = Learner(settings, Inputs(200, (0.48, 0.45, 0.4), (0.28, 0.27, 0.28)), 1000, torch.device("cpu"))
+    ids, labels = torch.arange(arguments.batch), torch.randint(200, (arguments.batch,))
+    images = torch.randint(256, (arguments.batch, 64, 64, 3), dtype=torch.uint8)
+    batch = Batch(images, ids, labels, slice(0, arguments.batch))
+
+    def run() -> None:
+        for step in range(arguments.steps):
+            learner.step(batch, 0, step).item()
+
+    return run
+
+
+def bare_steps(arguments: argparse.Namespace):
+    model = torchvision.models.resnet18(num_classes=200).to(memory_format=torch.channels_last)
+    if arguments.stem == "cifar":
+        model.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        model.maxpool = torch.nn.Identity()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
+    images = torch.randn(arguments.batch, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(200, (arguments.batch,))
+    model.train()
+
+    def run() -> None:
+        for _ in range(arguments.steps):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(images), labels)
+            loss.backward()
+            optimizer.step()
+            loss.item()
+
+    return run
+
+
+def optimizers():
+    """One step of each on ResNet-18's parameters."""
+    steps = []
+    for kind, options in ((SGD, {}), (torch.optim.SGD, {"foreach": True})):
+        model = torchvision.models.resnet18(num_classes=200)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        steps.append(kind(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, **options).step)
+    return steps
+
+
+if __name__ == "__main__":
+    main()

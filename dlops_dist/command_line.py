@@ -1,0 +1,107 @@
+"""A command line into settings: a YAML file, then dotted overrides."""
+
+import argparse
+import contextlib
+import io
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+from unittest import mock
+
+import yaml
+
+from dlops_dist.config import Q1, SMOKE, TASKS, setting_names, unknown_setting
+from dlops_dist.errors import UserError
+
+CONFIG_FOLDERS = [Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs"]  # wheel, checkout
+
+
+def read_settings(task: str, arguments: Sequence[str]) -> Q1:
+    """Settings of a task: its YAML file (or --config), then --smoke, then the other command-line overrides."""
+    first = _OneLineParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    first.add_argument("--smoke", action="store_true")
+    known, _ = first.parse_known_args(arguments)
+    values = _read_yaml(Path(known.config) if known.config else _packaged_config(f"{task}.yaml"))
+    if (written_for := values.pop("task", task)) != task:
+        raise UserError(f"--config {known.config} is for the task {written_for}, not {task}")
+    if known.smoke or values.get("smoke"):
+        values = _merged(values, SMOKE)
+    return _override(TASKS[task](**values), arguments, prog=f"python -m dlops_dist.train {task}")
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def _override(defaults: Q1, arguments: Sequence[str], prog: str) -> Q1:
+    import tyro
+
+    box = io.StringIO()
+    help_wanted = {"-h", "--help"} & set(arguments)
+    wide = {} if help_wanted else {"COLUMNS": "10000"}  # an error must not be broken into lines
+    try:
+        with contextlib.redirect_stderr(box), mock.patch.dict(os.environ, wide):
+            settings, unknown = tyro.cli(
+                type(defaults), default=defaults, args=list(arguments), prog=prog, return_unknown_args=True
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UserError(_first_sentence(box.getvalue())) from None
+    if unknown:
+        raise UserError(unknown_setting(unknown[0], [f"--{name}" for name in setting_names(type(defaults))]))
+    return settings
+
+
+def _first_sentence(box: str) -> str:
+    """The message of tyro's error box, without its frame and its help."""
+    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
+    end = next((i for i, line in enumerate(lines) if line.startswith("──")), len(lines))
+    return " ".join(lines[:end])
+
+
+class _Yaml12Loader(yaml.SafeLoader):
+    """Only true and false are booleans: `wandb: off` is a word."""
+
+
+_Yaml12Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Yaml12Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("true|false"), list("tf"))
+
+
+def _packaged_config(name: str) -> Path:
+    return next(folder / name for folder in CONFIG_FOLDERS if (folder / name).is_file())
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.load(path.read_text(), _Yaml12Loader)
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold settings as 'name: value', not a {type(values).__name__}")
+    return _with_text_names(path, values)
+
+
+def _with_text_names(path: Path, values: dict[Any, Any]) -> dict[str, Any]:
+    for name, value in values.items():
+        if not isinstance(name, str):
+            raise UserError(f"{path}: {name!r} is not the name of a setting; quote it if it is meant as text")
+        if isinstance(value, dict):
+            _with_text_names(path, value)
+    return values
+
+
+def _merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    both = {k: _merged(base[k], v) for k, v in top.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
+    return {**base, **top, **both}

@@ -1,0 +1,48 @@
+"""Runs the project's commands as its users do."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+TINY = ["--model.width", "4", "--model.stem", "imagenet", "--global-batch-size", "20", "--optimizer.lr", "0.02"]
+
+
+def start(*arguments, **options):
+    """A command of the project, under way; its output on one pipe."""
+    module = [str(ROOT / "launch/shard.py")] if arguments[0] == "shard" else ["-m", f"dlops_dist.{arguments[0]}"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "WANDB_"))}
+    environment |= {"OMP_NUM_THREADS": "1", **options.pop("env", {})}
+    return subprocess.Popen(
+        [sys.executable, *module, *map(str, arguments[1:])],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, **options,
+    )  # fmt: skip
+
+
+def run(*arguments, timeout_s=120, **options):
+    """(exit code, everything printed) of a command."""
+    process = start(*arguments, **options)
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    finally:
+        process.kill()
+    return process.returncode, output
+
+
+def rows(run_folder):
+    """metrics.jsonl, without what may differ between two runs of the same command."""
+    lines = (Path(run_folder) / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.endswith("_s")} for line in lines]
+
+
+def wait_until(condition, timeout_s=60):
+    """Whether the condition came true in time."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False
