@@ -2,6 +2,7 @@
 
 import _thread
 import os
+import socket
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from dlops_dist.tracking import Console, Wandb
 
 MAX_RESTARTS = 3
 COLLECTIVE_TIMEOUT_S = 300
+CONNECT_TIMEOUT_S = 10
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
@@ -81,16 +83,29 @@ def _cluster(console: Console) -> Iterator[None]:
     import ray
 
     options = {"include_dashboard": False} if address == "local" else {}
+    _refuse_silence(address)
     try:
         ray.init(address, log_to_driver=False, logging_level="ERROR", **options)  # type: ignore[arg-type]
     except ConnectionError as error:
-        raise UserError(
-            f"RAY_ADDRESS={address}: no cluster answers ({error}); start one with 'ray start --head'"
-        ) from None
+        raise _no_cluster(address, error) from None
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _refuse_silence(address: str) -> None:
+    """Ray itself asks an address where nothing listens for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
+        except OSError as error:
+            raise _no_cluster(address, error) from None
+
+
+def _no_cluster(address: str, error: OSError) -> UserError:
+    return UserError(f"RAY_ADDRESS={address}: no cluster answers ({error}); start one with 'ray start --head'")
 
 
 def _resources(workers: int | None) -> tuple[dict[str, float], int]:
