@@ -51,6 +51,9 @@ class Console:
                 self._stepped(event)
             case EpochEnded():
                 self.say(epoch_line(event.row, self._epochs))
+                if self._progress is not None:
+                    where = f"epoch {event.row['epoch']}/{self._epochs}"
+                    self._progress.update(self._task, completed=event.row["step"], description=where)
             case Warned():
                 self.say(f"warning: {event.text}")
             case Finished():

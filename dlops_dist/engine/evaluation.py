@@ -70,9 +70,9 @@ def _own_blocks(learner: Learner, split: Split, blocks: list[Ids]) -> Iterator[B
 
 def _block_result(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Of one block: counts of hits with sum and count of each loss, the embeddings, the labels that were hit."""
-    learner.forward.eval()
+    learner.network.eval()
     with torch.autocast(learner.device.type, torch.bfloat16, enabled=learner.autocast):
-        embeddings, logits = learner.forward(learner.prepare(batch.images))
+        embeddings, logits = learner.network(learner.prepare(batch.images))
     labels = batch.labels
     terms = learner.loss.terms(embeddings, logits, embeddings, labels, slice(0, len(labels)))
     centers = learner.class_means

@@ -76,6 +76,7 @@ class _Fit:
             self.folder.keep_rows(step)
         self._tell(self._started(step))
         per_epoch = self.order.steps_per_epoch
+        row = self.folder.rows()[-1] if step == per_epoch * self.settings.epochs else {}
         for epoch in range(step // per_epoch, self.settings.epochs):
             started = time.monotonic()
             first = max(step - epoch * per_epoch, 0)
@@ -88,7 +89,6 @@ class _Fit:
                 self.folder.add_row(row)
             self._tell(EpochEnded(row))
             self._save((epoch + 1) * per_epoch)
-        row = self.folder.rows()[-1]
         self._tell(Finished(row))
         return row
 

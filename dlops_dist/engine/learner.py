@@ -13,6 +13,7 @@ from dlops_dist.data.order import part_sizes
 from dlops_dist.distributed.collectives import all_sum, gather, rank, world_size
 from dlops_dist.distributed.objective import global_objective, update_centers
 from dlops_dist.engine.classification import ClassificationLoss, TwoOutputs, build_model
+from dlops_dist.losses.terms import at_least_float32
 from dlops_dist.metrics import class_sums, rank_of_label, unit_length
 from dlops_dist.optim import SGD, lr_factor
 
@@ -51,14 +52,14 @@ class Learner:
         self.sums = EpochSums(list(self.loss.weights), self.model.fc.weight)
         self.class_means = torch.full_like(self.model.fc.weight, torch.nan, requires_grad=False)
         """Mean training embedding of each class over the last whole epoch, (C, D)."""
-        network: nn.Module = TwoOutputs(self.model, self.loss.detach_head)
-        self.forward: nn.Module = network
+        self.network = TwoOutputs(self.model, self.loss.detach_head)
+        network: nn.Module = self.network
         compiled = settings.compile if settings.compile is not None else device.type == "cuda"
         if compiled:
             network = torch.compile(network)  # type: ignore[assignment]
         if world_size() > 1:
             network = DistributedDataParallel(network, forward_sync_buffers=False, gradient_as_bucket_view=True)
-        self._network = network
+        self._trained = network
 
     def lr(self, step: int) -> float:
         """Learning rate of a step, counted from 0 over all epochs."""
@@ -79,9 +80,10 @@ class Learner:
             batch.images, batch.ids, settings.seed, epoch, settings.augment.crop_padding, settings.augment.flip
         )
         sizes = part_sizes(len(batch.labels), world_size())
-        self._network.train()
+        self._trained.train()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            embeddings, logits = self._network(self.prepare(images))
+            embeddings, logits = self._trained(self.prepare(images))
+        embeddings = at_least_float32(embeddings)  # before ranks add up gradients of each other's rows
         everyone = gather(embeddings, sizes) if self.loss.triplet is not None else embeddings
         terms = self.loss.terms(embeddings, logits, everyone, batch.labels, batch.part)
         objective = global_objective(terms, self.loss.backward_weights)
