@@ -30,6 +30,16 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         return y
 
 
+@torch.no_grad()
+def average_running_statistics(model: nn.Module) -> None:
+    """Give every rank the mean over ranks of the running statistics; only norms that are not synchronised need it."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and not isinstance(module, SyncBatchNorm2d) and world_size() > 1:
+            for statistic in (module.running_mean, module.running_var):
+                if statistic is not None:
+                    statistic.copy_(all_sum(statistic) / world_size())
+
+
 class _SyncNormalize(torch.autograd.Function):
     """y = (x - mean) / sqrt(var + eps) * weight + bias, over (N, H, W) of all ranks, for each channel."""
 

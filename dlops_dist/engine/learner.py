@@ -11,6 +11,7 @@ from dlops_dist.data.augment import crop_and_flip, normalize
 from dlops_dist.data.loader import Batch
 from dlops_dist.data.order import part_sizes
 from dlops_dist.distributed.collectives import all_sum, gather, rank, world_size
+from dlops_dist.distributed.norm import average_running_statistics
 from dlops_dist.distributed.objective import global_objective, update_centers
 from dlops_dist.engine.classification import ClassificationLoss, TwoOutputs, build_model
 from dlops_dist.losses.terms import at_least_float32
@@ -120,6 +121,7 @@ class Learner:
 
     def end_epoch(self) -> dict[str, float]:
         """Figures of the epoch's training, equal on every rank; the next epoch's sums start at zero."""
+        average_running_statistics(self.model)
         total = self.sums.total()
         self.class_means = total["by_class"][:, 1:] / total["by_class"][:, :1]
         self.sums.clear()

@@ -7,7 +7,7 @@ from torch import nn
 
 from dlops_dist.data.order import rank_part
 from dlops_dist.distributed.collectives import all_sum, gather, rank, world_size
-from dlops_dist.distributed.norm import SyncBatchNorm2d
+from dlops_dist.distributed.norm import SyncBatchNorm2d, average_running_statistics
 from dlops_dist.distributed.objective import global_objective, update_centers
 from dlops_dist.losses import CenterLoss, CrossEntropyLoss, Terms
 
@@ -150,6 +150,24 @@ def test_sync_batch_norm_is_batch_norm_of_all_samples(ranks):
     for result in results:
         torch.testing.assert_close(result[2:4], (dw, db), rtol=1e-9, atol=1e-10)
         torch.testing.assert_close(result[4], buffers, rtol=1e-11, atol=1e-12)
+
+
+def local_statistics(x, sizes):
+    model = nn.Sequential(nn.BatchNorm2d(3), SyncBatchNorm2d(3)).double()
+    model(own_rows(x, sizes))
+    before = [b.clone() for b in model.buffers()]
+    average_running_statistics(model)
+    return before, list(model.buffers())
+
+
+def test_statistics_of_local_norms_become_their_mean_over_ranks():
+    x = torch.randn(8, 3, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    results = run_ranks(local_statistics, 2, x, [3, 5])
+    (mean, var, *_), other = results[0][0], results[1][0]
+    assert not torch.equal(mean, other[0])
+    for _, after in results:
+        torch.testing.assert_close(after[:2], [(mean + other[0]) / 2, (var + other[1]) / 2])
+        torch.testing.assert_close(after[3:], results[0][0][3:])
 
 
 def test_rank_parts_are_what_the_loader_hands_out():
