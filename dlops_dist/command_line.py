@@ -1,40 +1,34 @@
 """A command line into settings: a YAML file, then dotted overrides."""
 
-import argparse
 import contextlib
 import io
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 from unittest import mock
 
 import yaml
 
 from dlops_dist.config import Q1, SMOKE, TASKS, setting_names, unknown_setting
-from dlops_dist.errors import UserError
+from dlops_dist.errors import OneLineParser, UserError
 
 CONFIG_FOLDERS = [Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs"]  # wheel, checkout
 
 
 def read_settings(task: str, arguments: Sequence[str]) -> Q1:
     """Settings of a task: its YAML file (or --config), then --smoke, then the other command-line overrides."""
-    first = _OneLineParser(add_help=False, allow_abbrev=False)
+    first = OneLineParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     first.add_argument("--smoke", action="store_true")
     known, _ = first.parse_known_args(arguments)
-    values = _read_yaml(Path(known.config) if known.config else _packaged_config(f"{task}.yaml"))
+    values = read_yaml(Path(known.config) if known.config else _packaged_config(f"{task}.yaml"))
     if (written_for := values.pop("task", task)) != task:
         raise UserError(f"--config {known.config} is for the task {written_for}, not {task}")
     if known.smoke or values.get("smoke"):
         values = _merged(values, SMOKE)
     return _override(TASKS[task](**values), arguments, prog=f"python -m dlops_dist.train {task}")
-
-
-class _OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
 
 
 def _override(defaults: Q1, arguments: Sequence[str], prog: str) -> Q1:
@@ -79,11 +73,12 @@ def _packaged_config(name: str) -> Path:
     return next(folder / name for folder in CONFIG_FOLDERS if (folder / name).is_file())
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings in a file, as they stand there."""
     try:
         values = yaml.load(path.read_text(), _Yaml12Loader)
     except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}") from None
+        raise UserError(f"{path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if values is None:

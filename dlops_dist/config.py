@@ -80,7 +80,7 @@ class Optimizer(Section):
     schedule: Literal["cosine", "one-cycle", "step", "constant"] = "cosine"
     """How the rate falls after the warm-up."""
     warmup_epochs: float = Field(1.0, ge=0)
-    """Linear warm-up from 0 (one-cycle: the rising part of the cycle)."""
+    """Linear warm-up from 0 (one-cycle: the rising part of the cycle); at most half of the run."""
     step_epochs: int = Field(30, ge=1)
     """schedule step: the rate falls by step_gamma every so many epochs."""
     step_gamma: float = Field(0.1, gt=0, le=1)
@@ -133,7 +133,7 @@ class Run(Section):
 
     config: str | None = None
     """YAML file of settings; by default the task's own in configs/."""
-    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._=-]*$")
+    name: str | None = Field(None, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._=-]*$")
     """Folder of the run under --runs-dir; by default task, loss and a hash of the settings that change the result."""
     runs_dir: str = "runs"
     """Folder of all runs; one that every node sees."""

@@ -1,7 +1,9 @@
 """The two ways in which a command ends badly, and how a command line reports them."""
 
+import argparse
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -10,6 +12,13 @@ class UserError(Exception):
 
 class RunError(Exception):
     """A run that started well and failed, for example by a non-finite loss. Exit code 1."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are those of every command: one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists what there is")
 
 
 def exit_code_of(command: Callable[[], None]) -> int:
@@ -21,6 +30,11 @@ def exit_code_of(command: Callable[[], None]) -> int:
         return 2
     except RunError as error:
         print(f"failed: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"failed: {error.filename}: {error.strerror}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)

@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dlops_dist.errors import UserError, exit_code_of
+from dlops_dist.errors import OneLineParser, UserError, exit_code_of
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m dlops_dist.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="folder of the run")
@@ -58,6 +58,8 @@ def evaluate_run(run: Path, shards: Path | None = None, split_name: str = "test"
     learner = Learner(settings, inputs, 1, device)
     learner.load_state_dict(state)
     split = Split(shards, manifest, split_name)
+    if (split.labels < 0).any():
+        raise UserError(f"--split {split_name}: {shards} has samples without a label in it")
     return evaluate(learner, split, np.arange(len(split))), state["epoch"]
 
 

@@ -117,17 +117,18 @@ def _resources(workers: int | None) -> tuple[dict[str, float], int]:
     num_workers = workers or gpus or 1
     if gpus and num_workers > gpus:
         raise UserError(f"workers: {num_workers} is more than the {gpus} GPUs of the cluster; pass --workers {gpus}")
-    cpus = cpus_for_each([int(node.get("CPU", 0)) for node in nodes], num_workers)
+    cpus = cpus_for_each([(int(n.get("CPU", 0)), int(n.get("GPU", 0))) for n in nodes], num_workers, gpus > 0)
     return {"CPU": cpus, **({"GPU": 1} if gpus else {})}, num_workers
 
 
-def cpus_for_each(node_cpus: Sequence[int], num_workers: int) -> int:
-    """The most CPUs that every worker can have when each must fit on one node."""
-    for cpus in range(max(node_cpus, default=0), 0, -1):
-        if sum(node // cpus for node in node_cpus) >= num_workers:
+def cpus_for_each(nodes: Sequence[tuple[int, int]], num_workers: int, on_gpus: bool) -> int:
+    """The most CPUs that every worker can have when each must fit on one of the nodes (CPUs, GPUs)."""
+    for cpus in range(max((node for node, _ in nodes), default=0), 0, -1):
+        if sum(min(node // cpus, gpus) if on_gpus else node // cpus for node, gpus in nodes) >= num_workers:
             return cpus
-    total = sum(node_cpus)
-    raise UserError(f"workers: {num_workers} is more than the {total} CPUs of the cluster; pass --workers {total}")
+    total = sum(node for node, _ in nodes)
+    what = "CPUs of the cluster, beside its GPUs" if on_gpus else "CPUs of the cluster"
+    raise UserError(f"workers: {num_workers} is more than the {total} {what}; pass fewer --workers or start more nodes")
 
 
 def _train_on_worker(config: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dlops_dist.errors import UserError, exit_code_of
+from dlops_dist.errors import OneLineParser, UserError, exit_code_of
 
 STUDY = {
     "ce": {"train/loss": 0.12, "train/top1": 0.7225, "test/loss": 1.567, "test/top5": 0.5936},
@@ -25,7 +25,7 @@ COLUMNS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m dlops_dist.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")

@@ -26,6 +26,8 @@ def main() -> None:
     if task not in TASKS:
         raise UserError(f"unknown task {task!r}: choose from {', '.join(TASKS)}")
     settings = read_settings(task, arguments)
+    if settings.local and settings.workers not in (None, 1):
+        raise UserError(f"workers: {settings.workers} processes need Ray; leave out --local")
 
     from dlops_dist.tracking import Console, check_wandb, test_figures
 
@@ -40,24 +42,26 @@ def main() -> None:
 def run(task: str, settings: Q1, console: Any) -> dict[str, Any]:
     """Train here or on Ray. Returns the last row of metrics."""
     from dlops_dist.data.shards import read_manifest
-    from dlops_dist.engine.run_folder import RunFolder, prepare
+    from dlops_dist.engine import fit, prepare
+    from dlops_dist.engine.run_folder import RunFolder
 
     settings = prepare(task, settings)
     folder = RunFolder(Path(settings.runs_dir) / str(settings.name))
-    if (row := folder.finished_row(settings, read_manifest(Path(settings.data.shards)).id)) is not None:
-        console.say(f"run {folder.path} is complete; another --name trains anew")
-        return row
-    if not settings.local:
-        from dlops_dist.ray_backend import train_on_ray
+    with folder.held():
+        folder.create(task, settings)
+        if (row := folder.finished_row(settings, read_manifest(Path(settings.data.shards)).id)) is not None:
+            console.say(f"run {folder.path} is complete; another --name trains anew")
+            return row
+        if not settings.local:
+            from dlops_dist.ray_backend import train_on_ray
 
-        return train_on_ray(task, settings, console)
-    from dlops_dist.engine import fit
-    from dlops_dist.tracking import Wandb
+            return train_on_ray(task, settings, console)
+        from dlops_dist.tracking import Wandb
 
-    listeners = [console]
-    if settings.wandb != "off":
-        listeners.append(Wandb(settings.wandb, folder.path))
-    return fit(settings, task=task, listeners=listeners)
+        listeners = [console]
+        if settings.wandb != "off":
+            listeners.append(Wandb(settings.wandb, folder.path))
+        return fit(settings, task=task, listeners=listeners)
 
 
 def with_smoke_shards(settings: Q1) -> Q1:

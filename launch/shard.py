@@ -6,14 +6,16 @@ python launch/shard.py shapes                            generated images: no ne
 """
 
 import argparse
+import hashlib
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlparse
 
-from dlops_dist.errors import UserError, exit_code_of
+from dlops_dist.errors import OneLineParser, UserError, exit_code_of
 
 if TYPE_CHECKING:
     from dlops_dist.data.sources import Source
@@ -28,8 +30,8 @@ def main() -> None:
     from dlops_dist.data.pack import pack
     from dlops_dist.data.shards import MANIFEST, read_manifest
 
-    if arguments.source and len(arguments.datasets) != 1:
-        raise UserError("--source goes with exactly one dataset: name it")
+    if arguments.source and (len(arguments.datasets) != 1 or arguments.datasets[0] not in STUDY):
+        raise UserError(f"--source goes with exactly one of {', '.join(STUDY)}: name it")
     for dataset in arguments.datasets or STUDY:
         out = arguments.out / dataset
         if (out / MANIFEST).is_file() and not arguments.again:
@@ -55,7 +57,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "datasets", nargs="*", metavar="DATASET", help=f"{', '.join(DATASETS)}; default: {' '.join(STUDY)}"
     )
@@ -66,7 +68,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--classes", type=positive, help="only the first so many classes, by sorted name")
     parser.add_argument("--shard-size", type=positive, default=5000, help="samples in a shard (default: 5000)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the order in the shards (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the order in the shards (default: 0)")
     parser.add_argument("--workers", type=positive, help="packing processes (default: one for each core)")
     parser.add_argument("--again", action="store_true", help="pack anew what is already packed")
     arguments = parser.parse_args()
@@ -74,6 +76,13 @@ def parse() -> argparse.Namespace:
         if dataset not in DATASETS:
             parser.error(f"unknown dataset {dataset!r}: choose from {', '.join(DATASETS)}")
     return arguments
+
+
+def seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{value} must be from 0 to 2^32 - 1")
+    return value
 
 
 def positive(text: str) -> int:
@@ -98,7 +107,8 @@ def open_source(dataset: str, arguments: argparse.Namespace, scratch: Path) -> "
     if arguments.source is None:
         path = fetch(OFFICIAL[dataset], arguments.downloads, progress(f"fetching {dataset}", "bytes"))
     elif "://" in arguments.source:
-        archive = Archive(arguments.source, arguments.source.rsplit("/", 1)[1], md5="")
+        where = hashlib.sha256(arguments.source.encode()).hexdigest()[:8]
+        archive = Archive(arguments.source, f"{where}-{Path(urlparse(arguments.source).path).name}", md5="")
         path = fetch(archive, arguments.downloads, progress(f"fetching {dataset}", "bytes"))
     else:
         path = Path(arguments.source)

@@ -36,10 +36,15 @@ def fetch(archive: Archive, folder: Path, on_progress: Callable[[int, int], None
     """The archive's file in `folder`, downloaded unless it is there. on_progress(bytes so far, bytes in all)."""
     target = folder / archive.name
     if target.is_file():
+        with target.open("rb") as file:
+            if archive.md5 and hashlib.file_digest(file, _md5).hexdigest() != archive.md5:
+                raise UserError(
+                    f"{target} is not the official archive (its MD5 differs); use it with --source {target}"
+                )
         return target
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".{archive.name}.partial"
-    digest = hashlib.md5(usedforsecurity=False)
+    digest = _md5()
     try:
         with urllib.request.urlopen(archive.url, timeout=30) as response, partial.open("wb") as file:
             total, done = int(response.headers.get("Content-Length", 0)), 0
@@ -60,3 +65,7 @@ def fetch(archive: Archive, folder: Path, on_progress: Callable[[int, int], None
         raise UserError(f"{archive.url}: MD5 is {digest.hexdigest()}, not {archive.md5}; try again")
     partial.rename(target)
     return target
+
+
+def _md5() -> "hashlib._Hash":
+    return hashlib.md5(usedforsecurity=False)

@@ -43,6 +43,7 @@ class TrainingOrder:
     ) -> None:
         self._ids, self._labels, self._seed = ids, labels[ids], seed
         self._batch_size, self._samples_per_class, self._drop_last = global_batch_size, samples_per_class, drop_last
+        self.num_samples = len(ids)
         self.steps_per_epoch = len(self.epoch(0))
         if self.steps_per_epoch == 0:
             raise UserError(f"global_batch_size: {global_batch_size} is more than {len(ids)} training samples can fill")

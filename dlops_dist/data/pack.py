@@ -94,6 +94,8 @@ def _plan(source: Source, seed: int, shard_size: int) -> list[Planned]:
         for i, start in enumerate(range(0, len(order), shard_size)):
             name = f"{split}-{i:06d}.tar"
             plan.append(Planned(len(plan), name, split, order[start : start + shard_size]))
+    if not any(planned.split == "train" for planned in plan):
+        raise UserError("the source has no training images")
     return plan
 
 
@@ -227,8 +229,6 @@ def _manifest(source: Source, dataset: str, seed: int, packed: list[Packed], ind
             raise UserError(f"{p.shard.split} sample {p.keys[0]} is {p.shape}, others are {shape}: sizes must be equal")
     height, width, _ = shape
     count, total, squares = np.sum([p.pixel_sums for p in packed], axis=0).astype(object)  # python integers: exact
-    if not count[0]:
-        raise UserError("the source has no training images")
     mean = [float(t / n / 255) for n, t in zip(count, total, strict=True)]
     variance = ((s / n / 255**2 - m * m) for n, s, m in zip(count, squares, mean, strict=True))
     std = [max(v, 1e-8) ** 0.5 for v in variance]

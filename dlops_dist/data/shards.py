@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import mmap
+import os
 from functools import cached_property
 from pathlib import Path
 
@@ -63,6 +64,8 @@ class Manifest(BaseModel):
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a complete folder of shards."""
     path = folder / MANIFEST
+    if not os.access(folder, os.X_OK) and folder.is_dir():
+        raise UserError(f"data.shards: {folder}: permission denied")
     if not path.is_file():
         what = "no such folder" if not folder.is_dir() else f"no {MANIFEST} in it: not packed, or not to the end"
         name = folder.name if folder.name in ("tiny-imagenet", "stl10", "shapes") else "DATASET"

@@ -87,8 +87,14 @@ class TinyImageNet:
             if self._archive is None:
                 return Path(self._root + name).read_bytes()
             return self._archive.read(self._root + name)
-        except (OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        except (OSError, KeyError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f"{self.path}: cannot read {name} ({error}); fetch the dataset again") from None
+
+    def _text(self, name: str) -> str:
+        try:
+            return self._bytes(name).decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.path}: {name} is not text ({error.reason}); fetch the dataset again") from None
 
     @cached_property
     def _names(self) -> list[str]:
@@ -102,14 +108,14 @@ class TinyImageNet:
 
     @cached_property
     def _wnids(self) -> list[str]:
-        wnids = sorted(self._bytes("wnids.txt").decode().split())
+        wnids = sorted(self._text("wnids.txt").split())
         if self.num_classes is not None and self.num_classes > len(wnids):
             raise UserError(f"--classes {self.num_classes}: {self.path} has {len(wnids)} classes")
         return wnids[: self.num_classes]
 
     @cached_property
     def classes(self) -> list[str]:
-        lines = self._bytes("words.txt").decode().splitlines()
+        lines = self._text("words.txt").splitlines()
         words = dict(line.split("\t", 1) for line in lines if "\t" in line)
         return [f"{wnid} {words.get(wnid, '').split(',')[0].strip()}".strip() for wnid in self._wnids]
 
@@ -118,7 +124,7 @@ class TinyImageNet:
         """Name and label of every image of the wanted classes, sorted by key."""
         label_of = {wnid: label for label, wnid in enumerate(self._wnids)}
         train = {name: name.split("/")[1] for name in self._names if name.startswith("train/")}
-        lines = self._bytes("val/val_annotations.txt").decode().splitlines()
+        lines = self._text("val/val_annotations.txt").splitlines()
         test = {f"val/images/{fields[0]}": fields[1] for fields in (line.split("\t") for line in lines if "\t" in line)}
         missing = set(test) - set(self._names)
         if missing:
@@ -193,6 +199,8 @@ class STL10:
         labels = {}
         for split, pixels in self._pixels.items():
             file = self.path / f"{split}_y.bin"
+            if not file.is_file() and split != "unlabeled":
+                raise UserError(f"{self.path}: {file.name} is missing; fetch the dataset again")
             if not file.is_file():
                 labels[split] = np.full(len(pixels), UNLABELED, np.int64)
                 continue

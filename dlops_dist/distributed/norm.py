@@ -13,11 +13,13 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm2d whose statistics are those of all ranks' samples, on any backend, for parts of any size.
 
     Each rank's (count, mean, M2) are merged in rank order (Chan et al. 1979, eq. 2.1), never E[x^2] - E[x]^2.
-    In evaluation, and in a world of one, it is nn.BatchNorm2d.
+    In evaluation, and in a world of one, it is nn.BatchNorm2d (but takes a single value in a channel, as several
+    ranks do).
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or world_size() == 1:
+        several = x.numel() > x.shape[1]  # torch's own refuses a single value, which other ranks may add to
+        if not self.training or (world_size() == 1 and several):
             return super().forward(x)
         y, mean, variance, count = _SyncNormalize.apply(x, self.weight, self.bias, self.eps)
         if self.track_running_stats:
@@ -79,8 +81,10 @@ def _global_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if local_count:
         variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
         own[:channels], own[channels : 2 * channels], own[-1] = mean, variance * local_count, local_count
-    parts = [torch.empty_like(own) for _ in range(world_size())]
-    dist.all_gather(parts, own)
+    parts = [own]
+    if world_size() > 1:
+        parts = [torch.empty_like(own) for _ in range(world_size())]
+        dist.all_gather(parts, own)
     mean, m2, count = (own.new_zeros(n) for n in (channels, channels, 1))
     for part in parts:
         part_mean, part_m2, part_count = part[:channels], part[channels:-1], part[-1:]

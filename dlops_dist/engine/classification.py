@@ -18,8 +18,8 @@ def build_model(settings: Q1, num_classes: int) -> ResNet:
     norm = SyncBatchNorm2d if settings.model.norm == "sync" else nn.BatchNorm2d
     only_directions = settings.loss == "triplet" and settings.triplet.normalize and settings.triplet.ce_weight == 0
     embedding_norm = DETACHED_HEAD_NORM if only_directions else None
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(settings.seed)
         return resnet18(num_classes, settings.model.stem, settings.model.width, norm, embedding_norm)
 
 

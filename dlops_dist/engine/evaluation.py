@@ -12,6 +12,7 @@ from dlops_dist.data.order import Ids, rank_part
 from dlops_dist.data.shards import Split
 from dlops_dist.distributed.collectives import all_sum, gather, rank, world_size
 from dlops_dist.engine.learner import Learner
+from dlops_dist.losses.terms import at_least_float32
 from dlops_dist.metrics import nearest_center_correct, rank_of_label, recall_at_1, unit_length
 
 BLOCK = 256
@@ -73,6 +74,7 @@ def _block_result(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor, Tenso
     learner.network.eval()
     with torch.autocast(learner.device.type, torch.bfloat16, enabled=learner.autocast):
         embeddings, logits = learner.network(learner.prepare(batch.images))
+    embeddings = at_least_float32(embeddings)
     labels = batch.labels
     terms = learner.loss.terms(embeddings, logits, embeddings, labels, slice(0, len(labels)))
     centers = learner.class_means

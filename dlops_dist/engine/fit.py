@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from dlops_dist.config import Q1, result_settings
+from dlops_dist.config import Q1, default_name, result_settings
 from dlops_dist.data.loader import Batch, TrainingOrder, read_ahead
-from dlops_dist.data.order import fit_samples_per_class, hold_out, rank_part
+from dlops_dist.data.order import Ids, fit_samples_per_class, hold_out, rank_part
 from dlops_dist.data.shards import Manifest, Split, read_manifest
 from dlops_dist.distributed.collectives import rank, world_size
 from dlops_dist.engine.evaluation import evaluate
 from dlops_dist.engine.events import EpochEnded, Event, Finished, Listener, Started, Stepped, Warned
 from dlops_dist.engine.learner import Inputs, Learner
-from dlops_dist.engine.run_folder import RunFolder, prepare
-from dlops_dist.errors import RunError
+from dlops_dist.engine.run_folder import RunFolder
+from dlops_dist.errors import RunError, UserError
 
 TELL_EVERY_S = 1.0
 CHECK_EVERY = {"cpu": 1, "cuda": 20}
@@ -46,7 +46,23 @@ def fit(
         UserError: settings or data that do not fit together.
         RunError: the loss became infinite or NaN.
     """
-    return _Fit(prepare(task, settings), device or default_device(), listeners).run()
+    settings = prepare(task, settings)
+    if rank() == 0:
+        RunFolder(Path(settings.runs_dir) / str(settings.name)).create(task, settings)
+    return _Fit(settings, device or default_device(), listeners).run()
+
+
+def prepare(task: str, settings: Q1) -> Q1:
+    """Settings with name and paths filled in. Refuses what does not fit together; writes nothing."""
+    if "://" in settings.runs_dir:
+        raise UserError(f"runs_dir: {settings.runs_dir} must be a folder that every node sees, not a URL")
+    shards = Path(settings.data.shards).absolute()
+    manifest = read_manifest(shards)
+    name = settings.name or default_name(task, settings, manifest.id)
+    data = settings.data.model_copy(update={"shards": str(shards)})
+    runs_dir = str(Path(settings.runs_dir).absolute())
+    training_order(settings, manifest, Split(shards, manifest, "train"))
+    return settings.model_copy(update={"name": name, "runs_dir": runs_dir, "data": data})
 
 
 def default_device() -> torch.device:
@@ -61,8 +77,7 @@ class _Fit:
         shards = Path(settings.data.shards)
         self.manifest = read_manifest(shards)
         self.train, self.test = (Split(shards, self.manifest, name) for name in ("train", "test"))
-        self.train_ids, self.val_ids = hold_out(self.train.labels, settings.data.val_fraction)
-        self.order = _training_order(settings, self.manifest, self.train, self.train_ids)
+        self.order, self.val_ids = training_order(settings, self.manifest, self.train)
         inputs = Inputs(len(self.manifest.classes), self.manifest.mean, self.manifest.std)
         self.learner = Learner(settings, inputs, self.order.steps_per_epoch, device)
 
@@ -74,6 +89,10 @@ class _Fit:
             self.learner.load_state_dict(state)
         if rank() == 0:
             self.folder.keep_rows(step)
+            finished, rows = step // self.order.steps_per_epoch, len(self.folder.rows())
+            if rows != finished:
+                where = f"{self.folder.metrics_file} has {rows} of {finished} finished epochs"
+                raise RunError(f"{where}; put the others back, or choose another --name")
         self._tell(self._started(step))
         per_epoch = self.order.steps_per_epoch
         row = self.folder.rows()[-1] if step == per_epoch * self.settings.epochs else {}
@@ -148,7 +167,7 @@ class _Fit:
         facts = {
             "dataset": self.manifest.dataset, "dataset_id": self.manifest.id[:12],
             "classes": len(self.manifest.classes),
-            "train": len(self.train_ids), "val": len(self.val_ids), "test": len(self.test),
+            "train": self.order.num_samples, "val": len(self.val_ids), "test": len(self.test),
             "parameters": sum(p.numel() for p in self.learner.model.parameters()),
             "workers": world_size(), "device": str(self.device),
         }  # fmt: skip
@@ -161,13 +180,22 @@ class _Fit:
                 listener(event)
 
 
-def _training_order(settings: Q1, manifest: Manifest, train: Split, ids: Any) -> TrainingOrder:
+def training_order(settings: Q1, manifest: Manifest, train: Split) -> tuple[TrainingOrder, Ids]:
+    """The batches of every epoch, and the ids that are held out."""
     data, batch_size = settings.data, settings.global_batch_size
+    if (train.labels < 0).any():
+        raise UserError(f"data.shards: {data.shards}: training samples without a label")
+    ids, held_out = hold_out(train.labels, data.val_fraction)
+    if not len(ids) or (data.val_fraction and not len(held_out)):
+        raise UserError(
+            f"data.val_fraction: {data.val_fraction} leaves {len(ids)} to train and {len(held_out)} held out"
+        )
     balanced = data.order == "balanced" or (data.order == "auto" and settings.loss == "triplet")
     samples_per_class = (
         fit_samples_per_class(batch_size, len(manifest.classes), data.samples_per_class) if balanced else None
     )
-    return TrainingOrder(ids, train.labels, settings.seed, batch_size, samples_per_class, data.drop_last)
+    order = TrainingOrder(ids, train.labels, settings.seed, batch_size, samples_per_class, data.drop_last)
+    return order, held_out
 
 
 def _named(split: str, figures: dict[str, Any]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class Learner:
     """Model, losses and optimiser of a run, on this rank.
 
     Everything that the next step depends on is in `state_dict`, and is the same on every rank, but for
-    `sums`, which hold this rank's share of the epoch so far.
+    `sums`, which hold this rank's share of the epoch so far: of those, every rank's is in it.
     """
 
     def __init__(self, settings: Q1, inputs: Inputs, steps_per_epoch: int, device: torch.device) -> None:
@@ -65,10 +65,10 @@ class Learner:
     def lr(self, step: int) -> float:
         """Learning rate of a step, counted from 0 over all epochs."""
         chosen, per_epoch = self.settings.optimizer, self._steps_per_epoch
-        return chosen.lr * lr_factor(
-            step, self.settings.epochs * per_epoch, chosen.schedule,
-            round(chosen.warmup_epochs * per_epoch), chosen.step_epochs * per_epoch, chosen.step_gamma,
-        )  # fmt: skip
+        total = self.settings.epochs * per_epoch
+        warmup = min(round(chosen.warmup_epochs * per_epoch), total // 2)
+        decay = chosen.step_epochs * per_epoch
+        return chosen.lr * lr_factor(step, total, chosen.schedule, warmup, decay, chosen.step_gamma)
 
     def prepare(self, images: Tensor) -> Tensor:
         """Normalised channels-last images of the model's type from uint8 (N, H, W, 3)."""
@@ -107,7 +107,7 @@ class Learner:
             "model": self.model.state_dict(),
             "loss": self.loss.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "sums": self.sums.total(),
+            "sums": self.sums.of_each_rank(),
             "class_means": self.class_means,
             "inputs": self.inputs._asdict(),
         }
@@ -156,11 +156,18 @@ class EpochSums:
     def total(self) -> dict[str, Tensor]:
         return {"counts": all_sum(self.counts), "by_class": all_sum(self.by_class), "unit": all_sum(self.unit)}
 
-    def load(self, total: dict[str, Tensor]) -> None:
-        """Go on from a total: one rank carries it."""
-        for name, value in total.items():
-            own = getattr(self, name)
-            own.copy_(value if rank() == 0 else torch.zeros_like(own))
+    def of_each_rank(self) -> dict[str, Tensor]:
+        """Every rank's sums, stacked in rank order: what a checkpoint holds."""
+        sizes = [1] * world_size()
+        return {name: gather(getattr(self, name)[None], sizes) for name in ("counts", "by_class", "unit")}
+
+    def load(self, of_each_rank: dict[str, Tensor]) -> None:
+        """Go on from a checkpoint: each rank from its own sums, or, where their number changed, one from the total."""
+        for name, value in of_each_rank.items():
+            if len(value) == world_size():
+                getattr(self, name).copy_(value[rank()])
+            else:
+                getattr(self, name).copy_(value.sum(dim=0) * (rank() == 0))
 
     def clear(self) -> None:
         for own in (self.counts, self.by_class, self.unit):

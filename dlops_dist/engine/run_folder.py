@@ -1,16 +1,18 @@
 """The folder of a run: its settings, its rows of metrics, its checkpoints."""
 
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from dlops_dist.config import Q1, TASKS, Run, default_name, result_settings
-from dlops_dist.data.shards import read_manifest
-from dlops_dist.distributed.collectives import rank
+from dlops_dist.command_line import read_yaml
+from dlops_dist.config import Q1, TASKS, Run, result_settings
 from dlops_dist.errors import RunError, UserError
 
 FORMAT = 1
@@ -27,33 +29,56 @@ class RunFolder:
 
     def create(self, task: str, settings: Q1) -> None:
         """Make the folder, or check that the one that is there belongs to the same settings."""
-        if (self.path / "config.yaml").is_file():
+        if self._checkpoint_files() or self.metrics_file.is_file():
             _, existing = self.settings()
             _refuse_other_settings(self.path, result_settings(existing), result_settings(settings))
             return
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"runs_dir: cannot make {self.path} ({error.strerror}); choose another --runs-dir"
-            ) from None
+        self.path.mkdir(parents=True, exist_ok=True)
         content = yaml.safe_dump({"task": task, **settings.model_dump()}, sort_keys=False)
         _replace(self.path / "config.yaml", content.encode())
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes of this machine from training the same run."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            folder = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise UserError(f"runs_dir: {error.filename}: {error.strerror}; choose another --runs-dir") from None
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(folder)
+            raise UserError(f"{self.path} is being trained by another process; choose another --name") from None
+        try:
+            yield
+        finally:
+            os.close(folder)
 
     def settings(self) -> tuple[str, Q1]:
         """Task and settings that the run was started with."""
         file = self.path / "config.yaml"
         if not file.is_file():
             raise UserError(f"{self.path} is not a run: no config.yaml in it")
-        values = yaml.safe_load(file.read_text())
-        task = values.pop("task")
+        values = read_yaml(file)
+        task = values.pop("task", None)
+        if task not in TASKS:
+            raise UserError(f"{file}: task {task!r} is none of {', '.join(TASKS)}")
         return task, TASKS[task](**values)
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row of metrics for each epoch."""
+        """One row of metrics for each epoch; half a last line, left by a machine that went down, is passed over."""
         if not self.metrics_file.is_file():
             return []
-        return [json.loads(line) for line in self.metrics_file.read_text().splitlines()]
+        lines = self.metrics_file.read_text().splitlines()
+        rows = []
+        for number, line in enumerate(lines, 1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                if number < len(lines):
+                    raise RunError(f"{self.metrics_file}: line {number} is damaged; choose another --name") from None
+        return rows
 
     def finished_row(self, settings: Run, dataset_id: str) -> dict[str, Any] | None:
         """The last row of a run whose last checkpoint is that of its last epoch; refuses what `load` refuses."""
@@ -69,10 +94,9 @@ class RunFolder:
 
     def keep_rows(self, last_step: int) -> None:
         """Drop the rows that are later than the checkpoint that the run goes on from."""
-        rows = self.rows()
-        kept = [row for row in rows if row["step"] <= last_step]
-        if len(kept) < len(rows):
-            _replace(self.metrics_file, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        kept = "".join(json.dumps(row) + "\n" for row in self.rows() if row["step"] <= last_step)
+        if self.metrics_file.is_file() and self.metrics_file.read_text() != kept:
+            _replace(self.metrics_file, kept.encode())
 
     def add_row(self, row: dict[str, Any]) -> None:
         with self.metrics_file.open("a") as file:
@@ -104,11 +128,12 @@ class RunFolder:
         try:
             state = torch.load(path, map_location=device, weights_only=True)
         except Exception as error:  # torch raises many kinds for a damaged file
-            raise RunError(
-                f"{path} cannot be read ({str(error).splitlines()[0]}); delete it to go on without it"
-            ) from None
-        if state["format"] != FORMAT:
-            raise UserError(f"{path} has format {state['format']}, this version reads {FORMAT}; choose another --name")
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise RunError(f"{path} cannot be read ({why}); delete it to go on without it") from None
+        if state.get("format") != FORMAT:
+            raise UserError(
+                f"{path} has format {state.get('format')}, this version reads {FORMAT}; choose another --name"
+            )
         _refuse_other_settings(self.path, state["settings"], result_settings(settings))
         if dataset_id not in (None, state["dataset_id"]):
             raise UserError(
@@ -122,19 +147,6 @@ class RunFolder:
 
     def _checkpoint_files(self) -> list[Path]:
         return sorted(self._checkpoints.glob("step-*.pt"))
-
-
-def prepare(task: str, settings: Q1) -> Q1:
-    """Settings with name and paths filled in, for a run whose folder rank 0 makes. Refuses before it writes."""
-    shards = Path(settings.data.shards).absolute()
-    dataset_id = read_manifest(shards).id
-    name = settings.name or default_name(task, settings, dataset_id)
-    data = settings.data.model_copy(update={"shards": str(shards)})
-    runs_dir = str(Path(settings.runs_dir).absolute())
-    ready = settings.model_copy(update={"name": name, "runs_dir": runs_dir, "data": data})
-    if rank() == 0:
-        RunFolder(Path(runs_dir) / name).create(task, ready)
-    return ready
 
 
 def _refuse_other_settings(path: Path, existing: dict[str, Any], wanted: dict[str, Any]) -> None:

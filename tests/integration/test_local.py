@@ -108,8 +108,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(mistake, shapes_shards, tmp_pa
     assert code == 2, output
     assert len(output.splitlines()) == 1
     assert all(word in output for word in words), output
-    assert not list(tmp_path.rglob("checkpoints"))
-    assert not list(tmp_path.rglob("metrics.jsonl"))
+    assert not [path for path in tmp_path.rglob("*") if path.name not in ("shards", ".cache")]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_a_line(shapes_shards, tmp_path):
@@ -134,6 +133,40 @@ def test_a_name_with_other_settings_or_data_is_refused(shapes_shards, tmp_path):
     assert (code, len(output.splitlines())) == (2, 1)
     assert "5 classes, the run has 10" in output
     assert rows(tmp_path / "run") == before
+
+
+def test_a_second_process_of_a_run_is_refused(shapes_shards, tmp_path):
+    arguments = ("--epochs", "30", "--name", "run")
+    first = start("train", "q1", "--local", "--data.shards", shapes_shards, "--runs-dir", tmp_path, *TINY, *arguments)
+    try:
+        assert wait_until((tmp_path / "run/metrics.jsonl").exists)
+        code, output = train(shapes_shards, tmp_path, *arguments)
+        assert (code, len(output.splitlines())) == (2, 1)
+        assert "another process" in output
+    finally:
+        first.kill()
+
+
+def test_half_a_last_row_is_passed_over_and_a_lost_row_is_named(shapes_shards, tmp_path):
+    arguments = ("--epochs", "3", "--name", "run", "--checkpoint-every", "4")
+    assert train(shapes_shards, tmp_path, *arguments)[0] == 0
+    whole, metrics = rows(tmp_path / "run"), tmp_path / "run/metrics.jsonl"
+    checkpoints = sorted((tmp_path / "run/checkpoints").iterdir())
+    checkpoints[-1].unlink()  # the machine went down while the last epoch's row was written
+    metrics.write_text(metrics.read_text()[:-40])
+    code, output = train(shapes_shards, tmp_path, *arguments)
+    assert code == 0, output
+    assert rows(tmp_path / "run") == whole
+    metrics.unlink()
+    code, output = train(shapes_shards, tmp_path, *arguments)
+    assert (code, "0 of 3 finished epochs" in output) == (1, True)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "task: q9", "task: [", "task: q1\nlr: 1"])
+def test_a_damaged_config_is_one_line(content, tmp_path):
+    (tmp_path / "config.yaml").write_text(content)
+    code, output = run("evaluate", tmp_path)
+    assert (code, len(output.splitlines())) == (2, 1), output
 
 
 def test_wandb_offline_needs_no_key_and_writes_the_epochs(shapes_shards, tmp_path):

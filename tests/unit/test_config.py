@@ -258,7 +258,7 @@ def test_a_file_that_is_no_mapping_is_named(content, tmp_path, user_error):
 @pytest.mark.parametrize("name", ["missing.yaml", "folder/missing.yaml", "."])
 def test_a_config_that_is_not_there_is_named(name, tmp_path, monkeypatch, user_error):
     monkeypatch.chdir(tmp_path)
-    with user_error(f"--config {name}", name):
+    with user_error(name):
         read_settings("q1", ["--config", name])
 
 
