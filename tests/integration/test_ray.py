@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from command import TINY, rows, run, start, wait_until
@@ -34,7 +35,9 @@ def cluster(tmp_path_factory):
         dashboard = {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports[1]}"}
         yield {**mode, **dashboard, "RAY_ADDRESS": f"127.0.0.1:{ports[0]}"}
     finally:
-        head.terminate()
+        started = [head, *psutil.Process(head.pid).children(recursive=True)]
+        for process in reversed(started):
+            process.kill()
         head.wait(timeout=30)
 
 
