@@ -9,7 +9,7 @@ Memory is the growth of the process's peak, each side in a process of its own.
 
 import argparse
 import multiprocessing
-import resource
+from pathlib import Path
 
 import torch
 from pytorch_metric_learning.distances import LpDistance
@@ -50,10 +50,16 @@ def compare(name, sides, shape, runs) -> None:
 def peak_growth(sides, shape, which) -> float:
     """MB by which one call raises the peak of this process."""
     run = sides(*shape)[which]
-    sides(64, *shape[1:])[which]()  # libraries take their own memory first
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    sides(64, *(8 for _ in shape[1:]))[which]()  # libraries take their own memory first
+    before = peak_mb()
     run()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return peak_mb() - before
+
+
+def peak_mb() -> float:
+    """Of this process since its start (Linux; getrusage would count the parent's, too)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def triplet_sides(size: int, dim: int):
