@@ -1,4 +1,4 @@
-"""Every setting of a run, typed and validated: a YAML file, then dotted overrides from the command line."""
+"""Every setting of a run, typed and validated, and which of them change the result."""
 
 import difflib
 import hashlib

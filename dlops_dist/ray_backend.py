@@ -58,8 +58,7 @@ def train_on_ray(task: str, settings: Q1, console: Console) -> dict[str, Any]:
             run_config=RunConfig(
                 name=settings.name, storage_path=str(Path(settings.runs_dir) / ".ray"),
                 failure_config=FailureConfig(max_failures=MAX_RESTARTS),
-                worker_runtime_env={  # type: ignore[call-arg]
-                    "env_vars": {k: v for k, v in os.environ.items() if k.startswith("WANDB_")}},
+                worker_runtime_env={"env_vars": _wandb_environment(settings)},  # type: ignore[call-arg]
             ),
         )  # fmt: skip
         try:
@@ -72,6 +71,12 @@ def train_on_ray(task: str, settings: Q1, console: Console) -> dict[str, Any]:
             raise RunError(_shortened(error)) from error
         finally:
             listening.stop()
+
+
+def _wandb_environment(settings: Q1) -> dict[str, str]:
+    """What W&B needs of the environment, its key included: handed on only where it is used."""
+    used = settings.wandb != "off"
+    return {name: value for name, value in os.environ.items() if used and name.startswith("WANDB_")}
 
 
 @contextmanager

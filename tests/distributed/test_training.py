@@ -172,3 +172,33 @@ def test_a_resume_in_the_middle_of_an_epoch_on_as_many_ranks_changes_no_bit(shap
     assert ours.keys() == theirs.keys()
     for path, value in theirs.items():
         assert torch.equal(ours[path], value), path
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_resume_in_the_middle_of_an_epoch_on_another_number_of_ranks_computes_the_same(
+    ranks, shapes_shards, tmp_path
+):
+    whole = run_ranks(resumed_in_float64, 2, shapes_shards, tmp_path / "whole")[0]
+    run_ranks(resumed_in_float64, 2, shapes_shards, tmp_path / "moved")
+    folder = tmp_path / "moved/run/checkpoints"
+    max(folder.iterdir()).unlink()
+    left = torch.load(max(folder.iterdir()), weights_only=True)
+    assert left["step"] < whole["step"], "nothing is left to do"
+    assert len(left["sums"]["counts"]) == 2
+    moved = run_ranks(resumed_in_float64, ranks, shapes_shards, tmp_path / "moved")[0]
+    ours, theirs = tensors(with_total_sums(moved)), tensors(with_total_sums(whole))
+    for path, value in theirs.items():
+        assert distance(ours[path], value) <= 1e-6, path
+    rows = [
+        [json.loads(line) for line in (tmp_path / runs / "run/metrics.jsonl").read_text().splitlines()]
+        for runs in ("moved", "whole")
+    ]
+    for ours_row, theirs_row in zip(*rows, strict=True):
+        same = {k: v for k, v in theirs_row.items() if not k.endswith("_s")}
+        assert {k: ours_row[k] for k in same} == {k: pytest.approx(v, rel=1e-6) for k, v in same.items()}
+
+
+def resumed_in_float64(shards, runs):
+    fit(settings_of("center", shards, runs, checkpoint_every=3))
+    torch.distributed.barrier()
+    return torch.load(max((Path(runs) / "run/checkpoints").iterdir()), weights_only=True)
