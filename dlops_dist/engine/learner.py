@@ -10,12 +10,12 @@ from dlops_dist.config import Q1
 from dlops_dist.data.augment import crop_and_flip, normalize
 from dlops_dist.data.loader import Batch
 from dlops_dist.data.order import part_sizes
-from dlops_dist.distributed.collectives import all_sum, gather, rank, world_size
+from dlops_dist.distributed.collectives import gather, world_size
 from dlops_dist.distributed.norm import average_running_statistics
 from dlops_dist.distributed.objective import global_objective, update_centers
 from dlops_dist.engine.classification import ClassificationLoss, TwoOutputs, build_model
+from dlops_dist.engine.epoch_sums import EpochSums
 from dlops_dist.losses.terms import at_least_float32
-from dlops_dist.metrics import class_sums, rank_of_label, unit_length
 from dlops_dist.optim import SGD, lr_factor
 
 
@@ -127,56 +127,3 @@ class Learner:
         self.sums.clear()
         figures = self.sums.metrics(total)
         return {"loss": self.loss.total(figures), **figures}
-
-
-class EpochSums:
-    """Sums over the samples of an epoch so far: each rank adds its own, `total` is that of all ranks."""
-
-    def __init__(self, losses: list[str], like: Tensor) -> None:
-        """`like` has the shape (C, D), type and device of a head."""
-        num_classes, embedding_dim = like.shape
-        self._losses = losses
-        self.counts = like.new_zeros(3 + len(losses), dtype=torch.float64)
-        """Samples, top-1, top-5, then each loss summed over samples."""
-        self.by_class = like.new_zeros(num_classes, 1 + embedding_dim)
-        """Samples and summed embeddings of each class."""
-        self.unit = like.new_zeros(embedding_dim, dtype=torch.float64)
-        """Summed embeddings of length 1."""
-
-    def add(self, values: dict[str, Tensor], embeddings: Tensor, logits: Tensor, labels: Tensor) -> None:
-        place = rank_of_label(logits, labels)
-        number = len(labels)
-        self.counts[0] += number
-        self.counts[1] += (place < 1).sum()
-        self.counts[2] += (place < 5).sum()
-        self.counts[3:] += torch.stack([values[name] for name in self._losses]) * number
-        self.by_class += class_sums(embeddings.to(self.by_class.dtype), labels, len(self.by_class))
-        self.unit += unit_length(embeddings).sum(dim=0)
-
-    def total(self) -> dict[str, Tensor]:
-        return {"counts": all_sum(self.counts), "by_class": all_sum(self.by_class), "unit": all_sum(self.unit)}
-
-    def of_each_rank(self) -> dict[str, Tensor]:
-        """Every rank's sums, stacked in rank order: what a checkpoint holds."""
-        sizes = [1] * world_size()
-        return {name: gather(getattr(self, name)[None], sizes) for name in ("counts", "by_class", "unit")}
-
-    def load(self, of_each_rank: dict[str, Tensor]) -> None:
-        """Go on from a checkpoint: each rank from its own sums, or, where their number changed, one from the total."""
-        for name, value in of_each_rank.items():
-            if len(value) == world_size():
-                getattr(self, name).copy_(value[rank()])
-            else:
-                getattr(self, name).copy_(value.sum(dim=0) * (rank() == 0))
-
-    def clear(self) -> None:
-        for own in (self.counts, self.by_class, self.unit):
-            own.zero_()
-
-    def metrics(self, total: dict[str, Tensor]) -> dict[str, float]:
-        """Means over the epoch: accuracies of the head, each loss, spread of the embeddings' directions in [0, 1]."""
-        samples, top1, top5, *losses = total["counts"].tolist()
-        direction = (total["unit"] / samples).square().sum().item()
-        return {"top1": top1 / samples, "top5": top5 / samples, "embedding_spread": 1 - direction} | {
-            name: loss / samples for name, loss in zip(self._losses, losses, strict=True)
-        }
