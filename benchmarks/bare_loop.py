@@ -1,6 +1,6 @@
 """A3: what a bare single-process loop reaches: torchvision's resnet18, torch's loss, SGD and schedule.
 
-    python benchmarks/bare_loop.py SHARDS [--epochs 10] [--batch 64] [--lr 0.05] [--seed 0]
+    python benchmarks/bare_loop.py SHARDS [--epochs 10] [--batch 64] [--lr 0.05] [--nesterov] [--seed 0]
 
 The same images, augmentation (4-pixel pad and crop, flip), batch size, warm-up and cosine schedule as
 `train q1 --loss ce --model.stem imagenet`; everything else is what torch and torchvision bring.
@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=0.05)
+    parser.add_argument("--nesterov", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
@@ -33,7 +34,9 @@ def main() -> None:
     normalize = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(manifest.mean, manifest.std)])
 
     model = torchvision.models.resnet18(num_classes=len(manifest.classes)).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), arguments.lr, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(
+        model.parameters(), arguments.lr, momentum=0.9, weight_decay=5e-4, nesterov=arguments.nesterov
+    )
     steps = len(images) // arguments.batch
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / steps, total_iters=steps)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, (arguments.epochs - 1) * steps)

@@ -49,7 +49,7 @@ def our_steps(arguments: argparse.Namespace):
 
     def run() -> None:
         for step in range(arguments.steps):
-            learner.step(batch, 0, step).item()
+            learner.step([batch], 0, step).item()
 
     return run
 

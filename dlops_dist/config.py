@@ -56,8 +56,9 @@ class Model(Section):
 
     stem: Literal["cifar", "imagenet"] = "cifar"
     """cifar: 3x3 convolution, stride 1, no pooling. imagenet: 7x7, stride 2, max-pool (10 times cheaper)."""
-    width: int = Field(64, ge=1)
-    """Channels of the first stage; the embedding has 8 times as many values."""
+    width: int = Field(64, ge=8)
+    """Channels of the first stage; the embedding has 8 times as many values. (Below 8, torch's own channels-last
+    convolutions write beyond their memory on CPUs with AVX2.)"""
     norm: Literal["sync", "local"] = "sync"
     """Batch norm over all ranks (exact for any number of workers), or over each rank's own part."""
 
@@ -151,6 +152,8 @@ class Run(Section):
     """Passes over the training data."""
     global_batch_size: int = Field(128, ge=1)
     """Samples in one step, over all workers together."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Samples that go through the model at once, over all workers together; by default all of the step's."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Seed of the initial weights, the order and the augmentation."""
     precision: Literal["auto", "float32", "bf16", "float64"] = "auto"

@@ -17,16 +17,16 @@ from dlops_dist.errors import UserError
 
 
 class Batch(NamedTuple):
-    """One rank's part of a global batch."""
+    """One rank's part of a global batch, or of a micro-batch of it."""
 
     images: Tensor
     """uint8 (n, H, W, 3), on the device."""
     ids: Tensor
     """(n,): sample ids, on the device."""
     labels: Tensor
-    """(G,): of the whole global batch, on the device."""
+    """(G,): of the whole (micro-)batch, on the device."""
     part: slice
-    """Where this rank's samples stand in the global batch."""
+    """Where this rank's samples stand in it."""
 
 
 class TrainingOrder:

@@ -92,6 +92,15 @@ def hold_out(labels: Ids, fraction: float) -> tuple[Ids, Ids]:
     return np.sort(by_class[~held]), np.sort(by_class[held])
 
 
+def micro_batches(global_batch: Ids, size: int | None) -> list[Ids]:
+    """A global batch cut into consecutive parts of `size`, the last one shorter; one part where size is None.
+
+    Each is then cut into rank parts: what goes through the model together does not depend on the ranks.
+    """
+    size = size or len(global_batch)
+    return [global_batch[start : start + size] for start in range(0, len(global_batch), size)]
+
+
 def rank_part(size: int, rank: int, world_size: int) -> slice:
     """The rank-th of world_size contiguous parts of range(size); sizes differ by at most one, larger ones first."""
     small, larger = divmod(size, world_size)

@@ -1,5 +1,7 @@
 """Batch normalisation over the samples of all ranks: the same function of the global batch for any number of them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,6 +42,19 @@ def average_running_statistics(model: nn.Module) -> None:
             for statistic in (module.running_mean, module.running_var):
                 if statistic is not None:
                     statistic.copy_(all_sum(statistic) / world_size())
+
+
+@contextmanager
+def running_statistics_held(model: nn.Module) -> Iterator[None]:
+    """Normalise in training without moving the running statistics: for samples that will pass again."""
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 class _SyncNormalize(torch.autograd.Function):

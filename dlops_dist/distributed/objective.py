@@ -1,6 +1,6 @@
 """The one place that divides a loss: from each rank's terms to what it back-propagates and what everyone logs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -20,41 +20,45 @@ class Objective(NamedTuple):
     """Each loss over the global batch, float64, the same bits on every rank, without gradient."""
 
 
-def global_objective(terms: Mapping[str, Terms], weights: Mapping[str, float]) -> Objective:
+def global_objective(terms: Mapping[str, Terms], weights: Mapping[str, float], share: float = 1.0) -> Objective:
     """Losses over the global batch from this rank's share of their terms.
 
     With S_r this rank's sum, n_r its count, W ranks and N = max(sum_r n_r, 1):
 
-        back-propagate  sum_k w_k W S_kr / N_k        log  sum_r S_kr / N_k
+        back-propagate  share sum_k w_k W S_kr / N_k        log  share sum_r S_kr / N_k
 
     The average of DDP takes the W away: what remains is the gradient of the loss over all ranks' samples, for
     parts of any size. One all-reduce of 2 numbers for each loss.
+
+    `share` is 1, or this micro-batch's part of a step's samples: objectives then add up to that of the step, for
+    losses that count samples. (Triplets do not: mine them over the whole step.)
     """
     own = torch.stack([torch.stack([t.sum.detach().double(), t.count]) for t in terms.values()])
     sums, counts = all_sum(own).unbind(dim=1)
     counts = counts.clamp(min=1)
     scaled = [
-        t.sum * (weights[name] * world_size() / count).to(t.sum.dtype)
+        t.sum * (weights[name] * world_size() * share / count).to(t.sum.dtype)
         for (name, t), count in zip(terms.items(), counts, strict=True)
     ]
-    return Objective(torch.stack(scaled).sum(), dict(zip(terms, sums / counts, strict=True)))
+    return Objective(torch.stack(scaled).sum(), dict(zip(terms, share * sums / counts, strict=True)))
 
 
-def update_centers(loss: CenterLoss, embeddings: Tensor, labels: Tensor, part: slice, sizes: Sequence[int]) -> None:
+def update_centers(loss: CenterLoss, embeddings: Tensor, labels: Tensor, num_samples: int) -> None:
     """Move the centres by the whole global batch: the same bits on every rank.
 
     Args:
-        embeddings: (n, D) of this rank.
-        labels: (G,) of the global batch, of which `part` is this rank's.
-        sizes: n of every rank.
+        embeddings: (n, D) of this rank; n may differ from rank to rank.
+        labels: (n,) of this rank.
+        num_samples: of all ranks together.
 
-    Sums of all classes are all-reduced; where classes outnumber the batch, the embeddings are gathered instead,
+    Sums of all classes are all-reduced; where classes outnumber the batch, the samples are gathered instead,
     so that the bytes grow with the batch and not with the classes.
     """
-    if len(loss.centers) > len(labels):
-        loss.update(loss.sums(gather(embeddings.detach(), sizes), labels))
+    embeddings = embeddings.detach()
+    if len(loss.centers) > num_samples:
+        loss.update(loss.sums(gather(embeddings), gather(labels)))
         return
-    own = loss.sums(embeddings.detach(), labels[part])
+    own = loss.sums(embeddings, labels)
     if world_size() > 1:
         total = all_sum(torch.cat([own.differences, own.counts[:, None]], dim=1))
         own = CenterSums(total[:, :-1], total[:, -1])

@@ -74,12 +74,12 @@ class ClassificationLoss(nn.Module):
         return self.weights | {"ce": self.weights["ce"] or 1.0}
 
     def terms(
-        self, embeddings: Tensor, logits: Tensor, all_embeddings: Tensor, all_labels: Tensor, part: slice
+        self, embeddings: Tensor, logits: Tensor, all_embeddings: Tensor | None, all_labels: Tensor, part: slice
     ) -> dict[str, Terms]:
-        """The terms of some samples, `part` of all; triplets are mined among all."""
+        """The terms of some samples, `part` of all; triplets are mined among all embeddings, where those are given."""
         labels = all_labels[part]
         terms = {"ce": self.cross_entropy.terms(logits, labels)}
-        if self.triplet is not None:
+        if self.triplet is not None and all_embeddings is not None:
             terms["triplet"] = self.triplet.terms(all_embeddings, all_labels, part)
         if self.center is not None:
             terms["center"] = self.center.terms(embeddings, labels)

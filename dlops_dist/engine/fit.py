@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 
 from dlops_dist.config import Q1, default_name, result_settings
 from dlops_dist.data.loader import Batch, TrainingOrder, read_ahead
-from dlops_dist.data.order import Ids, fit_samples_per_class, hold_out, rank_part
+from dlops_dist.data.order import Ids, fit_samples_per_class, hold_out, micro_batches, rank_part
 from dlops_dist.data.shards import Manifest, Split, read_manifest
+from dlops_dist.distributed.agreement import describe_divergence
 from dlops_dist.distributed.collectives import rank, world_size
 from dlops_dist.engine.evaluation import evaluate
 from dlops_dist.engine.events import EpochEnded, Event, Finished, Listener, Started, Stepped, Warned
@@ -23,6 +25,8 @@ from dlops_dist.errors import RunError, UserError
 TELL_EVERY_S = 1.0
 CHECK_EVERY = {"cpu": 1, "cuda": 20}
 """Steps between looks at the loss, which make a GPU wait."""
+COMPARE_RANKS_EVERY = 100
+"""Steps between looks at whether all ranks hold the same weights, besides those at each checkpoint."""
 COLLAPSED_SPREAD = 0.01
 
 
@@ -114,11 +118,13 @@ class _Fit:
     def _train_epoch(self, epoch: int, first: int) -> None:
         per_epoch = self.order.steps_per_epoch
         told, told_step = time.monotonic(), first
-        for step_in_epoch, batch in enumerate(self._batches(epoch, first), first + 1):
+        for step_in_epoch, parts in enumerate(self._batches(epoch, first), first + 1):
             step = epoch * per_epoch + step_in_epoch
-            loss = self.learner.step(batch, epoch, step - 1)
+            loss = self.learner.step(parts, epoch, step - 1)
             if step % CHECK_EVERY[self.device.type] == 0 or step_in_epoch == per_epoch:
                 self._check_finite(loss, epoch, step)
+            if step % COMPARE_RANKS_EVERY == 0:
+                self._check_ranks_agree(step)
             every = self.settings.checkpoint_every
             if every and step % every == 0 and step_in_epoch < per_epoch:
                 self._check_finite(loss, epoch, step)
@@ -130,9 +136,13 @@ class _Fit:
                 self._tell(Stepped(epoch + 1, step_in_epoch, loss.item(), top1 / samples, rate))
                 told, told_step = now, step_in_epoch
 
-    def _batches(self, epoch: int, first: int) -> Iterator[Batch]:
-        parts = ((ids, rank_part(len(ids), rank(), world_size())) for ids in self.order.epoch(epoch)[first:])
-        return read_ahead(self.train, parts, self.device, self.settings.data.threads, self.settings.data.prefetch)
+    def _batches(self, epoch: int, first: int) -> Iterator[list[Batch]]:
+        """This rank's parts of each global batch's micro-batches."""
+        data, size = self.settings.data, self.settings.micro_batch_size
+        steps = [micro_batches(ids, size) for ids in self.order.epoch(epoch)[first:]]
+        parts = ((ids, rank_part(len(ids), rank(), world_size())) for step in steps for ids in step)
+        batches = read_ahead(self.train, parts, self.device, data.threads, data.prefetch)
+        return (list(islice(batches, len(step))) for step in steps)
 
     def _evaluated_row(self, epoch: int) -> dict[str, Any]:
         """The epoch's row of metrics, equal on every rank."""
@@ -157,7 +167,16 @@ class _Fit:
                 f"optimizer.clip_norm, under another --name"
             )
 
+    def _check_ranks_agree(self, step: int) -> None:
+        found = describe_divergence(self.learner.equal_on_all_ranks())
+        if found is not None:
+            raise RunError(
+                f"step {step}: {found}; a fault of its memory, GPU or software. Leave that node out: "
+                f"the same command goes on from the last checkpoint, where all were equal"
+            )
+
     def _save(self, step: int) -> None:
+        self._check_ranks_agree(step)
         state = self.learner.state_dict()  # every rank takes part in its sums
         if rank() == 0:
             position = {"step": step, "epoch": step / self.order.steps_per_epoch, "dataset_id": self.manifest.id}

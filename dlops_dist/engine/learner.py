@@ -1,5 +1,7 @@
 """One training step, and all the state that it changes."""
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -9,12 +11,13 @@ from torch.nn.parallel import DistributedDataParallel
 from dlops_dist.config import Q1
 from dlops_dist.data.augment import crop_and_flip, normalize
 from dlops_dist.data.loader import Batch
-from dlops_dist.data.order import part_sizes
-from dlops_dist.distributed.collectives import gather, world_size
-from dlops_dist.distributed.norm import average_running_statistics
+from dlops_dist.data.order import part_sizes, rank_part
+from dlops_dist.distributed.collectives import all_sum, gather, rank, world_size
+from dlops_dist.distributed.norm import average_running_statistics, running_statistics_held
 from dlops_dist.distributed.objective import global_objective, update_centers
 from dlops_dist.engine.classification import ClassificationLoss, TwoOutputs, build_model
 from dlops_dist.engine.epoch_sums import EpochSums
+from dlops_dist.losses import TripletLoss
 from dlops_dist.losses.terms import at_least_float32
 from dlops_dist.optim import SGD, lr_factor
 
@@ -26,6 +29,14 @@ class Inputs(NamedTuple):
     mean: tuple[float, ...]
     """Of each channel, as a part of 255; so is std."""
     std: tuple[float, ...]
+
+
+class _Mined(NamedTuple):
+    """A loss over the global batch whose gradient has reached the embeddings, but not yet the model."""
+
+    value: Tensor
+    gradients: list[Tensor]
+    """With respect to this rank's embeddings of each micro-batch."""
 
 
 class Learner:
@@ -58,6 +69,7 @@ class Learner:
         compiled = settings.compile if settings.compile is not None else device.type == "cuda"
         if compiled:
             network = torch.compile(network)  # type: ignore[assignment]
+        self._undistributed = network
         if world_size() > 1:
             network = DistributedDataParallel(network, forward_sync_buffers=False, gradient_as_bucket_view=True)
         self._trained = network
@@ -74,32 +86,86 @@ class Learner:
         """Normalised channels-last images of the model's type from uint8 (N, H, W, 3)."""
         return normalize(images, self.inputs.mean, self.inputs.std, self.dtype)
 
-    def step(self, batch: Batch, epoch: int, step: int) -> Tensor:
-        """Train on this rank's part of a global batch. Returns the loss over the whole batch, without gradient."""
+    def step(self, micro_batches: Sequence[Batch], epoch: int, step: int) -> Tensor:
+        """Train on this rank's parts of a global batch. Returns the loss over the whole of it, without gradient.
+
+        One micro-batch, the usual case, is the global batch. Gradients of several add up to those of the whole;
+        triplets are mined among all of it, however little goes through the model at once.
+        """
         settings = self.settings
-        images = crop_and_flip(
-            batch.images, batch.ids, settings.seed, epoch, settings.augment.crop_padding, settings.augment.flip
-        )
-        sizes = part_sizes(len(batch.labels), world_size())
         self._trained.train()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            embeddings, logits = self._trained(self.prepare(images))
-        embeddings = at_least_float32(embeddings)  # before ranks add up gradients of each other's rows
-        everyone = gather(embeddings, sizes) if self.loss.triplet is not None else embeddings
-        terms = self.loss.terms(embeddings, logits, everyone, batch.labels, batch.part)
-        objective = global_objective(terms, self.loss.backward_weights)
+        images = [self._augmented(batch, epoch) for batch in micro_batches]
+        triplet = self.loss.triplet
+        mined = self._mine_ahead(triplet, images, micro_batches) if triplet and len(images) > 1 else None
+        num_samples = sum(len(batch.labels) for batch in micro_batches)
 
         self.optimizer.zero_grad()
-        objective.backward.backward()
+        values = dict.fromkeys(self.loss.weights, torch.zeros((), dtype=torch.float64, device=self.device))
+        outputs = []
+        for i, batch in enumerate(micro_batches):
+            with self._gradients_exchanged(i == len(images) - 1):
+                embeddings, logits = self._forward(self._trained, images[i])
+                sizes = part_sizes(len(batch.labels), world_size())
+                everyone = gather(embeddings, sizes) if triplet and mined is None else None
+                terms = self.loss.terms(embeddings, logits, everyone, batch.labels, batch.part)
+                objective = global_objective(terms, self.loss.backward_weights, len(batch.labels) / num_samples)
+                backward = objective.backward
+                if mined is not None:
+                    backward = backward + (embeddings * mined.gradients[i]).sum()
+                backward.backward()
+            values |= {name: values[name] + value for name, value in objective.values.items()}
+            outputs.append((embeddings.detach(), logits.detach(), batch.labels[batch.part]))
+        if mined is not None:
+            values["triplet"] = mined.value
+
         if settings.optimizer.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), settings.optimizer.clip_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr(step)
         self.optimizer.step()
+        embeddings, logits, labels = (torch.cat(parts) for parts in zip(*outputs, strict=True))
         if self.loss.center is not None:
-            update_centers(self.loss.center, embeddings, batch.labels, batch.part, sizes)
-        self.sums.add(objective.values, embeddings.detach(), logits.detach(), batch.labels[batch.part])
-        return torch.stack([objective.values[name] * weight for name, weight in self.loss.weights.items()]).sum()
+            update_centers(self.loss.center, embeddings, labels, num_samples)
+        self.sums.add(values, embeddings, logits, labels)
+        return torch.stack([values[name] * weight for name, weight in self.loss.weights.items()]).sum()
+
+    def _augmented(self, batch: Batch, epoch: int) -> Tensor:
+        chosen = self.settings.augment
+        return crop_and_flip(batch.images, batch.ids, self.settings.seed, epoch, chosen.crop_padding, chosen.flip)
+
+    def _forward(self, network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings, wide enough for ranks to add up gradients of each other's rows, and logits."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            embeddings, logits = network(self.prepare(images))
+        return at_least_float32(embeddings), logits
+
+    def _mine_ahead(self, triplet: TripletLoss, images: Sequence[Tensor], micro_batches: Sequence[Batch]) -> "_Mined":
+        """The triplet loss over all micro-batches, as gradients that each can back-propagate on its own.
+
+        Gradient caching (Gao et al. 2021, Scaling Deep Contrastive Learning Batch Size): embed everything without
+        a graph, differentiate the loss with respect to the embeddings alone, then embed again, part by part.
+        """
+        with torch.no_grad(), running_statistics_held(self.model):
+            parts = [
+                gather(self._forward(self._undistributed, x)[0], part_sizes(len(batch.labels), world_size()))
+                for x, batch in zip(images, micro_batches, strict=True)
+            ]
+        everyone = torch.cat(parts).requires_grad_()
+        labels = torch.cat([batch.labels for batch in micro_batches])
+        anchors = rank_part(len(labels), rank(), world_size())
+        terms = {"triplet": triplet.terms(everyone, labels, anchors)}
+        objective = global_objective(terms, self.loss.backward_weights)
+        (gradient,) = torch.autograd.grad(objective.backward, everyone)
+        each = all_sum(gradient).split([len(part) for part in parts])
+        return _Mined(
+            objective.values["triplet"], [g[batch.part] for g, batch in zip(each, micro_batches, strict=True)]
+        )
+
+    def _gradients_exchanged(self, now: bool) -> AbstractContextManager[None]:
+        """DDP averages the gradients that all micro-batches have added up, with the last of them."""
+        if now or not isinstance(self._trained, DistributedDataParallel):
+            return nullcontext()
+        return self._trained.no_sync()  # type: ignore[no-any-return]
 
     def state_dict(self) -> dict[str, Any]:
         """The state to go on from, as plain tensors and numbers. Every rank must call it."""
@@ -118,6 +184,10 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
         self.sums.load(state["sums"])
         self.class_means = state["class_means"]
+
+    def equal_on_all_ranks(self) -> dict[str, Tensor]:
+        """The tensors that training changes alike on every rank, to the last bit: weights and centres."""
+        return {**dict(self.model.named_parameters()), **self.loss.state_dict()}
 
     def end_epoch(self) -> dict[str, float]:
         """Figures of the epoch's training, equal on every rank; the next epoch's sums start at zero."""

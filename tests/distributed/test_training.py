@@ -6,15 +6,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ranks import run_ranks
 
 from dlops_dist.config import Q1
 from dlops_dist.data.loader import read_ahead
-from dlops_dist.data.order import rank_part
+from dlops_dist.data.order import micro_batches, rank_part
 from dlops_dist.data.shards import Split, read_manifest
 from dlops_dist.distributed.collectives import rank, world_size
-from dlops_dist.engine import evaluation, fit
+from dlops_dist.distributed.ranks import run_ranks
+from dlops_dist.engine import evaluation, fit, prepare
+from dlops_dist.engine.fit import _Fit
 from dlops_dist.engine.learner import Inputs, Learner
+from dlops_dist.engine.run_folder import RunFolder
+from dlops_dist.errors import RunError
 
 LOSSES = {
     "ce": {"loss": "ce", "ce": {"label_smoothing": 0.1}, "optimizer": {"lr": 0.02, "clip_norm": 1.0}},
@@ -36,7 +39,7 @@ def settings_of(loss, shards, runs, **changes):
     batch = {"samples_per_class": None if LOSSES[loss].get("loss") != "triplet" else 4}
     values = {
         "name": "run", "runs_dir": str(runs), "epochs": 2, "global_batch_size": 20 if loss.endswith("hard") else 22,
-        "precision": "float64", "model": {"width": 4, "stem": "imagenet"}, **LOSSES[loss],
+        "precision": "float64", "model": {"width": 8, "stem": "imagenet"}, **LOSSES[loss],
     }  # fmt: skip
     values["data"] = {"shards": str(shards), "val_fraction": 0.1, **batch, **LOSSES[loss].get("data", {})}
     return Q1(**{**values, **changes})
@@ -69,14 +72,52 @@ def distance(ours, theirs):
 def one_step(loss, shards, ids):
     """The state after one step on a global batch, and this rank's averaged gradients."""
     manifest = read_manifest(shards)
-    model = {"width": 4, "stem": "cifar"}  # leaves batch norm 16 values in the last stage: well-conditioned
+    model = {"width": 8, "stem": "cifar"}  # leaves batch norm 16 values in the last stage: well-conditioned
     settings = settings_of(loss, shards, "unused", model=model)
     learner = Learner(settings, Inputs(10, manifest.mean, manifest.std), 10, torch.device("cpu"))
     part = rank_part(len(ids), rank(), world_size())
     (batch,) = read_ahead(Split(shards, manifest, "train"), [(ids, part)], torch.device("cpu"), 1, 1)
-    value = learner.step(batch, epoch=0, step=5)
+    value = learner.step([batch], epoch=0, step=5)
     gradients = {name: p.grad for name, p in learner.model.named_parameters()}
     return {"loss": value, "gradients": gradients, **with_total_sums(learner.state_dict())}
+
+
+def micro_step(loss, shards, ids, size, norms_are_fixed=False):
+    """One step on a global batch in micro-batches: what it leaves, as `one_step` gives it."""
+    manifest = read_manifest(shards)
+    settings = settings_of(loss, shards, "unused", model={"width": 8, "stem": "cifar"})
+    learner = Learner(settings, Inputs(10, manifest.mean, manifest.std), 10, torch.device("cpu"))
+    if norms_are_fixed:
+        for module in learner.model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval().train = lambda mode=True, module=module: module
+    parts = [(part, rank_part(len(part), rank(), world_size())) for part in micro_batches(ids, size)]
+    batches = list(read_ahead(Split(shards, manifest, "train"), parts, torch.device("cpu"), 1, len(parts)))
+    assert len(batches) == -(-len(ids) // size)
+    value = learner.step(batches, epoch=0, step=5)
+    gradients = {name: p.grad for name, p in learner.model.named_parameters()}
+    return tensors({"loss": value, "gradients": gradients, **with_total_sums(learner.state_dict())})
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_micro_batches_add_up_to_the_step_on_the_whole_batch(loss, shapes_shards):
+    """With norms that do not look at the batch: what is left is the loss, its triplets and the centres."""
+    ids = np.array([*range(22), 3, 3])
+    whole = micro_step(loss, shapes_shards, ids, len(ids), norms_are_fixed=True)
+    for size in (7, 1):
+        for path, ours in micro_step(loss, shapes_shards, ids, size, norms_are_fixed=True).items():
+            assert distance(ours, whole[path]) <= 1e-11, (size, path)
+
+
+@pytest.mark.parametrize("loss", ["center", "semi-hard"])
+def test_micro_batches_are_cut_before_ranks_are(loss, shapes_shards):
+    """The last micro-batch holds one sample: other ranks have an empty part of it."""
+    ids = np.arange(22)
+    expected = micro_step(loss, shapes_shards, ids, 7)
+    for ranks in (2, 3):
+        for result in run_ranks(micro_step, ranks, loss, shapes_shards, ids, 7):
+            for path, value in expected.items():
+                assert distance(result[path], value) <= 1e-12, (ranks, path)
 
 
 def with_total_sums(state):
@@ -202,3 +243,32 @@ def resumed_in_float64(shards, runs):
     fit(settings_of("center", shards, runs, checkpoint_every=3))
     torch.distributed.barrier()
     return torch.load(max((Path(runs) / "run/checkpoints").iterdir()), weights_only=True)
+
+
+def diverging(shards, runs):
+    """A run in which rank 1's memory flips one bit of a weight, after the first epoch."""
+    settings = settings_of("center", shards, runs, precision="float32")
+    run = _Fit(prepare("q1", settings), torch.device("cpu"), [])
+    save = run._save
+
+    def save_then_flip(step):
+        save(step)
+        if rank() == 1:
+            run.learner.model.fc.bias.data.view(torch.int32)[2] ^= 1 << 20
+
+    run._save = save_then_flip
+    try:
+        run.run()
+    except RunError as error:
+        return str(error)
+    return None
+
+
+def test_a_rank_that_diverges_stops_the_run_and_is_named(shapes_shards, tmp_path):
+    RunFolder(tmp_path / "run").create("q1", prepare("q1", settings_of("center", shapes_shards, tmp_path)))
+    messages = run_ranks(diverging, 3, shapes_shards, tmp_path)
+    assert len(set(messages)) == 1
+    assert "rank 1 (on " in messages[0]
+    assert "differs from the other ranks, first in " in messages[0]
+    saved = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert len(saved) == 1, "what diverged was saved"

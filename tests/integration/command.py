@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-TINY = ["--model.width", "4", "--model.stem", "imagenet", "--global-batch-size", "20", "--optimizer.lr", "0.02"]
+TINY = ["--model.width", "8", "--model.stem", "imagenet", "--global-batch-size", "20", "--optimizer.lr", "0.02"]
 
 
 def start(*arguments, **options):

@@ -1,4 +1,4 @@
-"""Runs a function on several gloo ranks, each a process of its own. A hang is a failure, not a wait."""
+"""Runs a function on several ranks of this machine, each a process of its own. A hang is a failure, not a wait."""
 
 import multiprocessing
 import tempfile
@@ -10,19 +10,29 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "dlops_dist.engine"])
+from dlops_dist.errors import RunError
+
+GRACE_S = 2
+"""What a failed rank's peers have left: they wait for it in a collective, or fail on their own."""
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, timeout_s: float = 90) -> list[Any]:
-    """[function(*arguments) on rank 0, on rank 1, ...]; the first rank that fails, or time that runs out, fails all."""
+    """[function(*arguments) on rank 0, on rank 1, ...] of a gloo group, each rank with one thread.
+
+    The function, its arguments and results are pickled: it must be importable.
+
+    Raises:
+        RunError: a rank failed, died or hung; the others are ended with it. Names each of them.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed", "dlops_dist.engine"])
     deadline = time.monotonic() + timeout_s
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(world_size):
-            ours, theirs = CONTEXT.Pipe(duplex=False)
+            ours, theirs = context.Pipe(duplex=False)
             store = Path(folder) / "rendezvous"
-            process = CONTEXT.Process(target=_on_rank, args=(theirs, store, rank, world_size, function, arguments))
+            process = context.Process(target=_on_rank, args=(theirs, store, rank, world_size, function, arguments))
             process.start()
             theirs.close()
             pipes.append(ours)
@@ -34,21 +44,23 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, ti
                 process.kill()
                 process.join()
     failures = [f"rank {rank}: {value}" for rank, (succeeded, value) in enumerate(outcomes) if not succeeded]
-    assert not failures, "\n".join(failures)
+    if failures:
+        raise RunError("\n".join(failures))
     return [value for _, value in outcomes]
 
 
 def _outcomes(pipes: list[Any], deadline: float) -> list[tuple[bool, Any]]:
-    """(True, result) or (False, why not) of each rank; once one has failed, its peers have two seconds left."""
+    """(True, result) or (False, why not) of each rank."""
     outcomes: dict[Any, tuple[bool, Any]] = {}
     while len(outcomes) < len(pipes) and (left := deadline - time.monotonic()) > 0:
-        for pipe in connection.wait([pipe for pipe in pipes if pipe not in outcomes], left):
+        ready: list[Any] = connection.wait([pipe for pipe in pipes if pipe not in outcomes], left)
+        for pipe in ready:
             try:
                 outcomes[pipe] = pipe.recv()
             except EOFError:
                 outcomes[pipe] = False, "died"
             if not outcomes[pipe][0]:
-                deadline = min(deadline, time.monotonic() + 2)
+                deadline = min(deadline, time.monotonic() + GRACE_S)
     return [outcomes.get(pipe, (False, "hangs")) for pipe in pipes]
 
 
