@@ -19,7 +19,7 @@ def test_ours_agree_and_the_usual_formulations_do_not():
     done = run("--workers", "2")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "result: 2 workers compute what one computes"
-    rows = re.findall(r"│ (ours|\w.*?) +│ +(0|\de[+-]\d\d) │", done.stdout)
+    rows = re.findall(r"[│|] (\w[^│|]*?) +[│|] +(0|\de[+-]\d\d) [│|]", done.stdout)
     ours = [float(error) for how, error in rows if how == "ours"]
     usual = [float(error) for how, error in rows if how != "ours"]
     assert len(ours) == 8
