@@ -12,6 +12,8 @@ from typing import Any
 
 from dlops_dist.errors import RunError
 
+PRELOADED = ["torch", "torch._dynamo", "torch.nn.parallel", "pandas", "pyarrow.parquet", "dlops_dist.engine"]
+"""Imported once, in the server that the ranks are forked from: what DDP, an optimiser's step and the index need."""
 GRACE_S = 2
 """What a failed rank's peers have left: they wait for it in a collective, or fail on their own."""
 
@@ -25,7 +27,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, ti
         RunError: a rank failed, died or hung; the others are ended with it. Names each of them.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "dlops_dist.engine"])
+    context.set_forkserver_preload(PRELOADED)
     deadline = time.monotonic() + timeout_s
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []

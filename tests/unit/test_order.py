@@ -312,3 +312,11 @@ def test_rank_parts_are_contiguous_cover_and_differ_by_at_most_one(size, world_s
 def test_more_ranks_than_samples_leave_ranks_empty():
     assert order.part_sizes(2, 5) == [1, 1, 0, 0, 0]
     assert order.part_sizes(0, 3) == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("size", "expected"), [(None, [10]), (10, [10]), (4, [4, 4, 2]), (1, [1] * 10), (99, [10])])
+def test_micro_batches_are_consecutive_and_whole(size, expected):
+    batch = np.random.default_rng(0).permutation(10)
+    parts = order.micro_batches(batch, size)
+    assert [len(part) for part in parts] == expected
+    assert np.concatenate(parts).tolist() == batch.tolist()
