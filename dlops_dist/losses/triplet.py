@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -85,12 +85,12 @@ class TripletLoss(nn.Module):
     def _pieces(self, x: Tensor, labels: Tensor, first: int, last: int) -> Iterator[Piece]:
         """Parts of the sum, each a function of the embeddings."""
         if self.mining == "all":
-            yield from (partial(self._all_of_rows, labels=labels, rows=rows) for rows in _row_chunks(x, first, last))
+            yield from (partial(self._all_of_rows, mates=mates) for mates in _class_mates(labels, first, last))
             return
         pick = _batch_hard if self.mining == "batch-hard" else _semi_hard
         size = max(1, CHUNK_ELEMENTS // x.shape[1])
-        for chunk in _chunks(x, labels, first, last):
-            for triplets in zip(*(index.split(size) for index in pick(*chunk)), strict=True):
+        for mates, squared in _squared_distances(x, _class_mates(labels, first, last)):
+            for triplets in zip(*(index.split(size) for index in pick(mates, squared)), strict=True):
                 yield partial(self._of_triplets, triplets=triplets)
 
     def _of_triplets(self, x: Tensor, triplets: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -98,23 +98,21 @@ class TripletLoss(nn.Module):
         terms = self._hinge_terms(self._distance(anchors, positives) - self._distance(anchors, negatives))
         return terms.sum, terms.count
 
-    def _all_of_rows(self, x: Tensor, labels: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _all_of_rows(self, x: Tensor, mates: "_ClassMates") -> tuple[Tensor, Tensor]:
         """Every triplet of some anchors, without a cube: sort the negatives, then add up prefix sums."""
-        distances = torch.cdist(x[rows], x, compute_mode="donot_use_mm_for_euclid_dist")
+        distances = torch.cdist(x[mates.rows], x, compute_mode="donot_use_mm_for_euclid_dist")
         if self.squared:
             distances = distances.square()
-        same = labels[rows][:, None] == labels
-        positives = same.scatter(1, rows[:, None], False)
-        far = distances.masked_fill(same, torch.inf).sort(dim=1).values
-        reach = distances.detach() + self.margin
+        positive = distances.gather(1, mates.members)
+        far = distances.scatter(1, mates.members, torch.inf).sort(dim=1).values
+        reach = positive.detach() + self.margin
         active = torch.searchsorted(far.detach(), reach)  # negatives nearer than positive + margin
         far = far.masked_fill(far.isinf(), 0.0).double()
         prefix = F.pad(far.cumsum(dim=1), (1, 0))
-        losses = active * (distances.double() + self.margin) - prefix.gather(1, active)
-        num_negatives = (~same).sum(dim=1, keepdim=True).expand_as(active)
-        number = active if self.average == "active" else num_negatives
-        total = losses.masked_fill(~positives, 0.0).sum().to(x.dtype)
-        return total, number.masked_fill(~positives, 0).sum(dtype=torch.float64)
+        losses = active * (positive.double() + self.margin) - prefix.gather(1, active)
+        number = active if self.average == "active" else mates.num_negatives[:, None].expand_as(active)
+        total = losses.masked_fill(~mates.is_positive, 0.0).sum().to(x.dtype)
+        return total, number.masked_fill(~mates.is_positive, 0).sum(dtype=torch.float64)
 
 
 class _ChunkedSum(torch.autograd.Function):
@@ -150,39 +148,59 @@ def _safe_sqrt(squared: Tensor) -> Tensor:
     return torch.where(positive, squared, 1.0).sqrt() * positive
 
 
-@torch.no_grad()
-def _batch_hard(rows: Tensor, squared: Tensor, same: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices (anchor, positive, negative) of one triplet for each row that has one."""
-    positives = same.scatter(1, rows[:, None], False)
-    positive = squared.masked_fill(~positives, -torch.inf).argmax(dim=1)
-    negative = squared.masked_fill(same, torch.inf).argmin(dim=1)
-    valid = positives.any(dim=1) & ~same.all(dim=1)
-    return rows[valid], positive[valid], negative[valid]
+class _ClassMates(NamedTuple):
+    """R anchors, and the samples of their classes: at most M of a class, and never an R x N mask."""
+
+    rows: Tensor
+    """(R,) the anchors' indices."""
+    members: Tensor
+    """(R, M) indices of the samples of the anchor's class, ascending, itself among them; the last is repeated."""
+    is_positive: Tensor
+    """(R, M) neither the anchor nor a repetition."""
+    num_negatives: Tensor
+    """(R,) number of samples of other classes."""
+
+
+def _class_mates(labels: Tensor, first: int, last: int) -> Iterator[_ClassMates]:
+    """The anchors from first to last, in chunks of CHUNK_ELEMENTS / N."""
+    by_class = labels.argsort(stable=True)
+    ordered = labels[by_class]
+    size = max(1, CHUNK_ELEMENTS // max(1, len(labels)))
+    for rows in torch.arange(first, last, device=labels.device).split(size) if last > first else ():
+        start = torch.searchsorted(ordered, labels[rows])[:, None]
+        end = torch.searchsorted(ordered, labels[rows], right=True)[:, None]
+        place = start + torch.arange(int((end - start).max()), device=labels.device)
+        members = by_class[place.minimum(end - 1)]
+        is_positive = (place < end) & (members != rows[:, None])
+        yield _ClassMates(rows, members, is_positive, len(labels) - (end - start)[:, 0])
 
 
 @torch.no_grad()
-def _semi_hard(rows: Tensor, squared: Tensor, same: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _batch_hard(mates: _ClassMates, squared: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices (anchor, positive, negative) of one triplet for each row that has one. Overwrites the distances."""
+    farthest = squared.gather(1, mates.members).masked_fill_(~mates.is_positive, -torch.inf).argmax(dim=1)
+    positives = mates.members.gather(1, farthest[:, None])[:, 0]
+    negatives = squared.scatter_(1, mates.members, torch.inf).argmin(dim=1)
+    valid = mates.is_positive.any(dim=1) & (mates.num_negatives > 0)
+    return mates.rows[valid], positives[valid], negatives[valid]
+
+
+@torch.no_grad()
+def _semi_hard(mates: _ClassMates, squared: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Indices (anchor, positive, negative) of one triplet for each positive pair of a row that has a negative."""
-    num_negatives = (~same).sum(dim=1, keepdim=True)
-    ordered, index = squared.masked_fill(same, torch.inf).sort(dim=1, stable=True)
-    place = torch.searchsorted(ordered, squared, right=True)  # of the first negative that is farther
+    ordered, index = squared.scatter(1, mates.members, torch.inf).sort(dim=1, stable=True)
+    # the first negative that is farther than the positive
+    place = torch.searchsorted(ordered, squared.gather(1, mates.members), right=True)
     nearest_farther = index.gather(1, place.clamp(max=squared.shape[1] - 1))
-    farthest = squared.masked_fill(same, -torch.inf).argmax(dim=1, keepdim=True)
-    negatives = torch.where(place < num_negatives, nearest_farther, farthest)
-    positives = (same & (num_negatives > 0)).scatter(1, rows[:, None], False)
-    row, positive = positives.nonzero(as_tuple=True)
-    return rows[row], positive, negatives[row, positive]
-
-
-def _row_chunks(x: Tensor, first: int, last: int) -> Iterator[Tensor]:
-    size = max(1, CHUNK_ELEMENTS // max(1, len(x)))
-    for start in range(first, last, size):
-        yield torch.arange(start, min(start + size, last), device=x.device)
+    farthest = squared.scatter(1, mates.members, -torch.inf).argmax(dim=1, keepdim=True)
+    negatives = torch.where(place < mates.num_negatives[:, None], nearest_farther, farthest)
+    row, column = (mates.is_positive & (mates.num_negatives[:, None] > 0)).nonzero(as_tuple=True)
+    return mates.rows[row], mates.members[row, column], negatives[row, column]
 
 
 @torch.no_grad()
-def _chunks(x: Tensor, labels: Tensor, first: int, last: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Rows, their squared distances (rows, N) to all samples, and where the labels are equal, chunk by chunk.
+def _squared_distances(x: Tensor, chunks: Iterator[_ClassMates]) -> Iterator[tuple[_ClassMates, Tensor]]:
+    """Each chunk of anchors with its squared distances (R, N) to all samples.
 
     The mean is taken off first: ||a||^2 + ||b||^2 - 2ab loses all digits where the embeddings nearly coincide.
     A matrix product may round equal columns differently: those of equal samples are made equal again.
@@ -191,11 +209,12 @@ def _chunks(x: Tensor, labels: Tensor, first: int, last: int) -> Iterator[tuple[
     repeated = bool((original != torch.arange(len(x), device=x.device)).any())
     x = x - x.mean(dim=0)
     norms = x.square().sum(dim=1)
-    for rows in _row_chunks(x, first, last):
+    for mates in chunks:
+        rows = mates.rows
         squared = torch.addmm(norms, x[rows], x.T, alpha=-2).add_(norms[rows, None]).clamp_(min=0)
         if repeated:
             squared = squared[:, original].masked_fill_(original[rows][:, None] == original, 0)
-        yield rows, squared, labels[rows, None] == labels
+        yield mates, squared
 
 
 def _first_equal(x: Tensor) -> Tensor:

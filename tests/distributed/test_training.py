@@ -171,7 +171,10 @@ def steps(loss, shards, odd):
     return {name: tensors(one_step(loss, shards, ids)) for name, ids in odd.items()}
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(
+    "loss",
+    ["ce", "center", "batch-hard", *(pytest.param(loss, marks=pytest.mark.slow) for loss in ("semi-hard", "all"))],
+)
 def test_twenty_steps_on_any_number_of_ranks_are_those_of_one_process(loss, shapes_shards, tmp_path):
     expected, expected_rows = train(loss, shapes_shards, tmp_path / "1")
     assert expected["step"] >= 18

@@ -2,10 +2,14 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+# A shell lets its background jobs ignore SIGINT, and they hand that on to what they start: not to commands under test.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--model.width", "8", "--model.stem", "imagenet", "--global-batch-size", "20", "--optimizer.lr", "0.02"]
@@ -18,7 +22,8 @@ def start(*arguments, **options):
     environment |= {"OMP_NUM_THREADS": "1", **options.pop("env", {})}
     return subprocess.Popen(
         [sys.executable, *module, *map(str, arguments[1:])],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, **options,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+        **options,
     )  # fmt: skip
 
 

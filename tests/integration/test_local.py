@@ -20,68 +20,91 @@ def test_smoke_needs_nothing_else(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["runs"]
 
 
-@pytest.mark.parametrize("loss", ["ce", "triplet", "center"])
-def test_a_run_repeats_itself_and_evaluate_repeats_its_figures(loss, shapes_shards, tmp_path):
-    arguments = ("--loss", loss, "--epochs", "2", "--name", "run")
-    for runs in ("a", "b"):
-        code, output = train(shapes_shards, tmp_path / runs, *arguments)
+@pytest.fixture(scope="module")
+def runs(shapes_shards, tmp_path_factory):
+    """Folder of three finished runs, one for each loss, of two epochs. Only to be read, or copied."""
+    folder = tmp_path_factory.mktemp("runs")
+    for loss in ("ce", "triplet", "center"):
+        code, output = train(shapes_shards, folder, *two_epochs(loss))
         assert code == 0, output
-    first, second = rows(tmp_path / "a/run"), rows(tmp_path / "b/run")
-    assert first == second
-    assert [row["epoch"] for row in first] == [1, 2]
+    return folder
 
-    code, output = run("evaluate", tmp_path / "a/run")
+
+def two_epochs(loss):
+    return "--loss", loss, "--epochs", "2", "--name", loss, "--data.val-fraction", "0.25"
+
+
+@pytest.mark.parametrize("loss", ["ce", "triplet", "center"])
+def test_evaluate_repeats_a_runs_figures_and_a_finished_run_is_left_alone(loss, runs, shapes_shards):
+    before = rows(runs / loss)
+    assert [row["epoch"] for row in before] == [1, 2]
+    code, output = run("evaluate", runs / loss)
     assert code == 0, output
     for name in ("loss", "top1", "top5", "nearest_center", "recall_at_1"):
-        assert f"{name}: {first[-1]['test/' + name]!r}" in output.splitlines()
-    assert output.splitlines()[-1].startswith("result: run at epoch 2, test: loss ")
+        assert f"{name}: {before[-1]['test/' + name]!r}" in output.splitlines()
+    assert output.splitlines()[-1].startswith(f"result: {loss} at epoch 2, test: loss ")
 
-    code, output = train(shapes_shards, tmp_path / "a", *arguments)
+    code, output = train(shapes_shards, runs, *two_epochs(loss))
     assert (code, "is complete" in output) == (0, True)
-    assert rows(tmp_path / "a/run") == first
+    assert rows(runs / loss) == before
 
 
-def test_a_run_folder_holds_what_it_should_and_its_config_trains_the_same_again(shapes_shards, tmp_path):
-    code, output = train(shapes_shards, tmp_path, "--epochs", "1", "--name", "run", "--data.val-fraction", "0.25")
-    assert code == 0, output
-    folder = tmp_path / "run"
-    assert sorted(p.name for p in folder.iterdir()) == ["checkpoints", "config.yaml", "metrics.jsonl"]
-    row = json.loads((folder / "metrics.jsonl").read_text())
+def test_a_run_folder_holds_what_it_should_and_its_config_trains_the_same_again(runs, tmp_path):
+    folder = runs / "ce"
+    assert sorted(p.name for p in folder.iterdir() if p.name != "report") == [
+        "checkpoints",
+        "config.yaml",
+        "metrics.jsonl",
+    ]
+    row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
     expected = {"epoch", "step", "lr", "train/loss", "train/top1", "train/top5", "val/top1", "test/loss", "test/top1"}
     assert expected | {"test/top5", "test/nearest_center", "test/recall_at_1", "test/top1_by_class"} <= row.keys()
     assert len(row["test/top1_by_class"]) == 10
     assert yaml.safe_load((folder / "config.yaml").read_text())["optimizer"]["lr"] == 0.02
-    code, output = run("train", "q1", "--local", "--config", folder / "config.yaml", "--name", "again", "--epochs", "1")
+    arguments = ("--config", folder / "config.yaml", "--name", "again", "--runs-dir", tmp_path)
+    code, output = run("train", "q1", "--local", *arguments)
     assert code == 0, output
     assert rows(tmp_path / "again") == rows(folder)
 
 
-@pytest.mark.parametrize("loss", ["triplet", "center"])
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_run_goes_on_to_the_same_bits(loss, how, shapes_shards, tmp_path):
-    arguments = ("--loss", loss, "--epochs", "8", "--name", "run", "--checkpoint-every", "3")
-    process = start(
-        "train", "q1", "--local", "--data.shards", shapes_shards, "--runs-dir", tmp_path / "stopped", *TINY, *arguments
-    )
-    checkpoints = tmp_path / "stopped/run/checkpoints"
+EIGHT_EPOCHS = ("--epochs", "8", "--name", "run", "--checkpoint-every", "3")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shapes_shards, tmp_path_factory):
+    """{loss: a run of eight epochs that nothing stopped}."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    for loss in ("triplet", "center"):
+        code, output = train(shapes_shards, folder / loss, "--loss", loss, *EIGHT_EPOCHS)
+        assert code == 0, output
+    return {loss: folder / loss / "run" for loss in ("triplet", "center")}
+
+
+@pytest.mark.parametrize(
+    ("loss", "how"),
+    [("triplet", signal.SIGKILL), ("center", signal.SIGKILL), ("triplet", signal.SIGINT), ("center", signal.SIGTERM)],
+)
+def test_a_stopped_run_goes_on_to_the_same_bits(loss, how, undisturbed, shapes_shards, tmp_path):
+    arguments = ("--loss", loss, *EIGHT_EPOCHS)
+    process = start("train", "q1", "--local", "--data.shards", shapes_shards, "--runs-dir", tmp_path, *TINY, *arguments)
+    checkpoints = tmp_path / "run/checkpoints"
     assert wait_until(lambda: len(list(checkpoints.glob("step-*.pt"))) >= 2)
     process.send_signal(how)
     output, _ = process.communicate(timeout=30)
     assert process.returncode != 0, "it finished before it was stopped"
     assert "Traceback" not in output
 
-    code, output = train(shapes_shards, tmp_path / "stopped", *arguments)
+    code, output = train(shapes_shards, tmp_path, *arguments)
     assert code == 0, output
     assert " from step " in output
-    code, output = train(shapes_shards, tmp_path / "whole", *arguments)
-    assert code == 0, output
-    assert rows(tmp_path / "stopped/run") == rows(tmp_path / "whole/run")
-    states = [
-        torch.load(tmp_path / runs / "run/checkpoints/step-000000096.pt", weights_only=True)
-        for runs in ("stopped", "whole")
-    ]
-    for name, value in states[0]["model"].items():
-        assert torch.equal(value, states[1]["model"][name]), name
+    assert rows(tmp_path / "run") == rows(undisturbed[loss])
+    ours, theirs = (
+        torch.load(folder / "checkpoints/step-000000096.pt", weights_only=True)["model"]
+        for folder in (tmp_path / "run", undisturbed[loss])
+    )
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value), name
 
 
 MISTAKES = {
@@ -118,21 +141,20 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_a_line(shapes_shards, tmp_p
     assert "Traceback" not in output
 
 
-def test_a_name_with_other_settings_or_data_is_refused(shapes_shards, tmp_path):
-    assert train(shapes_shards, tmp_path, "--epochs", "1", "--name", "run")[0] == 0
-    before = rows(tmp_path / "run")
-    code, output = train(shapes_shards, tmp_path, "--epochs", "1", "--name", "run", "--seed", "7")
+def test_a_name_with_other_settings_or_data_is_refused(runs, shapes_shards, tmp_path):
+    before = rows(runs / "ce")
+    code, output = train(shapes_shards, runs, *two_epochs("ce"), "--seed", "7")
     assert code == 2
     assert "seed 0 there, 7 here" in output
     other = tmp_path / "other"
     assert run("shard", "shapes", "--classes", "5", "--out", other)[0] == 0
-    code, output = train(other / "shapes", tmp_path, "--epochs", "1", "--name", "run")
+    code, output = train(other / "shapes", runs, *two_epochs("ce"))
     assert code == 2, output
     assert "dataset" in output
-    code, output = run("evaluate", tmp_path / "run", "--data.shards", other / "shapes")
+    code, output = run("evaluate", runs / "ce", "--data.shards", other / "shapes")
     assert (code, len(output.splitlines())) == (2, 1)
     assert "5 classes, the run has 10" in output
-    assert rows(tmp_path / "run") == before
+    assert rows(runs / "ce") == before
 
 
 def test_a_second_process_of_a_run_is_refused(shapes_shards, tmp_path):
@@ -184,10 +206,8 @@ def test_evaluate_names_what_is_not_a_run(tmp_path):
     assert "config.yaml" in output
 
 
-def test_report_prints_a_table_and_draws_curves(shapes_shards, tmp_path):
-    for loss in ("ce", "center"):
-        assert train(shapes_shards, tmp_path, "--epochs", "1", "--loss", loss, "--name", loss)[0] == 0
-    code, output = run("report", tmp_path / "ce", tmp_path / "center")
+def test_report_prints_a_table_and_draws_curves(runs):
+    code, output = run("report", runs / "ce", runs / "center")
     assert code == 0, output
     assert output.count("original study") == 2
-    assert (tmp_path / "center/report/curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (runs / "center/report/curves.png").read_bytes().startswith(b"\x89PNG")

@@ -58,7 +58,7 @@ def train(shards, runs, *arguments, **options):
     )
 
 
-@pytest.mark.parametrize("loss", ["triplet", "center"])
+@pytest.mark.parametrize("loss", ["triplet", pytest.param("center", marks=pytest.mark.slow)])
 def test_ray_workers_compute_what_one_process_computes(loss, cluster, shapes_shards, tmp_path):
     arguments = ("--loss", loss, "--optimizer.lr", "0.002")
     code, output = train(shapes_shards, tmp_path / "ray", *arguments, "--workers", "3", env=cluster)
@@ -84,6 +84,7 @@ def test_no_cluster_at_the_address_is_one_line(shapes_shards, tmp_path):
     assert output.splitlines()[-1].startswith("error: RAY_ADDRESS=127.0.0.1:")
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_the_run_with_a_line_and_no_restart(cluster, shapes_shards, tmp_path):
     code, output = train(shapes_shards, tmp_path, "--optimizer.lr", "1e12", "--workers", "2", env=cluster)
     assert code == 1, output

@@ -275,8 +275,8 @@ MAY_DIFFER = {
     "wandb": "offline", "checkpoint_every": 5, "data.shards": "elsewhere", "data.threads": 9, "data.prefetch": 9,
 }  # fmt: skip
 CHANGES_THE_RESULT = {
-    "epochs": 11, "micro_batch_size": 32, "global_batch_size": 64, "seed": 1, "precision": "float64", "compile": True, "deterministic": False,
-    "loss": "center",
+    "epochs": 11, "global_batch_size": 64, "micro_batch_size": 32, "seed": 1, "precision": "float64",
+    "compile": True, "deterministic": False, "loss": "center",
     "data.order": "balanced", "data.samples_per_class": 8, "data.drop_last": False, "data.val_fraction": 0.1,
     "augment.crop_padding": 1, "augment.flip": False,
     "model.stem": "imagenet", "model.width": 32, "model.norm": "local",
