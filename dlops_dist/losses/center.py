@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dlops_dist.losses.terms import Terms, at_least_float32, count_of
 
@@ -37,8 +38,8 @@ class CenterLoss(nn.Module):
 
     def terms(self, embeddings: Tensor, labels: Tensor) -> Terms:
         """Sum of 1/2 ||x_i - c_yi||^2 and N."""
-        differences = at_least_float32(embeddings) - self.centers[labels]
-        return Terms(differences.square().sum() / 2, count_of(len(labels), embeddings))
+        squares = F.mse_loss(at_least_float32(embeddings), self.centers[labels], reduction="sum")
+        return Terms(squares / 2, count_of(len(labels), embeddings))
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         return self.terms(embeddings, labels).mean()
@@ -47,16 +48,26 @@ class CenterLoss(nn.Module):
     def sums(self, embeddings: Tensor, labels: Tensor) -> CenterSums:
         """What `update` needs of a batch, or of a part of one. Same bits at each call, on every device."""
         differences = self.centers[labels] - embeddings.to(self.centers.dtype)
-        classes, place = labels.unique(return_inverse=True)
-        member = (place == torch.arange(len(classes), device=labels.device)[:, None]).to(differences.dtype)
-        all_differences = torch.zeros_like(self.centers)
-        with torch.autocast(labels.device.type, enabled=False):
-            all_differences[classes] = member @ differences  # index_add_ would add in any order on a GPU
-        counts = self.centers.new_zeros(len(self.centers))
-        counts[classes] = member.sum(dim=1)
-        return CenterSums(all_differences, counts)
+        sum_rows = _sum_rows_by_product if labels.is_cuda else _sum_rows
+        counts = labels.bincount(minlength=len(self.centers)).to(self.centers.dtype)
+        return CenterSums(sum_rows(differences, labels, len(self.centers)), counts)
 
     @torch.no_grad()
     def update(self, sums: CenterSums) -> None:
         """Move the centres by the sums of the whole batch (eq. 4); classes without samples stay."""
-        self.centers -= self.alpha * sums.differences / (1 + sums.counts[:, None])
+        self.centers.addcdiv_(sums.differences, 1 + sums.counts[:, None], value=-self.alpha)
+
+
+def _sum_rows(rows: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """(C, D): for each class, the sum of its rows (N, D)."""
+    return rows.new_zeros(num_classes, rows.shape[1]).index_add_(0, labels, rows)
+
+
+def _sum_rows_by_product(rows: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """The same where `index_add_` would add in any order: on a GPU."""
+    classes, place = labels.unique(return_inverse=True)
+    member = (place == torch.arange(len(classes), device=labels.device)[:, None]).to(rows.dtype)
+    sums = rows.new_zeros(num_classes, rows.shape[1])
+    with torch.autocast(labels.device.type, enabled=False):
+        sums[classes] = member @ rows
+    return sums

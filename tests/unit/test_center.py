@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from dlops_dist.losses import CenterLoss
+from dlops_dist.losses.center import _sum_rows, _sum_rows_by_product
 
 NUM_CLASSES, DIM = 6, 3
 UNSEEN = [2, 5]
@@ -173,3 +174,14 @@ def test_sums_are_the_same_under_autocast():
 def test_alpha_out_of_range_is_named(alpha):
     with pytest.raises(ValueError, match="alpha"):
         CenterLoss(3, 2, alpha)
+
+
+@pytest.mark.parametrize("labels", [[2, 0, 2, 2, 5], [1], [], [3, 3, 3]])
+def test_both_ways_of_summing_rows_by_class_are_the_loop(labels):
+    rows = torch.randn(len(labels), 4, dtype=torch.float64)
+    expected = torch.zeros(6, 4, dtype=torch.float64)
+    for row, label in zip(rows, labels, strict=True):
+        expected[label] += row
+    for sum_rows in (_sum_rows, _sum_rows_by_product):
+        ours = sum_rows(rows, torch.tensor(labels, dtype=torch.int64), 6)
+        assert_close(ours, expected, rtol=1e-14, atol=1e-14)
