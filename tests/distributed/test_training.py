@@ -21,8 +21,10 @@ from dlops_dist.errors import RunError
 
 LOSSES = {
     "ce": {"loss": "ce", "ce": {"label_smoothing": 0.1}, "optimizer": {"lr": 0.02, "clip_norm": 1.0}},
-    "center": {"loss": "center", "data": {"drop_last": False}, "optimizer": {"lr": 0.02}},
-    "batch-hard": {"loss": "triplet", "optimizer": {"lr": 0.002, "nesterov": True}},
+    "center": {
+        "loss": "center", "data": {"drop_last": False}, "optimizer": {"lr": 0.02}, "micro_batch_size": 11,
+    },
+    "batch-hard": {"loss": "triplet", "optimizer": {"lr": 0.002, "nesterov": True}, "micro_batch_size": 10},
     "semi-hard": {
         "loss": "triplet", "triplet": {"mining": "semi-hard", "average": "active"}, "optimizer": {"lr": 0.002},
     },
