@@ -3,6 +3,8 @@
 python launch/shard.py                                   both datasets of the study, fetched where needed
 python launch/shard.py tiny-imagenet --source FILE.zip   from an archive or folder at hand
 python launch/shard.py shapes                            generated images: no network needed
+python launch/shard.py verify shards/tiny-imagenet       is every byte as it was packed?
+python launch/shard.py show shards/tiny-imagenet         classes, counts, sizes, and a picture of samples
 """
 
 import argparse
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
-from dlops_dist.errors import OneLineParser, UserError, exit_code_of
+from dlops_dist.errors import OneLineParser, RunError, UserError, exit_code_of
 
 if TYPE_CHECKING:
     from dlops_dist.data.sources import Source
@@ -26,6 +28,56 @@ GENERATED = {"train_per_class": 200, "test_per_class": 40}
 
 
 def main() -> None:
+    command = {"verify": verify, "show": show}.get("".join(sys.argv[1:2]), pack_all)
+    command()
+
+
+def verify() -> None:
+    """Hash every file again."""
+    folder = parse_folder("verify", "Hash every file of packed shards again: is each byte as it was packed?")
+    from dlops_dist.data.inspection import damages
+    from dlops_dist.data.shards import read_manifest
+
+    manifest = read_manifest(folder)
+    found = damages(folder, manifest, progress(f"reading {folder}", "bytes"))
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise RunError(f"{folder}: {', '.join(found[:3])}{more}; pack the shards again")
+    print(f"{folder}: {len(manifest.shards)} shards, every byte as it was packed; dataset id {manifest.id[:12]}")
+
+
+def show() -> None:
+    """Print what a folder holds; write a picture beside it."""
+    folder = parse_folder(
+        "show", "Print classes, counts and sizes of packed shards; write FOLDER-samples.png beside it."
+    )
+    from matplotlib.image import imsave
+
+    from dlops_dist.data.inspection import counts_by_class, sample_grid
+    from dlops_dist.data.shards import read_manifest
+
+    manifest = read_manifest(folder)
+    counts = counts_by_class(folder, manifest)
+    width = max(map(len, manifest.classes))
+    print(f"{'class':{width}} " + " ".join(f"{split:>9}" for split in counts))
+    for label, name in enumerate(manifest.classes):
+        print(f"{name:{width}} " + " ".join(f"{numbers[label]:9,}" for numbers in counts.values()))
+    picture = folder.absolute().parent / f"{folder.absolute().name}-samples.png"
+    imsave(picture, sample_grid(folder, manifest))
+    size = sum(shard.bytes for shard in manifest.shards) / 1e6
+    print(
+        f"{folder}: {describe(manifest.splits)} of {manifest.height}x{manifest.width}, {manifest.extension}, "
+        f"{len(manifest.shards)} shards, {size:.1f} MB, id {manifest.id[:12]}; samples in {picture}"
+    )
+
+
+def parse_folder(command: str, description: str) -> Path:
+    parser = OneLineParser(prog=f"shard.py {command}", description=description)
+    parser.add_argument("folder", type=Path, help="of one dataset, such as shards/tiny-imagenet")
+    return parser.parse_args(sys.argv[2:]).folder
+
+
+def pack_all() -> None:
     arguments = parse()
     from dlops_dist.data.pack import pack
     from dlops_dist.data.shards import MANIFEST, read_manifest

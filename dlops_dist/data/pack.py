@@ -17,7 +17,7 @@ import numpy as np
 
 from dlops_dist.data.keys import key
 from dlops_dist.data.order import shuffled
-from dlops_dist.data.shards import FORMAT, INDEX, MANIFEST, Manifest, Shard, decode
+from dlops_dist.data.shards import FORMAT, INDEX, MANIFEST, Manifest, Shard, decode, sha256_of
 from dlops_dist.data.sources import UNLABELED, Source
 from dlops_dist.errors import UserError
 
@@ -173,9 +173,9 @@ def _write(source: Source, out: Path, planned: Planned) -> Packed:
     tar += bytes(2 * TAR_BLOCK)
     sha256 = hashlib.sha256(tar).hexdigest()
     path = out / planned.name
-    if not path.is_file() or _sha256_of(path) != sha256:
+    if not path.is_file() or sha256_of(path) != sha256:
         _replace(path, tar)
-        if _sha256_of(path) != sha256:
+        if sha256_of(path) != sha256:
             path.unlink()
             raise UserError(f"{path} reads back otherwise than it was written: is the disk failing?")
     shard = Shard(name=planned.name, split=planned.split, samples=len(keys), bytes=len(tar), sha256=sha256)
@@ -250,8 +250,3 @@ def _replace(path: Path, content: bytes | bytearray) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.rename(path)
-
-
-def _sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -149,7 +149,12 @@ def _read_index(folder: Path, manifest: Manifest) -> dict[str, np.ndarray]:
     import pyarrow.parquet as pq
 
     path = folder / INDEX
-    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != manifest.index_sha256:
+    if not path.is_file() or sha256_of(path) != manifest.index_sha256:
         raise UserError(f"{path} is missing or does not match {MANIFEST}; pack the shards again")
     table = pq.read_table(path)
     return {name: table[name].to_numpy() for name in table.column_names}
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

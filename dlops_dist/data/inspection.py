@@ -1,0 +1,50 @@
+"""Looks into packed shards: is every byte as it was packed, and what do the images look like."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from dlops_dist.data.shards import INDEX, MANIFEST, Manifest, Split, sha256_of
+
+GRID_COLUMNS, GRID_ROWS = 10, 20
+
+
+def damages(folder: Path, manifest: Manifest, on_progress: Callable[[int, int], None]) -> list[str]:
+    """What differs from the manifest, file by file; empty where every byte is as it was packed.
+
+    Args:
+        on_progress: called with (bytes read, bytes in all).
+    """
+    expected = {INDEX: manifest.index_sha256} | {shard.name: shard.sha256 for shard in manifest.shards}
+    sizes = {shard.name: shard.bytes for shard in manifest.shards}
+    found, done = [], 0
+    for name, sha256 in expected.items():
+        path = folder / name
+        if not path.is_file():
+            found.append(f"{name} is missing")
+        elif path.stat().st_size != sizes.get(name, path.stat().st_size):
+            found.append(f"{name} is {path.stat().st_size} bytes long, not {sizes[name]}")
+        elif sha256_of(path) != sha256:
+            found.append(f"{name} has changed")
+        done += sizes.get(name, 0)
+        on_progress(done, sum(sizes.values()))
+    strangers = {path.name for path in folder.iterdir()} - {MANIFEST, *expected}
+    return found + [f"{name} does not belong there" for name in sorted(strangers)]
+
+
+def counts_by_class(folder: Path, manifest: Manifest) -> dict[str, np.ndarray]:
+    """{split: number of samples of each class}; those without a label are left out."""
+    labels = {name: Split(folder, manifest, name).labels for name in manifest.splits}
+    return {name: np.bincount(of[of >= 0], minlength=len(manifest.classes)) for name, of in labels.items()}
+
+
+def sample_grid(folder: Path, manifest: Manifest) -> np.ndarray:
+    """One row of training images for each of the first classes, uint8 (height, width, 3); black where one has few."""
+    train = Split(folder, manifest, "train")
+    rows = min(GRID_ROWS, len(manifest.classes))
+    grid = np.zeros((rows, GRID_COLUMNS, manifest.height, manifest.width, 3), np.uint8)
+    for label in range(rows):
+        ids = np.flatnonzero(train.labels == label)[:GRID_COLUMNS]
+        grid[label, : len(ids)] = train.read(ids)
+    return grid.swapaxes(1, 2).reshape(rows * manifest.height, GRID_COLUMNS * manifest.width, 3)
