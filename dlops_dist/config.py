@@ -49,6 +49,16 @@ class Augment(Section):
     """Pad by so many pixels, then crop at a random place back to the size; 0 for none."""
     flip: bool = True
     """Mirror every second image, left to right."""
+    resized_crop: float | None = Field(None, gt=0, le=1)
+    """Instead of padding, cut out a part of at least this share of the area and enlarge it to the image's size."""
+    brightness: float = Field(0.0, ge=0, le=1)
+    """Multiply each image's brightness by a factor from 1 - x to 1 + x; so too contrast and saturation."""
+    contrast: float = Field(0.0, ge=0, le=1)
+    """The same of its contrast."""
+    saturation: float = Field(0.0, ge=0, le=1)
+    """The same of its saturation."""
+    cutout: int = Field(0, ge=0)
+    """Paint a square of so many pixels at a random place in the mean colour; 0 for none."""
 
 
 class Model(Section):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dlops_dist.config import Q1
-from dlops_dist.data.augment import crop_and_flip, normalize
+from dlops_dist.data.augment import augment, normalize
 from dlops_dist.data.loader import Batch
 from dlops_dist.data.order import part_sizes, rank_part
 from dlops_dist.distributed.collectives import all_sum, gather, rank, world_size
@@ -130,8 +130,8 @@ class Learner:
         return torch.stack([values[name] * weight for name, weight in self.loss.weights.items()]).sum()
 
     def _augmented(self, batch: Batch, epoch: int) -> Tensor:
-        chosen = self.settings.augment
-        return crop_and_flip(batch.images, batch.ids, self.settings.seed, epoch, chosen.crop_padding, chosen.flip)
+        settings = self.settings
+        return augment(batch.images, batch.ids, settings.seed, epoch, settings.augment, self.inputs.mean)
 
     def _forward(self, network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings, wide enough for ranks to add up gradients of each other's rows, and logits."""

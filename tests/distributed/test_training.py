@@ -31,6 +31,7 @@ LOSSES = {
     "all": {
         "loss": "triplet", "triplet": {"mining": "all", "ce_weight": 0.5}, "data": {"order": "uniform"},
         "optimizer": {"lr": 0.002},
+        "augment": {"resized_crop": 0.4, "brightness": 0.3, "contrast": 0.3, "saturation": 0.3, "cutout": 8},
     },
 }  # fmt: skip
 """Learning rates at which a run is stable: elsewhere two correct runs drift apart tenfold with each step."""

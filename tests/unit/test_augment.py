@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dlops_dist.data import augment
-from dlops_dist.data.augment import crop_and_flip, normalize
+from dlops_dist.config import Augment
+from dlops_dist.data import augment as module
+from dlops_dist.data.augment import augment, color_jitter, crop_and_flip, cutout, normalize, random_resized_crop
 from dlops_dist.data.draws import uniform
 from dlops_dist.data.keys import key
 
@@ -95,11 +96,109 @@ def test_without_padding_and_flip_images_stay_as_they_are():
 
 @pytest.mark.parametrize("padding", [1, 2, 3, 4, 8, 12, 16])
 def test_the_largest_draw_still_crops_inside_the_padded_image(padding, monkeypatch):
-    monkeypatch.setattr(augment, "uniform", lambda key, ids, n: torch.full((len(ids), n), 1 - 2**-24))
+    monkeypatch.setattr(module, "uniform", lambda key, ids, n: torch.full((len(ids), n), 1 - 2**-24))
     images = random_images(2)
     result = crop_and_flip(images, torch.arange(2), 0, 0, padding, False)
     for before, after in zip(images.numpy(), result.numpy(), strict=True):
         assert np.array_equal(after, changed(before, padding, 2 * padding, 2 * padding, False))
+
+
+def test_on_a_gpu_one_gather_cuts_what_a_cpu_cuts_one_by_one():
+    images, generator = random_images(50, 12, 14), torch.Generator().manual_seed(0)
+    offset = torch.randint(0, 5, (50, 2), generator=generator)
+    mirrored = torch.rand(50, generator=generator) < 0.5
+    expected = module._cut_one_by_one(images, offset, mirrored, 8, 10)
+    assert torch.equal(module._cut_by_gather(images, offset, mirrored, 8, 10), expected)
+
+
+def enlarged(image: np.ndarray, top: int, left: int, cut_height: int, cut_width: int) -> np.ndarray:
+    """A part of one image, enlarged to the image's size: bilinear, pixel by pixel, float64."""
+    height, width, _ = image.shape
+    out = np.empty(image.shape)
+    for i in range(height):
+        for j in range(width):
+            y = min(max(top + (i + 0.5) * cut_height / height - 0.5, 0), height - 1)
+            x = min(max(left + (j + 0.5) * cut_width / width - 0.5, 0), width - 1)
+            y0, x0 = int(y), int(x)
+            y1, x1 = min(y0 + 1, height - 1), min(x0 + 1, width - 1)
+            upper = image[y0, x0] * (1 - (x - x0)) + image[y0, x1] * (x - x0)
+            lower = image[y1, x0] * (1 - (x - x0)) + image[y1, x1] * (x - x0)
+            out[i, j] = upper * (1 - (y - y0)) + lower * (y - y0)
+    return out
+
+
+def test_a_resized_crop_equals_a_loop_over_pixels():
+    images, ids = random_images(30, 9, 12), torch.arange(30) + 7
+    area, ratio, wide, down, right = uniform(key(4, 1, "resized crop"), ids, 5).double().numpy().T
+    result = random_resized_crop(images, ids, seed=4, epoch=1, least_area=0.2)
+    for i, image in enumerate(images.numpy()):
+        pixels, shape = (0.2 + 0.8 * area[i]) * 9 * 12, 0.75 + 0.25 * ratio[i]
+        sides = np.sqrt(pixels * shape), np.sqrt(pixels / shape)
+        tall, broad = sides if wide[i] < 0.5 else sides[::-1]
+        h, w = round(min(tall, 9)), round(min(broad, 12))
+        expected = enlarged(image, int(down[i] * (9 - h + 1)), int(right[i] * (12 - w + 1)), h, w)
+        assert np.abs(result[i].numpy() - expected).max() <= 0.5 + 1e-3
+
+
+def test_a_resized_crop_covers_the_areas_it_should():
+    """Of a ramp, the result's range of values is the part that was cut."""
+    images = torch.arange(250, dtype=torch.uint8)[None, None, :, None].expand(3000, 250, 250, 3)[:400]
+    result = random_resized_crop(images, torch.arange(400), seed=0, epoch=0, least_area=0.25).double()
+    width = (result.amax(dim=(1, 2, 3)) - result.amin(dim=(1, 2, 3)) + 1) / 250
+    assert 0.25**0.5 * 0.75**0.5 - 0.02 <= width.min() < 0.5
+    assert width.max() == 1
+    assert abs(width.square().mean() - 0.625) < 0.05  # ratios cancel in the mean; those over the edge are cut
+
+
+def test_color_jitter_equals_one_change_after_the_other():
+    images, ids, strengths = random_images(20, 5, 7), torch.arange(20), (0.4, 0.3, 0.9)
+    draws = uniform(key(2, 3, "colors"), ids, 3).double().numpy()
+    luma = np.array([77, 150, 29]) / 256
+    for image, drawn, after in zip(images.numpy(), draws, color_jitter(images, ids, 2, 3, strengths), strict=True):
+        brightness, contrast, saturation = 1 - np.array(strengths) + 2 * np.array(strengths) * drawn
+        x = image * brightness
+        x = contrast * x + (1 - contrast) * (x @ luma).mean()
+        x = saturation * x + (1 - saturation) * (x @ luma)[..., None]
+        assert np.abs(after.numpy() - np.clip(x, 0, 255)).max() <= 0.5 + 1e-3
+
+
+def test_cutout_paints_one_square_in_the_mean_colour():
+    n, side = 500, 4
+    images = random_images(n, 9, 9) // 2  # the mean colour below does not occur
+    result = cutout(images, torch.arange(n), 0, 0, side, (0.8, 0.7, 0.6))
+    painted = (result != images).any(dim=3)
+    assert (result[painted] == torch.tensor([204, 178, 153])).all()
+    whole = painted.sum(dim=(1, 2)) == side**2
+    assert 0.3 < whole.double().mean() < 0.6  # (6 / 9)^2: the others reach over the edge
+    rows, columns = painted.any(dim=2).sum(dim=1), painted.any(dim=1).sum(dim=1)
+    assert torch.equal(rows * columns, painted.sum(dim=(1, 2)))
+    assert set(rows.tolist()) == set(columns.tolist()) == {2, 3, 4}
+    covering = np.array([3, 4, 4, 4, 4, 4, 4, 3, 2]) / 9  # of nine places along a side, those that cover a pixel
+    chance = np.outer(covering, covering)
+    assert (np.abs(painted.sum(dim=0).numpy() - n * chance) < 5 * np.sqrt(n * chance)).all()
+
+
+EVERYTHING = Augment(resized_crop=0.3, brightness=0.4, contrast=0.4, saturation=0.4, cutout=5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 13])
+def test_all_changes_of_a_sample_are_the_same_bits_in_any_batch(size):
+    images, ids = random_images(39, 17, 19), torch.arange(39) * 1000
+    together = augment(images, ids, 5, 1, EVERYTHING, (0.5, 0.4, 0.3))
+    assert not torch.equal(together, images)
+    split = zip(images.split(size), ids.split(size), strict=True)
+    parts = [augment(part, own, 5, 1, EVERYTHING, (0.5, 0.4, 0.3)) for part, own in split]
+    assert torch.equal(torch.cat(parts), together)
+
+
+def test_nothing_is_changed_where_nothing_is_chosen():
+    images = random_images(4)
+    assert augment(images, torch.arange(4), 0, 0, Augment(crop_padding=0, flip=False), (0.5,) * 3) is images
+
+
+def test_all_changes_of_an_empty_part():
+    images = torch.empty(0, 6, 8, 3, dtype=torch.uint8)
+    assert augment(images, torch.empty(0, dtype=torch.int64), 0, 0, EVERYTHING, (0.5,) * 3).shape == (0, 6, 8, 3)
 
 
 @pytest.mark.parametrize("flip", [False, True])
