@@ -3,6 +3,8 @@
 python launch/shard.py                                   both datasets of the study, fetched where needed
 python launch/shard.py tiny-imagenet --source FILE.zip   from an archive or folder at hand
 python launch/shard.py shapes                            generated images: no network needed
+python launch/shard.py folder --source DIR --size 64     any tree with a folder for each class
+python launch/shard.py index DIR                         WebDataset shards at hand, left as they are
 python launch/shard.py verify shards/tiny-imagenet       is every byte as it was packed?
 python launch/shard.py show shards/tiny-imagenet         classes, counts, sizes, and a picture of samples
 """
@@ -23,12 +25,13 @@ if TYPE_CHECKING:
     from dlops_dist.data.sources import Source
 
 STUDY = ("tiny-imagenet", "stl10")
-DATASETS = (*STUDY, "shapes", "shapes-stl10")
+WITH_SOURCE = (*STUDY, "folder")
+DATASETS = (*STUDY, "folder", "shapes", "shapes-stl10")
 GENERATED = {"train_per_class": 200, "test_per_class": 40}
 
 
 def main() -> None:
-    command = {"verify": verify, "show": show}.get("".join(sys.argv[1:2]), pack_all)
+    command = {"verify": verify, "show": show, "index": index}.get("".join(sys.argv[1:2]), pack_all)
     command()
 
 
@@ -71,6 +74,27 @@ def show() -> None:
     )
 
 
+def index() -> None:
+    """Make shards that others wrote readable, without changing them."""
+    parser = OneLineParser(
+        prog="shard.py index",
+        description="Write index.parquet and manifest.json beside WebDataset shards, whose bytes stay as they are. "
+        "File names must tell the split (train, val or test, unlabeled); samples hold jpg or npy, and cls or json.",
+    )
+    parser.add_argument("folder", type=Path, help="of the .tar files")
+    parser.add_argument("--class-names", type=Path, help="file with a class name in each line, in the labels' order")
+    parser.add_argument("--workers", type=positive, help="processes (default: one for each core)")
+    arguments = parser.parse_args(sys.argv[2:])
+    from dlops_dist.data.adopt import adopt
+
+    names = arguments.class_names.read_text().splitlines() if arguments.class_names else None
+    folder = arguments.folder
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    manifest = adopt(folder, folder.absolute().name, names, arguments.workers, progress(f"reading {folder}", "shards"))
+    print(f"{folder}: {describe(manifest.splits)}, {len(manifest.classes)} classes, {len(manifest.shards)} shards")
+
+
 def parse_folder(command: str, description: str) -> Path:
     parser = OneLineParser(prog=f"shard.py {command}", description=description)
     parser.add_argument("folder", type=Path, help="of one dataset, such as shards/tiny-imagenet")
@@ -79,33 +103,56 @@ def parse_folder(command: str, description: str) -> Path:
 
 def pack_all() -> None:
     arguments = parse()
-    from dlops_dist.data.pack import pack
     from dlops_dist.data.shards import MANIFEST, read_manifest
 
-    if arguments.source and (len(arguments.datasets) != 1 or arguments.datasets[0] not in STUDY):
-        raise UserError(f"--source goes with exactly one of {', '.join(STUDY)}: name it")
+    if arguments.source and (len(arguments.datasets) != 1 or arguments.datasets[0] not in WITH_SOURCE):
+        raise UserError(f"--source goes with exactly one of {', '.join(WITH_SOURCE)}: name it")
+    asked_for = {name: getattr(arguments, name) for name in ("seed", "shard_size", "classes", "limit", "size")}
     for dataset in arguments.datasets or STUDY:
-        out = arguments.out / dataset
+        name = folder_name(arguments.source) if dataset == "folder" else dataset
+        out = arguments.out / name
         if (out / MANIFEST).is_file() and not arguments.again:
             manifest = read_manifest(out)
+            there = ", ".join(f"--{n.replace('_', '-')} {v}" for n, v in manifest.packing.items() if v != asked_for[n])
+            if there or not manifest.packing:
+                was = f"with {there}" if there else "by others"
+                raise UserError(f"{out} was packed {was}; choose another --out, or pass --again")
             held = f"{describe(manifest.splits)}, {len(manifest.classes)} classes"
-            if arguments.classes not in (None, len(manifest.classes)) or arguments.seed != manifest.seed:
-                raise UserError(f"{out} holds {held}, seed {manifest.seed}; choose another --out, or pass --again")
             print(f"{out}: already packed, {held} (--again packs anew)")
             continue
-        with tempfile.TemporaryDirectory() as scratch:
-            source = open_source(dataset, arguments, Path(scratch))
-            started = time.monotonic()
-            manifest = pack(
-                source, out, dataset, arguments.seed, arguments.shard_size, arguments.workers,
-                progress(f"packing {dataset}", "images"),
-            )  # fmt: skip
-        seconds = time.monotonic() - started
-        images = sum(manifest.splits.values())
-        print(
-            f"{out}: {describe(manifest.splits)}, {len(manifest.classes)} classes, {len(manifest.shards)} shards, "
-            f"{sum(s.bytes for s in manifest.shards) / 1e6:.1f} MB in {seconds:.1f} s ({images / seconds:.0f} images/s)"
-        )
+        pack_one(dataset, name, out, arguments, asked_for)
+
+
+def pack_one(
+    dataset: str, name: str, out: Path, arguments: argparse.Namespace, asked_for: dict[str, int | None]
+) -> None:
+    from dlops_dist.data.pack import pack
+    from dlops_dist.data.sources import Limited, Resized
+
+    with tempfile.TemporaryDirectory() as scratch:
+        source = open_source(dataset, arguments, Path(scratch))
+        if arguments.limit is not None:
+            source = Limited(source, arguments.limit, arguments.seed)
+        if arguments.size is not None:
+            source = Resized(source, arguments.size)
+        started = time.monotonic()
+        manifest = pack(
+            source, out, name, arguments.seed, arguments.shard_size, arguments.workers,
+            progress(f"packing {name}", "images"), asked_for,
+        )  # fmt: skip
+    seconds = time.monotonic() - started
+    images = sum(manifest.splits.values())
+    print(
+        f"{out}: {describe(manifest.splits)}, {len(manifest.classes)} classes, {len(manifest.shards)} shards, "
+        f"{sum(s.bytes for s in manifest.shards) / 1e6:.1f} MB in {seconds:.1f} s ({images / seconds:.0f} images/s)"
+    )
+
+
+def folder_name(source: str | None) -> str:
+    """Of the packed dataset: that of the folder it comes from."""
+    if source is None:
+        raise UserError("folder needs --source: the root of a tree with a folder for each class")
+    return Path(source).absolute().name
 
 
 def parse() -> argparse.Namespace:
@@ -119,6 +166,10 @@ def parse() -> argparse.Namespace:
         "--downloads", type=Path, default=Path("downloads"), help="where archives are kept (default: downloads)"
     )
     parser.add_argument("--classes", type=positive, help="only the first so many classes, by sorted name")
+    parser.add_argument("--limit", type=positive, help="at most so many images of each split, evenly over the classes")
+    parser.add_argument(
+        "--size", type=positive, help="scale and crop images to so many pixels square, where they differ"
+    )
     parser.add_argument("--shard-size", type=positive, default=5000, help="samples in a shard (default: 5000)")
     parser.add_argument("--seed", type=seed, default=0, help="seed of the order in the shards (default: 0)")
     parser.add_argument("--workers", type=positive, help="packing processes (default: one for each core)")
@@ -148,7 +199,7 @@ def open_source(dataset: str, arguments: argparse.Namespace, scratch: Path) -> "
     """The named source, or the official archive, or generated images."""
     from dlops_dist.data import shapes
     from dlops_dist.data.fetch import OFFICIAL, Archive, fetch
-    from dlops_dist.data.sources import STL10, TinyImageNet, unpack_stl10
+    from dlops_dist.data.sources import STL10, ImageFolder, TinyImageNet, unpack_stl10
 
     if dataset == "shapes":
         shapes.write_tiny_imagenet(scratch / "shapes.zip", **GENERATED)
@@ -166,6 +217,8 @@ def open_source(dataset: str, arguments: argparse.Namespace, scratch: Path) -> "
         path = Path(arguments.source)
         if not path.exists():
             raise UserError(f"--source {path}: no such file or folder")
+    if dataset == "folder":
+        return ImageFolder(path, arguments.classes)
     if dataset == "tiny-imagenet":
         return TinyImageNet(path, arguments.classes)
     return STL10(path if path.is_dir() else unpack_stl10(path, path.parent), arguments.classes)

@@ -1,35 +1,42 @@
 """A folder of packed shards: its manifest, its index, and random access to the images.
 
 OUT/train-000000.tar ...   WebDataset tars: <key>.jpg or <key>.npy, then <key>.cls
-OUT/index.parquet          key, shard, offset, size, label of each sample, in the order of the shards
+OUT/index.parquet          of each sample, in the order of the shards: key, shard, offset, size, crc32, label, folds
 OUT/manifest.json          classes, counts, sha256 of each file; written last: its presence means complete
 """
 
 import hashlib
-import io
 import json
-import mmap
 import os
+import re
+import zlib
 from functools import cached_property
+from io import FileIO
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from dlops_dist.data.codec import MAX_PIXELS, decode
 from dlops_dist.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST, INDEX = "manifest.json", "index.parquet"
+COLUMNS = {"key": "O", "shard": "i4", "offset": "i8", "size": "i4", "crc32": "u4", "label": "i4", "folds": "i4"}
+UNLABELED = -1
+SHARD_NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]*\.tar$"
+REMOTE = re.compile(r"(pipe:|[a-z][a-z0-9+.-]*://)", re.IGNORECASE)
 
 
 class Shard(BaseModel):
     """One tar file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    name: str
+    name: str = Field(pattern=SHARD_NAME)
     split: str
-    samples: int
-    bytes: int
+    samples: int = Field(ge=0)
+    bytes: int = Field(ge=0)
     sha256: str
 
 
@@ -39,18 +46,32 @@ class Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     format: int = FORMAT
     dataset: str
-    seed: int
-    extension: str
-    height: int
-    width: int
-    mean: tuple[float, ...]
+    packing: dict[str, int | None] = {}
+    """What the packing was asked for: seed, shard_size, classes, limit, size. Empty for shards that others wrote."""
+    extension: Literal["jpg", "npy"]
+    height: int = Field(ge=1)
+    width: int = Field(ge=1)
+    mean: tuple[float, float, float]
     """Of the train split's pixels, as parts of 255."""
-    std: tuple[float, ...]
+    std: tuple[float, float, float]
     classes: list[str]
+    num_folds: int = Field(0, ge=0, le=31)
+    """Of the train split, which may overlap; 0 where the dataset defines none."""
     splits: dict[str, int]
     """Number of samples in each."""
     shards: list[Shard]
     index_sha256: str
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> "Manifest":
+        counts = dict.fromkeys(self.splits, 0)
+        for shard in self.shards:
+            counts[shard.split] = counts.get(shard.split, 0) + shard.samples
+        if counts != self.splits:
+            raise ValueError(f"the shards hold {counts}, the splits say {self.splits}")
+        if self.height * self.width > MAX_PIXELS:
+            raise ValueError(f"images of {self.height} x {self.width} are refused")
+        return self
 
     def to_bytes(self) -> bytes:
         return (json.dumps(self.model_dump(), indent=1) + "\n").encode()
@@ -64,6 +85,8 @@ class Manifest(BaseModel):
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a complete folder of shards."""
     path = folder / MANIFEST
+    if REMOTE.match(str(folder)):
+        raise UserError(f"data.shards: {folder}: must be a folder; nothing is fetched or run from here")
     if not os.access(folder, os.X_OK) and folder.is_dir():
         raise UserError(f"data.shards: {folder}: permission denied")
     if not path.is_file():
@@ -78,8 +101,8 @@ def read_manifest(folder: Path) -> Manifest:
         return Manifest(**values)
     except ValidationError as error:
         problem = error.errors()[0]
-        why = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
-    except (ValueError, TypeError, KeyError) as error:
+        why = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}".removeprefix(": ")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         why = f"{type(error).__name__}: {error}"
     raise UserError(f"{path} is damaged ({why}); pack the shards again")
 
@@ -90,69 +113,94 @@ class Split:
     def __init__(self, folder: Path, manifest: Manifest, name: str) -> None:
         if name not in manifest.splits:
             raise UserError(f"{folder} has no split {name!r}, only {', '.join(manifest.splits)}")
-        self.name, self._folder, self._manifest = name, folder, manifest
-        table = _read_index(folder, manifest)
+        self.name, self.manifest, self._folder = name, manifest, folder
+        table = read_index(folder, manifest)
         rows = np.isin(table["shard"], [i for i, shard in enumerate(manifest.shards) if shard.split == name])
         self._shards, self._offsets, self._sizes = (table[c][rows] for c in ("shard", "offset", "size"))
-        self._keys = table["key"][rows]
+        self.keys, self._checksums = table["key"][rows], table["crc32"][rows]
         self.labels = table["label"][rows].astype(np.int64)
+        """(N,), UNLABELED where there is none."""
+        self.folds = table["folds"][rows]
+        """(N,): bit f is set where the sample belongs to fold f."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @cached_property
-    def _maps(self) -> dict[int, mmap.mmap]:
-        maps = {}
+    def _files(self) -> dict[int, FileIO]:
+        """The shards, opened when they are first read."""
+        files = {}
         for i in np.unique(self._shards):
-            shard = self._manifest.shards[i]
+            shard = self.manifest.shards[i]
             path = self._folder / shard.name
             if not path.is_file() or path.stat().st_size != shard.bytes:
                 raise UserError(f"{path} is missing or not {shard.bytes} bytes long; pack the shards again")
-            with path.open("rb") as file:
-                maps[i] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return maps
+            files[int(i)] = path.open("rb", buffering=0)
+        return files
 
     def read(self, ids: np.ndarray) -> np.ndarray:
-        """Images of the samples, uint8 (N, height, width, 3), RGB."""
-        images = np.empty((len(ids), self._manifest.height, self._manifest.width, 3), np.uint8)
+        """Images of the samples, uint8 (N, height, width, 3), RGB.
+
+        Raises:
+            UserError: a sample is damaged; names its file and key.
+        """
+        manifest = self.manifest
+        images = np.empty((len(ids), manifest.height, manifest.width, 3), np.uint8)
         for image, i in zip(images, ids, strict=True):
-            start = self._offsets[i]
-            data = self._maps[self._shards[i]][start : start + self._sizes[i]]
             try:
-                decode(data, self._manifest.extension, image)
-            except ValueError as error:
-                shard = self._manifest.shards[self._shards[i]].name
-                raise UserError(f"{self._folder / shard}: {self._keys[i]}: {error}; pack the shards again") from None
+                decode(self._bytes(i), manifest.extension, image)
+            except (ValueError, OSError) as error:
+                shard = manifest.shards[self._shards[i]].name
+                raise UserError(f"{self._folder / shard}: {self.keys[i]}: {error}; pack the shards again") from None
         return images
 
-
-def decode(data: bytes, extension: str, out: np.ndarray | None = None) -> np.ndarray:
-    """One image, uint8 (height, width, 3), RGB; into `out` where given. ValueError for anything else."""
-    if extension == "jpg":
-        import simplejpeg
-
-        image = simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=out)
-    else:
-        image = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"{image.dtype} {image.shape} is not an uint8 RGB image")
-    if out is None:
-        return image
-    if image.shape != out.shape:
-        raise ValueError(f"the image is {image.shape}, the manifest says {out.shape}")
-    if extension != "jpg":
-        out[:] = image
-    return out
+    def _bytes(self, i: int) -> bytes:
+        """A sample as it was packed. Reads, never maps: a file cut off meanwhile is an error, not a bus error."""
+        data = os.pread(self._files[self._shards[i]].fileno(), self._sizes[i], self._offsets[i])
+        if zlib.crc32(data) != self._checksums[i]:
+            raise ValueError("not the bytes that were packed")
+        return data
 
 
-def _read_index(folder: Path, manifest: Manifest) -> dict[str, np.ndarray]:
+def read_index(folder: Path, manifest: Manifest) -> dict[str, np.ndarray]:
+    """The columns of the index, checked against the manifest."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     path = folder / INDEX
     if not path.is_file() or sha256_of(path) != manifest.index_sha256:
         raise UserError(f"{path} is missing or does not match {MANIFEST}; pack the shards again")
-    table = pq.read_table(path)
-    return {name: table[name].to_numpy() for name in table.column_names}
+    try:
+        table = pq.read_table(path)
+        columns = {name: table[name].to_numpy() for name in COLUMNS}
+        problem = _index_problem(columns, manifest)
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        problem = str(error).splitlines()[0]
+    if problem:
+        raise UserError(f"{path} is damaged ({problem}); pack the shards again")
+    return columns
+
+
+def _index_problem(columns: dict[str, np.ndarray], manifest: Manifest) -> str | None:
+    """What in an index cannot be true of the shards."""
+    for name, kind in COLUMNS.items():
+        if columns[name].dtype != np.dtype(kind):
+            return f"{name} is {columns[name].dtype}"
+    shards, offsets, sizes, labels = (columns[name] for name in ("shard", "offset", "size", "label"))
+    if not all(isinstance(key, str) for key in columns["key"]):
+        return "keys that are no text"
+    if len(shards) and not 0 <= shards.min() <= shards.max() < len(manifest.shards):
+        return "shards that are not in the manifest"
+    if np.bincount(shards, minlength=len(manifest.shards)).tolist() != [shard.samples for shard in manifest.shards]:
+        return "other numbers of samples than in the manifest"
+    ends = np.array([shard.bytes for shard in manifest.shards], np.int64)[shards]
+    if (offsets < 0).any() or (sizes < 0).any() or (offsets > ends - sizes).any():
+        return "samples outside of their shards"
+    if ((labels < UNLABELED) | (labels >= len(manifest.classes))).any():
+        return "labels without a class"
+    if ((columns["folds"] < 0) | (columns["folds"] >= 1 << manifest.num_folds)).any():
+        return "folds that are not in the manifest"
+    return None
 
 
 def sha256_of(path: Path) -> str:

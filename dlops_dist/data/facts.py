@@ -1,0 +1,117 @@
+"""What is found out about each shard as it is written or read, and the index and manifest that are made of it."""
+
+import hashlib
+import io
+import os
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dlops_dist.data.shards import COLUMNS, INDEX, MANIFEST, Manifest, Shard
+from dlops_dist.errors import UserError
+
+PIXEL_SUMS = (3, 3)
+"""Exact integers: count, sum, sum of squares x channels."""
+
+
+class Facts(NamedTuple):
+    """One shard's part of the index, and what its pixels add to mean and deviation."""
+
+    shard: Shard
+    shape: tuple[int, ...]
+    """(height, width, 3) of each image."""
+    pixel_sums: list[list[int]]
+    """PIXEL_SUMS of a training shard; zeros for others."""
+    columns: dict[str, list]
+    """key, offset, size, crc32, label, folds of each sample."""
+
+
+class FactsOfSamples:
+    """Collects a shard's facts, sample by sample."""
+
+    def __init__(self, split: str) -> None:
+        self.shape: tuple[int, ...] = ()
+        self._split = split
+        self._sums = np.zeros(PIXEL_SUMS, np.int64)
+        self._columns: dict[str, list] = {name: [] for name in COLUMNS if name != "shard"}
+
+    def add(self, key: str, offset: int, data: bytes, image: np.ndarray, label: int, folds: int) -> None:
+        """Raises ValueError for an image of another size than those before it."""
+        if self.shape not in ((), image.shape):
+            raise ValueError(f"it is {image.shape}, others are {self.shape}: sizes must be equal; see --size")
+        self.shape = image.shape
+        if self._split == "train":
+            pixels = image.reshape(-1, 3).astype(np.int64)
+            self._sums += np.stack([np.full(3, len(pixels)), pixels.sum(axis=0), np.square(pixels).sum(axis=0)])
+        row = (key, offset, len(data), zlib.crc32(data), label, folds)
+        for column, value in zip(self._columns.values(), row, strict=True):
+            column.append(value)
+
+    def done(self, name: str, num_bytes: int, sha256: str) -> Facts:
+        number = len(self._columns["key"])
+        shard = Shard(name=name, split=self._split, samples=number, bytes=num_bytes, sha256=sha256)
+        return Facts(shard, self.shape, self._sums.tolist(), self._columns)
+
+
+def write_index_and_manifest(
+    out: Path, dataset: str, packing: dict[str, int | None], extension: str, classes: list[str], facts: list[Facts]
+) -> Manifest:
+    """Both files of a folder whose shards are there, the manifest last. `facts` in the order of the shards.
+
+    Raises:
+        UserError: images of different sizes.
+    """
+    facts = [f for f in facts if f.shard.samples]
+    height, width, _ = facts[0].shape
+    for f in facts:
+        if f.shape != facts[0].shape:
+            raise UserError(
+                f"{f.shard.split} sample {f.columns['key'][0]} is {f.shape}, others are {facts[0].shape}: sizes must "
+                f"be equal; see --size"
+            )
+    mean, std = _mean_and_std(facts)
+    folds = [bits for f in facts for bits in f.columns["folds"]]
+    splits: dict[str, int] = {}
+    for f in facts:
+        splits[f.shard.split] = splits.get(f.shard.split, 0) + f.shard.samples
+    manifest = Manifest(
+        dataset=dataset, packing=packing, extension=extension,  # type: ignore[arg-type]
+        height=height, width=width, mean=mean, std=std, classes=classes, splits=splits,
+        num_folds=max(folds).bit_length(), shards=[f.shard for f in facts], index_sha256=_write_index(out, facts),
+    )  # fmt: skip
+    replace(out / MANIFEST, manifest.to_bytes())
+    return manifest
+
+
+def replace(path: Path, content: bytes | bytearray) -> None:
+    """Write under a temporary name, sync, rename: the name never stands for half of the content."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+
+
+def _mean_and_std(facts: list[Facts]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Of the training pixels, as parts of 255; exact up to the last division."""
+    count, total, squares = np.sum([np.array(f.pixel_sums, object) for f in facts], axis=0)  # python integers
+    mean = tuple(float(t / n / 255) for n, t in zip(count, total, strict=True))
+    variance = ((s / n / 255**2 - m * m) for n, s, m in zip(count, squares, mean, strict=True))
+    return mean, tuple(max(v, 1e-8) ** 0.5 for v in variance)
+
+
+def _write_index(out: Path, facts: list[Facts]) -> str:
+    """Returns its sha256."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns: dict[str, Any] = {"shard": np.repeat(np.arange(len(facts)), [f.shard.samples for f in facts])}
+    columns |= {name: [value for f in facts for value in f.columns[name]] for name in facts[0].columns}
+    types = {name: pa.string() if kind == "O" else pa.from_numpy_dtype(kind) for name, kind in COLUMNS.items()}
+    file = io.BytesIO()
+    pq.write_table(pa.table({name: pa.array(columns[name], type=kind) for name, kind in types.items()}), file)
+    replace(out / INDEX, file.getvalue())
+    return hashlib.sha256(file.getvalue()).hexdigest()
