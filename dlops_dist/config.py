@@ -36,6 +36,11 @@ class Data(Section):
     """Leave out the last batch of an epoch when it is short (uniform order; balanced batches are always whole)."""
     val_fraction: float = Field(0.0, ge=0.0, lt=1.0)
     """Part of train held out, class by class, to choose settings on; never trained on."""
+    reader: Literal["auto", "decode", "decoded", "device"] = "auto"
+    """decode: each image when it is wanted. decoded: all once for each node, into a file that its workers share.
+    device: all on the GPU. auto: the last of these that fits. All give the same bits."""
+    cache_dir: str | None = None
+    """Folder for decoded images on each node's own disk; by default one of yours in the temporary folder."""
     threads: int = Field(2, ge=1)
     """Threads that read and decode, in each worker."""
     prefetch: int = Field(4, ge=1)
@@ -191,14 +196,14 @@ class Q1(Run):
 TASKS: dict[str, type[Q1]] = {"q1": Q1}
 
 SMOKE: dict[str, Any] = {
-    "smoke": True, "local": True, "epochs": 2, "global_batch_size": 40,
+    "smoke": True, "local": True, "epochs": 2, "global_batch_size": 40, "data": {"reader": "decode"},
     "model": {"width": 8, "stem": "imagenet"}, "augment": {"crop_padding": 2},
 }  # fmt: skip
 """What --smoke changes; its shards are made by the command line."""
 
 MAY_CHANGE = frozenset({
     "config", "name", "runs_dir", "local", "smoke", "workers", "wandb", "checkpoint_every",
-    "data.shards", "data.threads", "data.prefetch",
+    "data.shards", "data.reader", "data.cache_dir", "data.threads", "data.prefetch",
 })  # fmt: skip
 """Settings that may differ when a run goes on; all others change the result and are refused."""
 

@@ -11,7 +11,7 @@ from urllib.parse import urlparse
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from dlops_dist.engine.events import EpochEnded, Event, Finished, Started, Stepped, Warned
+from dlops_dist.engine.events import EpochEnded, Event, Finished, Started, Stepped, Told, Warned
 from dlops_dist.errors import UserError
 
 PLAIN_EVERY_S = 10.0
@@ -54,6 +54,8 @@ class Console:
                 if self._progress is not None:
                     where = f"epoch {event.row['epoch']}/{self._epochs}"
                     self._progress.update(self._task, completed=event.row["step"], description=where)
+            case Told():
+                self.say(event.text)
             case Warned():
                 self.say(f"warning: {event.text}")
             case Finished():

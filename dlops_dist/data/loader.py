@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dlops_dist.data import order
 from dlops_dist.data.order import Ids
-from dlops_dist.data.shards import Split
+from dlops_dist.data.readers import Reader
 from dlops_dist.errors import UserError
 
 
@@ -60,15 +60,15 @@ class TrainingOrder:
 
 
 def read_ahead(
-    split: Split, parts: Iterable[tuple[Ids, slice]], device: torch.device, threads: int, prefetch: int
+    reader: Reader, parts: Iterable[tuple[Ids, slice]], device: torch.device, threads: int, prefetch: int
 ) -> Iterator[Batch]:
     """Batches in order; for each, the global ids and this rank's part of them. `prefetch` more are under way."""
     pin = device.type == "cuda"
 
     def load(global_ids: Ids, part: slice) -> list[Tensor]:
         ids = global_ids[part]
-        tensors = [torch.from_numpy(a) for a in (split.read(ids), ids, split.labels[global_ids])]
-        return [t.pin_memory() for t in tensors] if pin else tensors
+        tensors = [torch.as_tensor(a) for a in (reader.read(ids), ids, reader.labels[global_ids])]
+        return [t.pin_memory() if pin and not t.is_cuda else t for t in tensors]
 
     with ThreadPoolExecutor(threads, thread_name_prefix="reader") as pool:
         remaining = iter(parts)

@@ -50,6 +50,8 @@ def members(path: Path) -> Iterator[Member]:
                 end = info.offset_data + -(-info.size // BLOCK) * BLOCK
                 if info.isdir():
                     continue
+                if not info.name.isprintable():
+                    raise ValueError(f"member {info.name[:40]!r} has a name that is not text")
                 if not info.isreg() or info.issparse():
                     raise ValueError(f"{info.name} is a link, a device or sparse, not a plain file")
                 yield Member(info.name, info.offset_data, info.size)

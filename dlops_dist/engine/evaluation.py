@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dlops_dist.data.loader import Batch, read_ahead
 from dlops_dist.data.order import Ids, rank_part
-from dlops_dist.data.shards import Split
+from dlops_dist.data.readers import Reader
 from dlops_dist.distributed.collectives import all_sum, gather, rank, world_size
 from dlops_dist.engine.learner import Learner
 from dlops_dist.losses.terms import at_least_float32
@@ -20,7 +20,7 @@ BLOCK = 256
 
 
 @torch.no_grad()
-def evaluate(learner: Learner, split: Split, ids: Ids) -> dict[str, Any]:
+def evaluate(learner: Learner, reader: Reader, ids: Ids) -> dict[str, Any]:
     """Figures of the model on some samples.
 
         loss               the run's loss; triplets are mined within each block of 256 samples
@@ -33,7 +33,7 @@ def evaluate(learner: Learner, split: Split, ids: Ids) -> dict[str, Any]:
     """
     blocks = [ids[start : start + BLOCK] for start in range(0, len(ids), BLOCK)]
     mine = rank_part(len(blocks), rank(), world_size())
-    own = [_block_result(learner, batch) for batch in _own_blocks(learner, split, blocks[mine])]
+    own = [_block_result(learner, batch) for batch in _own_blocks(learner, reader, blocks[mine])]
 
     num_classes, num_losses = learner.inputs.num_classes, len(learner.loss.weights)
     rows = torch.zeros(len(blocks), 3 + 2 * num_losses, dtype=torch.float64, device=learner.device)
@@ -47,7 +47,7 @@ def evaluate(learner: Learner, split: Split, ids: Ids) -> dict[str, Any]:
     embeddings = torch.cat([e for _, e, _ in own]) if own else _no_embeddings(learner)
     starts = [sum(map(len, blocks[: rank_part(len(blocks), r, world_size()).start])) for r in range(world_size())]
     sizes = np.diff([*starts, len(ids)]).tolist()
-    labels = split.labels[ids]
+    labels = reader.labels[ids]
     recalled = _count_recalled(gather(embeddings, sizes), torch.from_numpy(labels).to(learner.device))
 
     numbers = torch.from_numpy(np.bincount(labels, minlength=num_classes))
@@ -63,10 +63,10 @@ def evaluate(learner: Learner, split: Split, ids: Ids) -> dict[str, Any]:
     }
 
 
-def _own_blocks(learner: Learner, split: Split, blocks: list[Ids]) -> Iterator[Batch]:
+def _own_blocks(learner: Learner, reader: Reader, blocks: list[Ids]) -> Iterator[Batch]:
     data = learner.settings.data
     whole = ((block, slice(0, len(block))) for block in blocks)
-    return read_ahead(split, whole, learner.device, data.threads, data.prefetch)
+    return read_ahead(reader, whole, learner.device, data.threads, data.prefetch)
 
 
 def _block_result(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

@@ -41,6 +41,13 @@ class EpochEnded:
 
 
 @dataclass(frozen=True)
+class Told:
+    """What the run is doing, where that takes a while or was chosen by itself."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Warned:
     """Something that the user should know; the run goes on."""
 
@@ -55,5 +62,5 @@ class Finished:
     """The last epoch's."""
 
 
-Event = Started | Stepped | EpochEnded | Warned | Finished
+Event = Started | Stepped | EpochEnded | Told | Warned | Finished
 Listener = Callable[[Event], None]

@@ -13,11 +13,12 @@ import torch
 from dlops_dist.config import Q1, default_name, result_settings
 from dlops_dist.data.loader import Batch, TrainingOrder, read_ahead
 from dlops_dist.data.order import Ids, fit_samples_per_class, hold_out, micro_batches, rank_part
+from dlops_dist.data.readers import Reader, open_readers
 from dlops_dist.data.shards import Manifest, Split, read_manifest
 from dlops_dist.distributed.agreement import describe_divergence
 from dlops_dist.distributed.collectives import rank, world_size
 from dlops_dist.engine.evaluation import evaluate
-from dlops_dist.engine.events import EpochEnded, Event, Finished, Listener, Started, Stepped, Warned
+from dlops_dist.engine.events import EpochEnded, Event, Finished, Listener, Started, Stepped, Told, Warned
 from dlops_dist.engine.learner import Inputs, Learner
 from dlops_dist.engine.run_folder import RunFolder
 from dlops_dist.errors import RunError, UserError
@@ -80,10 +81,20 @@ class _Fit:
         self.folder = RunFolder(Path(settings.runs_dir) / str(settings.name))
         shards = Path(settings.data.shards)
         self.manifest = read_manifest(shards)
-        self.train, self.test = (Split(shards, self.manifest, name) for name in ("train", "test"))
-        self.order, self.val_ids = training_order(settings, self.manifest, self.train)
+        train, test = (Split(shards, self.manifest, name) for name in ("train", "test"))
+        self.order, self.val_ids = training_order(settings, self.manifest, train)
+        self.train, self.test = self._open(train, test)
         inputs = Inputs(len(self.manifest.classes), self.manifest.mean, self.manifest.std)
         self.learner = Learner(settings, inputs, self.order.steps_per_epoch, device)
+
+    def _open(self, *splits: Split) -> list[Reader]:
+        data = self.settings.data
+        readers, kind, why = open_readers(
+            splits, data.reader, data.cache_dir, self.device,
+            warn=lambda text: self._tell(Warned(text)), tell=lambda text: self._tell(Told(text)),
+        )  # fmt: skip
+        self._tell(Told(f"data.reader: {kind} ({why})"))
+        return readers
 
     def run(self) -> dict[str, Any]:
         state = self.folder.load(self.settings, self.manifest.id, self.device)

@@ -44,7 +44,8 @@ def settings_of(loss, shards, runs, **changes):
         "name": "run", "runs_dir": str(runs), "epochs": 2, "global_batch_size": 20 if loss.endswith("hard") else 22,
         "precision": "float64", "model": {"width": 8, "stem": "imagenet"}, **LOSSES[loss],
     }  # fmt: skip
-    values["data"] = {"shards": str(shards), "val_fraction": 0.1, **batch, **LOSSES[loss].get("data", {})}
+    cache = {"cache_dir": str(Path(shards).parent / "cache")}
+    values["data"] = {"shards": str(shards), **cache, "val_fraction": 0.1, **batch, **LOSSES[loss].get("data", {})}
     return Q1(**{**values, **changes})
 
 

@@ -1,10 +1,13 @@
 """Runs the project's commands as its users do."""
 
+import atexit
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -12,7 +15,20 @@ from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parents[2]
-TINY = ["--model.width", "8", "--model.stem", "imagenet", "--global-batch-size", "20", "--optimizer.lr", "0.02"]
+CACHE = tempfile.mkdtemp(prefix="dlops_dist-tests-")
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+TINY = [
+    "--data.cache-dir",
+    CACHE,
+    "--model.width",
+    "8",
+    "--model.stem",
+    "imagenet",
+    "--global-batch-size",
+    "20",
+    "--optimizer.lr",
+    "0.02",
+]
 
 
 def start(*arguments, **options):

@@ -273,6 +273,7 @@ def test_nesterov_without_momentum_names_the_three_settings(other, user_error):
 MAY_DIFFER = {
     "config": "other.yaml", "name": "other", "runs_dir": "elsewhere", "local": True, "smoke": True, "workers": 7,
     "wandb": "offline", "checkpoint_every": 5, "data.shards": "elsewhere", "data.threads": 9, "data.prefetch": 9,
+    "data.reader": "decode", "data.cache_dir": "elsewhere",
 }  # fmt: skip
 CHANGES_THE_RESULT = {
     "epochs": 11, "global_batch_size": 64, "micro_batch_size": 32, "seed": 1, "precision": "float64",

@@ -169,7 +169,7 @@ def test_tarfile_finds_members_without_owner_or_time(source, packed):
 
 def test_the_index_points_at_the_images(source, packed):
     index, samples = index_of(packed), listed(source)
-    assert index.columns.tolist() == ["shard", "key", "offset", "size", "crc32", "label", "folds", "file"]
+    assert index.columns.tolist() == ["key", "shard", "offset", "size", "crc32", "label", "folds", "file"]
     assert len(index) == 24
     for row in index.itertuples():
         label, data = samples[row.file.split("-")[0]][row.key]

@@ -46,6 +46,8 @@ class STL10:
             return (self.path / "class_names.txt").read_text().split()
         except OSError as error:
             raise UserError(f"{self.path} is not STL-10: {error.strerror}: class_names.txt") from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.path}: class_names.txt is not text ({error.reason})") from None
 
     @cached_property
     def classes(self) -> list[str]:
@@ -96,7 +98,7 @@ class STL10:
             return folds
         try:
             lines = [np.array(line.split(), np.int64) for line in file.read_text().splitlines()]
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise UserError(f"{file} is not lists of numbers ({error}); fetch the dataset again") from None
         if len(lines) > MAX_FOLDS or any(((ids < 0) | (ids >= number)).any() for ids in lines):
             wanted = f"at most {MAX_FOLDS} lines of numbers below {number}"

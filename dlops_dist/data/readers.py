@@ -1,0 +1,128 @@
+"""Three ways to read images, all of the same bits: decode them, map decoded ones, or keep them on the device.
+
+decode   each image from its shard, whenever it is wanted: `Split` itself
+decoded  from a file of raw pixels that is made once for each node (`cache`)
+device   from a tensor on the GPU that holds all of them
+"""
+
+import getpass
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dlops_dist.data.cache import decoded_pixels
+from dlops_dist.data.shards import Split
+
+Kind = Literal["auto", "decode", "decoded", "device"]
+LARGEST_PART = 4
+"""auto: pixels may fill a quarter of a GPU's free memory, or of this node's memory and of the disk's free space."""
+LOADED_AT_ONCE = 4096
+
+
+class Reader(Protocol):
+    """The images and labels of a split."""
+
+    labels: np.ndarray
+    """(N,) int64."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, ids: np.ndarray) -> np.ndarray | Tensor:
+        """uint8 (n, height, width, 3), RGB."""
+        ...
+
+
+class DecodedReader:
+    """Reads from all the pixels of a split, in a map or in memory."""
+
+    def __init__(self, split: Split, pixels: np.ndarray) -> None:
+        self.labels, self.pixels = split.labels, np.asarray(pixels)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, ids: np.ndarray) -> np.ndarray:
+        return self.pixels.take(ids, axis=0)
+
+
+class DeviceReader:
+    """Holds all the pixels of a split on a device."""
+
+    def __init__(self, source: Reader, device: torch.device) -> None:
+        self.labels = source.labels
+        blocks = [
+            np.arange(start, min(start + LOADED_AT_ONCE, len(source)))
+            for start in range(0, len(source), LOADED_AT_ONCE)
+        ]
+        self._pixels = torch.cat([torch.as_tensor(source.read(ids)).to(device) for ids in blocks])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, ids: np.ndarray) -> Tensor:
+        return self._pixels[torch.from_numpy(ids).to(self._pixels.device)]
+
+
+class Opened(NamedTuple):
+    """Readers, and why they are what they are."""
+
+    readers: list[Reader]
+    kind: str
+    why: str
+
+
+def open_readers(
+    splits: Sequence[Split],
+    kind: Kind,
+    cache_dir: str | None,
+    device: torch.device,
+    warn: Callable[[str], None],
+    tell: Callable[[str], None],
+) -> Opened:
+    """Readers of some splits.
+
+    Args:
+        cache_dir: folder for decoded pixels; None for one of this user's in the temporary folder.
+        device: of this worker.
+        warn: called where a wanted way is not possible and another is taken.
+        tell: called with a line about what is waited for.
+    """
+    folder = Path(cache_dir) if cache_dir else Path(tempfile.gettempdir()) / f"dlops_dist-{getpass.getuser()}"
+    size = sum(len(split) * split.manifest.height * split.manifest.width * 3 for split in splits)
+    why = "as asked for"
+    if kind == "auto":
+        kind, why = _choose(size, folder, device)
+    readers: list[Reader] = list(splits)
+    if kind != "decode":
+        try:
+            readers = [DecodedReader(split, decoded_pixels(split, folder, tell)) for split in splits]
+            why += f"; kept in {folder}"
+        except OSError as error:
+            why = f"{folder} cannot hold {size / 1e9:.2f} GB of decoded images: {error.strerror or error}"
+            warn(f"data.reader: {why}; decoding each image when it is wanted")
+            kind = "decode" if kind == "decoded" else kind
+    if kind == "device":
+        readers = [DeviceReader(reader, device) for reader in readers]
+    return Opened(readers, kind, why)
+
+
+def _choose(size: int, folder: Path, device: torch.device) -> tuple[Kind, str]:
+    """What fits."""
+    pixels = f"{size / 1e9:.2f} GB of pixels"
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        if size * LARGEST_PART <= free:
+            return "device", f"{pixels} fit {free / 1e9:.0f} GB of free GPU memory"
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    disk = shutil.disk_usage(existing).free
+    if size * LARGEST_PART <= min(memory, disk):
+        return "decoded", f"{pixels} fit {memory / 1e9:.0f} GB of memory"
+    return "decode", f"{pixels} are more than a quarter of {min(memory, disk) / 1e9:.0f} GB"
