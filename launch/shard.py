@@ -209,6 +209,8 @@ def open_source(dataset: str, arguments: argparse.Namespace, scratch: Path) -> "
         return STL10(scratch, arguments.classes)
     if arguments.source is None:
         path = fetch(OFFICIAL[dataset], arguments.downloads, progress(f"fetching {dataset}", "bytes"))
+    elif arguments.source.startswith("pipe:"):
+        raise UserError(f"--source {arguments.source}: nothing is run; name a file, a folder or a URL")
     elif "://" in arguments.source:
         where = hashlib.sha256(arguments.source.encode()).hexdigest()[:8]
         archive = Archive(arguments.source, f"{where}-{Path(urlparse(arguments.source).path).name}", md5="")

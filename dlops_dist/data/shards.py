@@ -85,8 +85,6 @@ class Manifest(BaseModel):
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a complete folder of shards."""
     path = folder / MANIFEST
-    if REMOTE.match(str(folder)):
-        raise UserError(f"data.shards: {folder}: must be a folder; nothing is fetched or run from here")
     if not os.access(folder, os.X_OK) and folder.is_dir():
         raise UserError(f"data.shards: {folder}: permission denied")
     if not path.is_file():
@@ -144,22 +142,18 @@ class Split:
         Raises:
             UserError: a sample is damaged; names its file and key.
         """
-        manifest = self.manifest
-        images = np.empty((len(ids), manifest.height, manifest.width, 3), np.uint8)
-        for image, i in zip(images, ids, strict=True):
+        manifest, images = self.manifest, np.empty((len(ids), self.manifest.height, self.manifest.width, 3), np.uint8)
+        where = (column[ids].tolist() for column in (self._shards, self._offsets, self._sizes, self._checksums))
+        for place, (shard, offset, size, checksum) in enumerate(zip(*where, strict=True)):
             try:
-                decode(self._bytes(i), manifest.extension, image)
+                data = os.pread(self._files[shard].fileno(), size, offset)  # a map of a file cut off is a bus error
+                if zlib.crc32(data) != checksum:
+                    raise ValueError("not the bytes that were packed")
+                decode(data, manifest.extension, images[place])
             except (ValueError, OSError) as error:
-                shard = manifest.shards[self._shards[i]].name
-                raise UserError(f"{self._folder / shard}: {self.keys[i]}: {error}; pack the shards again") from None
+                path, key = self._folder / manifest.shards[shard].name, self.keys[ids[place]]
+                raise UserError(f"{path}: {key}: {error}; pack the shards again") from None
         return images
-
-    def _bytes(self, i: int) -> bytes:
-        """A sample as it was packed. Reads, never maps: a file cut off meanwhile is an error, not a bus error."""
-        data = os.pread(self._files[self._shards[i]].fileno(), self._sizes[i], self._offsets[i])
-        if zlib.crc32(data) != self._checksums[i]:
-            raise ValueError("not the bytes that were packed")
-        return data
 
 
 def read_index(folder: Path, manifest: Manifest) -> dict[str, np.ndarray]:

@@ -19,22 +19,32 @@ class Member(NamedTuple):
     size: int
 
 
-def member_bytes(name: str, data: bytes) -> bytes:
-    """Header and content of a file without owner and time. Raises ValueError for a name of over 100 bytes."""
-    encoded = name.encode()
-    if len(encoded) > 100:
-        raise ValueError(f"{name!r} is longer than the 100 bytes that a tar header holds")
+def _header() -> bytes:
+    """A ustar header without name, size and checksum: no owner, no time."""
     header = bytearray(BLOCK)
-    header[: len(encoded)] = encoded
     header[100:108] = b"0000644\0"
     header[108:124] = b"0000000\0" * 2
-    header[124:136] = b"%011o\0" % len(data)
-    header[136:148] = b"0" * 11 + b"\0"
+    header[135:148] = b"\0" + b"0" * 11 + b"\0"
     header[148:156] = b" " * 8  # the checksum counts itself as spaces
     header[156:157] = b"0"
     header[257:265] = b"ustar\x0000"
-    header[148:156] = b"%06o\0 " % sum(header)
-    return bytes(header) + data + bytes(-len(data) % BLOCK)
+    return bytes(header)
+
+
+HEADER = _header()
+HEADER_SUM = sum(HEADER)
+
+
+def member_bytes(name: str, data: bytes) -> bytes:
+    """Header and content of a file without owner and time. Raises ValueError for a name of over 100 bytes."""
+    encoded, size = name.encode(), b"%011o" % len(data)
+    if len(encoded) > 100:
+        raise ValueError(f"{name!r} is longer than the 100 bytes that a tar header holds")
+    checksum = b"%06o\0 " % (HEADER_SUM + sum(encoded) + sum(size))
+    return b"".join((
+        encoded.ljust(100, b"\0"), HEADER[100:124], size, HEADER[135:148], checksum, HEADER[156:],
+        data, bytes(-len(data) % BLOCK),
+    ))  # fmt: skip
 
 
 def members(path: Path) -> Iterator[Member]:

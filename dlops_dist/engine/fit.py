@@ -14,7 +14,7 @@ from dlops_dist.config import Q1, default_name, result_settings
 from dlops_dist.data.loader import Batch, TrainingOrder, read_ahead
 from dlops_dist.data.order import Ids, fit_samples_per_class, hold_out, micro_batches, rank_part
 from dlops_dist.data.readers import Reader, open_readers
-from dlops_dist.data.shards import Manifest, Split, read_manifest
+from dlops_dist.data.shards import REMOTE, Manifest, Split, read_manifest
 from dlops_dist.distributed.agreement import describe_divergence
 from dlops_dist.distributed.collectives import rank, world_size
 from dlops_dist.engine.evaluation import evaluate
@@ -61,13 +61,20 @@ def prepare(task: str, settings: Q1) -> Q1:
     """Settings with name and paths filled in. Refuses what does not fit together; writes nothing."""
     if "://" in settings.runs_dir:
         raise UserError(f"runs_dir: {settings.runs_dir} must be a folder that every node sees, not a URL")
-    shards = Path(settings.data.shards).absolute()
+    shards = resolved(settings.data.shards)
     manifest = read_manifest(shards)
     name = settings.name or default_name(task, settings, manifest.id)
     data = settings.data.model_copy(update={"shards": str(shards)})
     runs_dir = str(Path(settings.runs_dir).absolute())
     training_order(settings, manifest, Split(shards, manifest, "train"))
     return settings.model_copy(update={"name": name, "runs_dir": runs_dir, "data": data})
+
+
+def resolved(shards: str) -> Path:
+    """The folder of data.shards. What is no folder is refused: nothing is run, and nothing fetched yet."""
+    if REMOTE.match(shards):
+        raise UserError(f"data.shards: {shards} must be a folder; nothing is run or fetched")
+    return Path(shards).absolute()
 
 
 def default_device() -> torch.device:

@@ -1,12 +1,18 @@
-"""launch/shard.py, from the command line: is a folder as it was packed, and what is in it."""
+"""launch/shard.py, from the command line: packing, killed and refused; is a folder as it was packed; what is in it."""
 
+import fcntl
+import os
 import shutil
+import signal
+import time
 
 import numpy as np
+import psutil
 import pytest
-from command import run
+from command import TINY, run, start, wait_until
 from PIL import Image
 
+from dlops_dist.data.shapes import write_tiny_imagenet
 from dlops_dist.data.shards import Split, read_manifest
 
 
@@ -66,3 +72,148 @@ def test_show_counts_the_classes_and_draws_samples(shards):
 def test_a_folder_that_is_not_packed_is_one_line(command, tmp_path):
     code, output = run("shard", command, tmp_path)
     assert (code, len(output.splitlines())) == (2, 1), output
+
+
+# packing: killed, refused, other sources
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+OPTIONS = ("--shard-size", "60", "--limit", "1500")
+
+
+@pytest.fixture(scope="module")
+def packing(tmp_path_factory):
+    """The command that packs 1,500 of 2,000 small images, in 32 shards with those of test; --out is still to come."""
+    archive = tmp_path_factory.mktemp("archive") / "shapes.zip"
+    write_tiny_imagenet(archive, train_per_class=200, test_per_class=40, size=16)
+    return "shard", "tiny-imagenet", "--source", archive, *OPTIONS
+
+
+@pytest.fixture(scope="module")
+def undisturbed(packing, tmp_path_factory):
+    """The content of every file, packed by one process without a disturbance."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    code, output = run(*packing, "--out", out, "--workers", "1")
+    assert code == 0, output
+    assert "1,500 train, 400 test, 10 classes, 32 shards" in output
+    return contents(out / "tiny-imagenet")
+
+
+def finished(out):
+    return len(list(out.glob(".*.done")))
+
+
+def test_a_packing_that_is_killed_again_and_again_ends_with_the_same_bytes(packing, undisturbed, tmp_path):
+    out, rng, seen, kills = tmp_path / "tiny-imagenet", np.random.default_rng(), [0], 0
+    for _ in range(12):
+        process = start(*packing, "--out", tmp_path, "--workers", "2")
+        wanted = seen[-1] + int(rng.integers(0, 6))
+        wait_until(lambda running=process, wanted=wanted: running.poll() is not None or finished(out) >= wanted, 30)
+        time.sleep(rng.uniform(0, 0.05))
+        children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        process.send_signal(signal.SIGKILL)
+        if process.wait() != -signal.SIGKILL:
+            break  # it was done before
+        kills += 1
+        assert not (out / "manifest.json").exists()
+        _, alive = psutil.wait_procs(children, timeout=5)
+        assert alive == [], "packing processes outlived the one that started them"
+        seen.append(finished(out))
+    assert kills >= 3
+    assert seen == sorted(seen), "finished shards were forgotten"
+    code, output = run(*packing, "--out", tmp_path)
+    assert code == 0, output
+    assert contents(out) == undisturbed
+
+
+def test_two_packings_of_one_folder_are_refused(packing, tmp_path):
+    folder = tmp_path / "tiny-imagenet"
+    folder.mkdir()
+    held = os.open(folder, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    code, output = run(*packing, "--out", tmp_path)
+    os.close(held)
+    assert (code, len(output.splitlines())) == (2, 1), output
+    assert "being packed by another process" in output
+    assert list(folder.iterdir()) == []
+
+
+def test_what_is_packed_otherwise_is_refused_by_name(packing, undisturbed, tmp_path):
+    (tmp_path / "tiny-imagenet").mkdir()
+    for name, content in undisturbed.items():
+        (tmp_path / "tiny-imagenet" / name).write_bytes(content)
+    code, output = run("shard", "tiny-imagenet", "--out", tmp_path)
+    assert (code, len(output.splitlines())) == (2, 1), output
+    assert "--shard-size 60, --limit 1500" in output
+    code, output = run(*packing, "--out", tmp_path)
+    assert (code, "already packed" in output) == (0, True)
+
+
+def test_a_tree_of_folders_is_packed_and_trained_on(tmp_path):
+    rng = np.random.default_rng(0)
+    for split, number in (("train", 12), ("val", 3)):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "pets" / split / name
+            folder.mkdir(parents=True)
+            for i in range(number):
+                size = (40, 40 + i, 3)
+                Image.fromarray(rng.integers(0, 256, size, np.uint8)).save(folder / f"{i}.jpg")
+    arguments = ("shard", "folder", "--source", tmp_path / "pets", "--out", tmp_path / "shards")
+    code, output = run(*arguments)
+    assert (code, "--size" in output.splitlines()[-1]) == (2, True), output
+    code, output = run(*arguments, "--size", "32")
+    assert code == 0, output
+    assert "24 train, 6 test, 2 classes" in output
+    shards = tmp_path / "shards/pets"
+    options = ("--local", "--runs-dir", tmp_path / "runs", "--epochs", "1", "--data.shards", shards)
+    code, output = run("train", "q1", *options, *TINY)
+    assert code == 0, output
+    assert "data.reader: decoded" in output
+
+
+def test_shards_of_others_are_indexed_and_trained_on(shards, tmp_path):
+    before = {path.name: path.read_bytes() for path in shards.glob("*.tar")}
+    manifest = read_manifest(shards)
+    for name in ("manifest.json", "index.parquet"):
+        (shards / name).unlink()
+    names = tmp_path / "names.txt"
+    names.write_text("".join(f"{name}\n" for name in manifest.classes))
+    code, output = run("shard", "index", shards, "--class-names", names)
+    assert code == 0, output
+    assert "240 train, 60 test, 10 classes, 4 shards" in output
+    assert {path.name: path.read_bytes() for path in shards.glob("*.tar")} == before
+    assert run("shard", "verify", shards)[0] == 0
+    again = read_manifest(shards)
+    assert (again.classes, again.mean, again.std) == (manifest.classes, manifest.mean, manifest.std)
+    options = ("--local", "--runs-dir", tmp_path / "runs", "--epochs", "1", "--data.shards", shards)
+    code, output = run("train", "q1", *options, *TINY, "--data.reader", "decode")
+    assert code == 0, output
+
+
+MISTAKES = {
+    "no source": (["folder"], ["--source"]),
+    "a pipe": (["tiny-imagenet", "--source", "pipe:touch {}/executed"], ["pipe:", "nothing is run"]),
+    "an index of nothing": (["index", "{}"], [".tar"]),
+    "an index of nowhere": (["index", "{}/nowhere"], ["nowhere"]),
+    "no number": (["shapes", "--limit", "0"], ["--limit", "0"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_leaves_nothing(mistake, tmp_path):
+    arguments, shown = MISTAKES[mistake]
+    code, output = run("shard", *(argument.format(tmp_path) for argument in arguments), cwd=tmp_path)
+    assert (code, len(output.splitlines())) == (2, 1), output
+    assert all(word in output for word in shown), output
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("where", ["pipe:touch executed", "s3://bucket/shards", "http://127.0.0.1:1/shards"])
+def test_shards_that_are_no_folder_are_refused_and_nothing_is_run(where, tmp_path):
+    code, output = run("train", "q1", "--local", "--data.shards", where, *TINY, cwd=tmp_path)
+    assert (code, len(output.splitlines())) == (2, 1), output
+    assert "must be a folder" in output
+    assert list(tmp_path.iterdir()) == []

@@ -4,7 +4,7 @@ import hashlib
 import zipfile
 import zlib
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
@@ -26,7 +26,8 @@ class TinyImageNet:
         self.path, self.num_classes = path, num_classes
 
     def __getstate__(self) -> dict[str, object]:
-        return {"path": self.path, "num_classes": self.num_classes}
+        """Everything found out so far, but no open file."""
+        return {name: value for name, value in self.__dict__.items() if name != "_archive"}
 
     @cached_property
     def _archive(self) -> zipfile.ZipFile | None:
@@ -103,7 +104,7 @@ class TinyImageNet:
         return {
             split: sorted(
                 ((name, label_of[wnid]) for name, wnid in wnid_of.items() if wnid in label_of),
-                key=lambda file: Path(file[0]).stem,
+                key=lambda file: _key(file[0]),
             )
             for split, wnid_of in (("train", train), ("test", test))
         }
@@ -111,7 +112,7 @@ class TinyImageNet:
     @cached_property
     def splits(self) -> dict[str, Listing]:
         return {
-            split: Listing([Path(name).stem for name, _ in files], np.array([label for _, label in files], np.int64))
+            split: Listing([_key(name) for name, _ in files], np.array([label for _, label in files], np.int64))
             for split, files in self._files.items()
         }
 
@@ -127,10 +128,15 @@ class TinyImageNet:
         return hashlib.sha256("\n".join(facts).encode()).hexdigest()
 
 
+def _key(name: str) -> str:
+    """The file's name, without folders and ending."""
+    return name.rpartition("/")[2].rpartition(".")[0]
+
+
 def _refuse_odd(path: Path, member: zipfile.ZipInfo) -> None:
     """Nothing is ever extracted, so such members do no harm; an archive that has them is not what it says it is."""
-    name = PurePosixPath(member.filename.replace("\\", "/"))
-    if name.is_absolute() or ".." in name.parts:
+    parts = member.filename.replace("\\", "/").split("/")
+    if ".." in parts or not parts[0]:
         raise UserError(f"{path}: member {member.filename!r} points outside of the archive; fetch the dataset again")
     if member.file_size > MAX_BYTES:
         claimed = f"member {member.filename!r} claims {member.file_size:,} bytes"
