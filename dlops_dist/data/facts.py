@@ -92,12 +92,20 @@ def write_index_and_manifest(
 
 
 def replace(path: Path, content: bytes | bytearray) -> None:
-    """Write under a temporary name, sync, rename: the name never stands for half of the content."""
+    """Write under a temporary name, sync, rename: the name never stands for half of the content.
+
+    Raises:
+        OSError: with the file's name; nothing is left of it.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:  # such as a full disk, which names no file
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
     partial.rename(path)
 
 

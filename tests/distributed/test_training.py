@@ -83,6 +83,7 @@ def one_step(loss, shards, ids, precision="float64"):
     (batch,) = read_ahead(Split(shards, manifest, "train"), [(ids, part)], torch.device("cpu"), 1, 1)
     value = learner.step([batch], epoch=0, step=5)
     gradients = {name: p.grad for name, p in learner.model.named_parameters()}
+    assert None not in gradients.values()  # the head too, which a triplet loss does not touch
     return {"value": value, "gradients": gradients, **with_total_sums(learner.state_dict())}
 
 

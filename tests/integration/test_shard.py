@@ -4,6 +4,7 @@ import fcntl
 import os
 import shutil
 import signal
+import subprocess
 import time
 
 import numpy as np
@@ -217,3 +218,39 @@ def test_shards_that_are_no_folder_are_refused_and_nothing_is_run(where, tmp_pat
     assert (code, len(output.splitlines())) == (2, 1), output
     assert "must be a folder" in output
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 256 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    options = ["-t", "tmpfs", "-o", "size=256k", "none", str(folder)]
+    mounted = subprocess.run(["mount", *options], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small file system: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.root
+def test_packing_onto_a_full_disk_is_one_line_and_leaves_nothing_half_written(packing, small_disk):
+    code, output = run(*packing, "--out", small_disk, "--workers", "2")
+    assert code == 1, output
+    assert "Traceback" not in output
+    assert output.splitlines()[-1].endswith("No space left on device")
+    assert f"failed: {small_disk / 'tiny-imagenet'}" in output.splitlines()[-1]
+    left = list((small_disk / "tiny-imagenet").iterdir())
+    assert not [path for path in left if path.name == "manifest.json" or path.name.endswith(".partial")]
+    assert all(len(path.read_bytes()) % 512 == 0 for path in left if path.suffix == ".tar")
+
+
+@pytest.mark.root
+def test_training_with_its_cache_on_a_full_disk_decodes_with_a_warning(shapes_shards, small_disk, tmp_path):
+    options = ("--local", "--runs-dir", tmp_path / "runs", "--epochs", "1", "--data.shards", shapes_shards)
+    code, output = run("train", "q1", *options, *TINY, "--data.cache-dir", small_disk, "--data.reader", "decoded")
+    assert code == 0, output
+    assert "warning: data.reader:" in output
+    assert "No space left on device" in output
+    assert "data.reader: decode (" in output
+    assert not [path for path in small_disk.iterdir() if not path.name.endswith(".lock")]
