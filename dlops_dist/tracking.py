@@ -25,7 +25,7 @@ class Console:
         self._out = RichConsole(highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
         self._task = TaskID(0)
-        self._epochs, self._steps = 0, 0
+        self._epochs = 0
         self._last_line = 0.0
         if self._out.is_terminal:
             columns = ("[bold]{task.description}", "{task.completed:.0f}/{task.total:.0f}", "{task.fields[figures]}")
@@ -64,13 +64,16 @@ class Console:
 
     def _started(self, event: Started) -> None:
         facts = event.facts
-        self._epochs, self._steps = event.epochs, event.steps_per_epoch
+        self._epochs = event.epochs
         where = f" from step {event.first_step}" if event.first_step else ""
+        length = (
+            f"of {event.steps // event.epochs}" if event.stages == 1 else f"in {event.stages} stages, {event.steps}"
+        )
         self.say(
             f"run {event.folder}{where}: {facts['parameters'] / 1e6:.1f} M parameters, {facts['train']:,} training and "
             f"{facts['test']:,} test images of {facts['classes']} classes ({facts['dataset']}), "
             f"{facts['workers']} worker{'s' * (facts['workers'] > 1)} on {facts['device']}, "
-            f"{event.epochs} epochs of {event.steps_per_epoch} steps"
+            f"{event.epochs} epochs {length} steps"
         )
         if facts["workers"] > 1 and event.settings["model.norm"] == "local":
             self.say(
@@ -78,20 +81,19 @@ class Console:
             )
         if self._progress is not None:
             self._progress.start()
-            total = event.epochs * event.steps_per_epoch
-            self._task = self._progress.add_task("starting", total=total, completed=event.first_step, figures="")
+            self._task = self._progress.add_task("starting", total=event.steps, completed=event.first_step, figures="")
 
     def _stepped(self, event: Stepped) -> None:
-        done = (event.epoch - 1) * self._steps + event.step_in_epoch
-        figures = f"loss {event.loss:.4f}  top-1 {event.top1:.1%}  {event.images_per_s:,.0f} images/s"
+        top1 = "" if event.top1 is None else f"  top-1 {event.top1:.1%}"
+        figures = f"loss {event.loss:.4f}{top1}  {event.images_per_s:,.0f} images/s"
         where = f"epoch {event.epoch}/{self._epochs}"
         if self._progress is not None:
-            self._progress.update(self._task, completed=done, description=where, figures=figures)
+            self._progress.update(self._task, completed=event.step, description=where, figures=figures)
             return
         now = time.monotonic()
         if now - self._last_line >= PLAIN_EVERY_S:
             self._last_line = now
-            self.say(f"{where} step {event.step_in_epoch}/{self._steps}  {figures}")
+            self.say(f"{where} step {event.step_in_epoch}/{event.steps_per_epoch}  {figures}")
 
 
 def epoch_line(row: dict[str, Any], epochs: int) -> str:

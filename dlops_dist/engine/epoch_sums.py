@@ -7,8 +7,38 @@ from dlops_dist.distributed.collectives import all_sum, gather, rank, world_size
 from dlops_dist.metrics import class_sums, rank_of_label, unit_length
 
 
-class EpochSums:
-    """Sums over the samples of an epoch so far: each rank adds its own, `total` is that of all ranks."""
+class RankSums:
+    """Named sums over the samples of an epoch so far: each rank adds its own, `total` is that of all ranks."""
+
+    def __init__(self, **zeros: Tensor) -> None:
+        self._own = zeros
+
+    def total(self) -> dict[str, Tensor]:
+        return {name: all_sum(own) for name, own in self._own.items()}
+
+    def of_each_rank(self) -> dict[str, Tensor]:
+        """Every rank's sums, stacked in rank order: what a checkpoint holds."""
+        return {name: gather(own[None], [1] * world_size()) for name, own in self._own.items()}
+
+    def load(self, of_each_rank: dict[str, Tensor]) -> None:
+        """Go on from a checkpoint: each rank from its own sums, or, where their number changed, one from the total."""
+        for name, value in of_each_rank.items():
+            if len(value) == world_size():
+                self._own[name].copy_(value[rank()])
+            else:
+                self._own[name].copy_(value.sum(dim=0) * (rank() == 0))
+
+    def clear(self) -> None:
+        for own in self._own.values():
+            own.zero_()
+
+    def top1(self) -> float | None:
+        """Accuracy of the epoch so far, on this rank's samples; None where nothing is classified."""
+        return None
+
+
+class EpochSums(RankSums):
+    """Those of a model with a head."""
 
     def __init__(self, losses: list[str], like: Tensor) -> None:
         """`like` has the shape (C, D), type and device of a head."""
@@ -20,6 +50,7 @@ class EpochSums:
         """Samples and summed embeddings of each class."""
         self.unit = like.new_zeros(embedding_dim, dtype=torch.float64)
         """Summed embeddings of length 1."""
+        super().__init__(counts=self.counts, by_class=self.by_class, unit=self.unit)
 
     def add(self, values: dict[str, Tensor], embeddings: Tensor, logits: Tensor, labels: Tensor) -> None:
         place = rank_of_label(logits, labels)
@@ -31,25 +62,9 @@ class EpochSums:
         self.by_class += class_sums(embeddings.to(self.by_class.dtype), labels, len(self.by_class))
         self.unit += unit_length(embeddings).sum(dim=0)
 
-    def total(self) -> dict[str, Tensor]:
-        return {"counts": all_sum(self.counts), "by_class": all_sum(self.by_class), "unit": all_sum(self.unit)}
-
-    def of_each_rank(self) -> dict[str, Tensor]:
-        """Every rank's sums, stacked in rank order: what a checkpoint holds."""
-        sizes = [1] * world_size()
-        return {name: gather(getattr(self, name)[None], sizes) for name in ("counts", "by_class", "unit")}
-
-    def load(self, of_each_rank: dict[str, Tensor]) -> None:
-        """Go on from a checkpoint: each rank from its own sums, or, where their number changed, one from the total."""
-        for name, value in of_each_rank.items():
-            if len(value) == world_size():
-                getattr(self, name).copy_(value[rank()])
-            else:
-                getattr(self, name).copy_(value.sum(dim=0) * (rank() == 0))
-
-    def clear(self) -> None:
-        for own in (self.counts, self.by_class, self.unit):
-            own.zero_()
+    def top1(self) -> float:
+        samples, top1 = self.counts[:2].tolist()
+        return top1 / samples
 
     def metrics(self, total: dict[str, Tensor]) -> dict[str, float]:
         """Means over the epoch: accuracies of the head, each loss, spread of the embeddings' directions in [0, 1]."""

@@ -15,7 +15,9 @@ class Started:
     facts: dict[str, Any]
     """What was found out: samples, classes, parameters, workers, device."""
     epochs: int
-    steps_per_epoch: int
+    """Of all stages; so are steps."""
+    steps: int
+    stages: int
     first_step: int
     """0, or where a resumed run goes on."""
 
@@ -25,10 +27,13 @@ class Stepped:
     """Some steps were taken; told about once a second."""
 
     epoch: int
+    step: int
+    """Of the run, both counted from 1."""
     step_in_epoch: int
+    steps_per_epoch: int
     loss: float
-    top1: float
-    """Of the epoch so far, on this rank's samples."""
+    top1: float | None
+    """Of the epoch so far, on this rank's samples; None where nothing is classified."""
     images_per_s: float
 
 

@@ -7,20 +7,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from dlops_dist.config import Q1, default_name, result_settings
-from dlops_dist.data.loader import Batch, TrainingOrder, read_ahead
-from dlops_dist.data.order import Ids, fit_samples_per_class, hold_out, micro_batches, rank_part
+from dlops_dist.data.loader import Batch, read_ahead
+from dlops_dist.data.order import micro_batches, rank_part
 from dlops_dist.data.readers import Reader, open_readers
-from dlops_dist.data.shards import REMOTE, Manifest, Split, read_manifest
+from dlops_dist.data.shards import REMOTE, Split, read_manifest
 from dlops_dist.distributed.agreement import describe_divergence
 from dlops_dist.distributed.collectives import rank, world_size
-from dlops_dist.engine.evaluation import evaluate
 from dlops_dist.engine.events import EpochEnded, Event, Finished, Listener, Started, Stepped, Told, Warned
-from dlops_dist.engine.learner import Inputs, Learner
+from dlops_dist.engine.precision import set_numerics
 from dlops_dist.engine.run_folder import RunFolder
+from dlops_dist.engine.stages import Samples, Span, Stage, StageLearner, named, spans_of, stages_of
 from dlops_dist.errors import RunError, UserError
 
 TELL_EVERY_S = 1.0
@@ -28,7 +27,6 @@ CHECK_EVERY = {"cpu": 1, "cuda": 20}
 """Steps between looks at the loss, which make a GPU wait."""
 COMPARE_RANKS_EVERY = 100
 """Steps between looks at whether all ranks hold the same weights, besides those at each checkpoint."""
-COLLAPSED_SPREAD = 0.01
 
 
 def fit(
@@ -66,7 +64,7 @@ def prepare(task: str, settings: Q1) -> Q1:
     name = settings.name or default_name(task, settings, manifest.id)
     data = settings.data.model_copy(update={"shards": str(shards)})
     runs_dir = str(Path(settings.runs_dir).absolute())
-    training_order(settings, manifest, Split(shards, manifest, "train"))
+    stages_of(settings, Samples(shards, manifest, settings.data), torch.device("cpu"))
     return settings.model_copy(update={"name": name, "runs_dir": runs_dir, "data": data})
 
 
@@ -83,18 +81,21 @@ def default_device() -> torch.device:
 
 class _Fit:
     def __init__(self, settings: Q1, device: torch.device, listeners: Sequence[Listener]) -> None:
-        _set_numerics(settings, device)
+        set_numerics(settings, device)
         self.settings, self.device, self.listeners = settings, device, listeners
         self.folder = RunFolder(Path(settings.runs_dir) / str(settings.name))
         shards = Path(settings.data.shards)
         self.manifest = read_manifest(shards)
-        train, test = (Split(shards, self.manifest, name) for name in ("train", "test"))
-        self.order, self.val_ids = training_order(settings, self.manifest, train)
-        self.train, self.test = self._open(train, test)
-        inputs = Inputs(len(self.manifest.classes), self.manifest.mean, self.manifest.std)
-        self.learner = Learner(settings, inputs, self.order.steps_per_epoch, device)
+        self.samples = Samples(shards, self.manifest, settings.data)
+        self.stages = stages_of(settings, self.samples, device)
+        self.spans = spans_of(self.stages)
+        self.stage: Stage
+        self.span: Span
+        self.learner: StageLearner
+        self.reader: Reader
+        self.samples.open(self._open)
 
-    def _open(self, *splits: Split) -> list[Reader]:
+    def _open(self, splits: Sequence[Split]) -> list[Reader]:
         data = self.settings.data
         readers, kind, why = open_readers(
             splits, data.reader, data.cache_dir, self.device,
@@ -105,40 +106,53 @@ class _Fit:
 
     def run(self) -> dict[str, Any]:
         state = self.folder.load(self.settings, self.manifest.id, self.device)
-        step = 0
-        if state is not None:
-            step = state["step"]
-            self.learner.load_state_dict(state)
+        step = 0 if state is None else state["step"]
+        first = next(i for i, span in enumerate(self.spans) if step <= span.end_step)
+        self._enter(first, state)
         if rank() == 0:
             self.folder.keep_rows(step)
-            finished, rows = step // self.order.steps_per_epoch, len(self.folder.rows())
+            finished, rows = int(self.span.epoch_of(step)), len(self.folder.rows())
             if rows != finished:
                 where = f"{self.folder.metrics_file} has {rows} of {finished} finished epochs"
                 raise RunError(f"{where}; put the others back, or choose another --name")
         self._tell(self._started(step))
-        per_epoch = self.order.steps_per_epoch
-        row = self.folder.rows()[-1] if step == per_epoch * self.settings.epochs else {}
-        for epoch in range(step // per_epoch, self.settings.epochs):
-            started = time.monotonic()
-            first = max(step - epoch * per_epoch, 0)
-            self._train_epoch(epoch, first)
-            trained_s = time.monotonic() - started
-            row = self._evaluated_row(epoch)
-            images = (per_epoch - first) * self.settings.global_batch_size
-            row |= {"epoch_s": time.monotonic() - started, "train_images_per_s": images / trained_s}
-            if rank() == 0:
-                self.folder.add_row(row)
-            self._tell(EpochEnded(row))
-            self._save((epoch + 1) * per_epoch)
+        row = self.folder.rows()[-1] if step == self.spans[-1].end_step else {}
+        for index in range(first, len(self.stages)):
+            if index > first:
+                self._enter(index, None)
+            for epoch in range(int(self.span.epoch_of(max(step, self.span.first_step))), self.span.end_epoch):
+                row = self._epoch(epoch, max(step - self.span.first_step_of(epoch), 0))
         self._tell(Finished(row))
         return row
 
+    def _enter(self, index: int, state: dict[str, Any] | None) -> None:
+        """Begin a stage, or go on in it."""
+        self.stage, self.span = self.stages[index], self.spans[index]
+        self.learner = self.stage.learner()
+        if state is not None:
+            self.learner.load_state_dict(state)
+        self.reader = self.stage.reader(self.learner)
+
+    def _epoch(self, epoch: int, first: int) -> dict[str, Any]:
+        """Train an epoch from its `first` step on, evaluate, save. Returns its row of metrics."""
+        started = time.monotonic()
+        self._train_epoch(epoch, first)
+        trained_s = time.monotonic() - started
+        row = self._evaluated_row(epoch)
+        images = (self.span.steps_per_epoch - first) * self.settings.global_batch_size
+        row |= {"epoch_s": time.monotonic() - started, "train_images_per_s": images / trained_s}
+        if rank() == 0:
+            self.folder.add_row(row)
+        self._tell(EpochEnded(row))
+        self._save(row["step"])
+        return row
+
     def _train_epoch(self, epoch: int, first: int) -> None:
-        per_epoch = self.order.steps_per_epoch
+        per_epoch, before = self.span.steps_per_epoch, self.span.first_step_of(epoch)
         told, told_step = time.monotonic(), first
         for step_in_epoch, parts in enumerate(self._batches(epoch, first), first + 1):
-            step = epoch * per_epoch + step_in_epoch
-            loss = self.learner.step(parts, epoch, step - 1)
+            step = before + step_in_epoch
+            loss = self.learner.step(parts, epoch, step - 1 - self.span.first_step)
             if step % CHECK_EVERY[self.device.type] == 0 or step_in_epoch == per_epoch:
                 self._check_finite(loss, epoch, step)
             if step % COMPARE_RANKS_EVERY == 0:
@@ -149,33 +163,33 @@ class _Fit:
                 self._save(step)
             now = time.monotonic()
             if rank() == 0 and now - told >= TELL_EVERY_S:
-                samples, top1 = self.learner.sums.counts[:2].tolist()
                 rate = (step_in_epoch - told_step) * self.settings.global_batch_size / (now - told)
-                self._tell(Stepped(epoch + 1, step_in_epoch, loss.item(), top1 / samples, rate))
+                top1 = self.learner.sums.top1()
+                self._tell(Stepped(epoch + 1, step, step_in_epoch, per_epoch, loss.item(), top1, rate))
                 told, told_step = now, step_in_epoch
 
     def _batches(self, epoch: int, first: int) -> Iterator[list[Batch]]:
         """This rank's parts of each global batch's micro-batches."""
         data, size = self.settings.data, self.settings.micro_batch_size
-        steps = [micro_batches(ids, size) for ids in self.order.epoch(epoch)[first:]]
+        steps = [micro_batches(ids, size) for ids in self.stage.order.epoch(epoch)[first:]]
         parts = ((ids, rank_part(len(ids), rank(), world_size())) for step in steps for ids in step)
-        batches = read_ahead(self.train, parts, self.device, data.threads, data.prefetch)
+        batches = read_ahead(self.reader, parts, self.device, data.threads, data.prefetch)
         return (list(islice(batches, len(step))) for step in steps)
 
     def _evaluated_row(self, epoch: int) -> dict[str, Any]:
         """The epoch's row of metrics, equal on every rank."""
-        per_epoch = self.order.steps_per_epoch
-        row: dict[str, Any] = {"epoch": epoch + 1, "step": (epoch + 1) * per_epoch}
-        row["lr"] = self.learner.lr((epoch + 1) * per_epoch - 1)
-        row |= _named("train", self.learner.end_epoch())
-        if len(self.val_ids):
-            row |= _named("val", evaluate(self.learner, self.train, self.val_ids))
-        row |= _named("test", evaluate(self.learner, self.test, np.arange(len(self.test))))
-        if row["train/embedding_spread"] < COLLAPSED_SPREAD:
-            spread = f"{row['train/embedding_spread']:.4f}"
-            advice = "lower optimizer.lr, raise the loss's ce_weight, or choose another triplet.mining"
-            self._tell(Warned(f"epoch {epoch + 1}: the embeddings have collapsed (spread {spread}): {advice}"))
+        end = self.span.first_step_of(epoch + 1)
+        row: dict[str, Any] = {"epoch": epoch + 1, "step": end, **self._stage_name()}
+        row["lr"] = self.learner.lr(end - 1 - self.span.first_step)
+        row |= named("train", self.learner.end_epoch())
+        row |= self.stage.figures(self.learner)
+        if (warning := self.stage.warning(row)) is not None:
+            self._tell(Warned(warning))
         return row
+
+    def _stage_name(self) -> dict[str, str]:
+        """What rows and checkpoints of a run of several stages say."""
+        return {} if self.stage.name is None else {"stage": self.stage.name}
 
     def _check_finite(self, loss: torch.Tensor, epoch: int, step: int) -> None:
         value = loss.item()
@@ -197,53 +211,22 @@ class _Fit:
         self._check_ranks_agree(step)
         state = self.learner.state_dict()  # every rank takes part in its sums
         if rank() == 0:
-            position = {"step": step, "epoch": step / self.order.steps_per_epoch, "dataset_id": self.manifest.id}
-            self.folder.save(self.settings, position | state)
+            position = {"step": step, "epoch": self.span.epoch_of(step), "dataset_id": self.manifest.id}
+            self.folder.save(self.settings, position | self._stage_name() | state)
 
     def _started(self, step: int) -> Started:
         facts = {
             "dataset": self.manifest.dataset, "dataset_id": self.manifest.id[:12],
             "classes": len(self.manifest.classes),
-            "train": self.order.num_samples, "val": len(self.val_ids), "test": len(self.test),
+            "train": len(self.samples.ids), "val": len(self.samples.val_ids), "test": len(self.samples.test),
             "parameters": sum(p.numel() for p in self.learner.model.parameters()),
             "workers": world_size(), "device": str(self.device),
         }  # fmt: skip
+        last = self.spans[-1]
         settings = result_settings(self.settings)
-        return Started(str(self.folder.path), settings, facts, self.settings.epochs, self.order.steps_per_epoch, step)
+        return Started(str(self.folder.path), settings, facts, last.end_epoch, last.end_step, len(self.spans), step)
 
     def _tell(self, event: Event) -> None:
         if rank() == 0:
             for listener in self.listeners:
                 listener(event)
-
-
-def training_order(settings: Q1, manifest: Manifest, train: Split) -> tuple[TrainingOrder, Ids]:
-    """The batches of every epoch, and the ids that are held out."""
-    data, batch_size = settings.data, settings.global_batch_size
-    if (train.labels < 0).any():
-        raise UserError(f"data.shards: {data.shards}: training samples without a label")
-    ids, held_out = hold_out(train.labels, data.val_fraction)
-    if not len(ids) or (data.val_fraction and not len(held_out)):
-        raise UserError(
-            f"data.val_fraction: {data.val_fraction} leaves {len(ids)} to train and {len(held_out)} held out"
-        )
-    balanced = data.order == "balanced" or (data.order == "auto" and settings.loss == "triplet")
-    samples_per_class = (
-        fit_samples_per_class(batch_size, len(manifest.classes), data.samples_per_class) if balanced else None
-    )
-    order = TrainingOrder(ids, train.labels, settings.seed, batch_size, samples_per_class, data.drop_last)
-    return order, held_out
-
-
-def _named(split: str, figures: dict[str, Any]) -> dict[str, Any]:
-    return {f"{split}/{name}": value for name, value in figures.items()}
-
-
-def _set_numerics(settings: Q1, device: torch.device) -> None:
-    """On a GPU: float32 means float32, and the same bits each time where that is asked for."""
-    if device.type != "cuda":
-        return
-    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
-    torch.backends.cuda.matmul.fp32_precision = "ieee"  # type: ignore[attr-defined]
-    torch.backends.cudnn.benchmark = not settings.deterministic
-    torch.use_deterministic_algorithms(settings.deterministic)

@@ -1,12 +1,10 @@
 """One training step, and all the state that it changes."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from dlops_dist.config import Q1
 from dlops_dist.data.augment import augment, normalize
@@ -16,10 +14,11 @@ from dlops_dist.distributed.collectives import all_sum, gather, rank, world_size
 from dlops_dist.distributed.norm import average_running_statistics, running_statistics_held
 from dlops_dist.distributed.objective import global_objective, update_centers
 from dlops_dist.engine.classification import ClassificationLoss, TwoOutputs, build_model
+from dlops_dist.engine.descent import Descent
 from dlops_dist.engine.epoch_sums import EpochSums
+from dlops_dist.engine.precision import precision_of
 from dlops_dist.losses import TripletLoss
 from dlops_dist.losses.terms import at_least_float32
-from dlops_dist.optim import SGD, lr_factor
 
 
 class Inputs(NamedTuple):
@@ -48,39 +47,20 @@ class Learner:
 
     def __init__(self, settings: Q1, inputs: Inputs, steps_per_epoch: int, device: torch.device) -> None:
         self.settings, self.device, self.inputs = settings, device, inputs
-        self.dtype = torch.float64 if settings.precision == "float64" else torch.float32
-        self.autocast = settings.precision == "bf16" or (
-            settings.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
-        )
+        self.dtype, self.autocast = precision_of(settings, device)
         num_classes = inputs.num_classes
         self.model = build_model(settings, num_classes).to(device, self.dtype)
         self.model.to(memory_format=torch.channels_last)
         self.loss = ClassificationLoss(settings, num_classes, self.model.embedding_dim).to(device, self.dtype)
-        self.optimizer = SGD(
-            self.model.parameters(), settings.optimizer.lr, settings.optimizer.momentum,
-            settings.optimizer.dampening, settings.optimizer.weight_decay, settings.optimizer.nesterov,
-        )  # fmt: skip
-        self._steps_per_epoch = steps_per_epoch
         self.sums = EpochSums(list(self.loss.weights), self.model.fc.weight)
         self.class_means = torch.full_like(self.model.fc.weight, torch.nan, requires_grad=False)
         """Mean training embedding of each class over the last whole epoch, (C, D)."""
         self.network = TwoOutputs(self.model, self.loss.detach_head)
-        network: nn.Module = self.network
-        compiled = settings.compile if settings.compile is not None else device.type == "cuda"
-        if compiled:
-            network = torch.compile(network)  # type: ignore[assignment]
-        self._undistributed = network
-        if world_size() > 1:
-            network = DistributedDataParallel(network, forward_sync_buffers=False, gradient_as_bucket_view=True)
-        self._trained = network
+        self._descent = Descent(self.network, settings, settings.optimizer, settings.epochs, steps_per_epoch, device)
 
     def lr(self, step: int) -> float:
         """Learning rate of a step, counted from 0 over all epochs."""
-        chosen, per_epoch = self.settings.optimizer, self._steps_per_epoch
-        total = self.settings.epochs * per_epoch
-        warmup = min(round(chosen.warmup_epochs * per_epoch), total // 2)
-        decay = chosen.step_epochs * per_epoch
-        return chosen.lr * lr_factor(step, total, chosen.schedule, warmup, decay, chosen.step_gamma)
+        return self._descent.lr(step)
 
     def prepare(self, images: Tensor) -> Tensor:
         """Normalised channels-last images of the model's type from uint8 (N, H, W, 3)."""
@@ -92,19 +72,18 @@ class Learner:
         One micro-batch, the usual case, is the global batch. Gradients of several add up to those of the whole;
         triplets are mined among all of it, however little goes through the model at once.
         """
-        settings = self.settings
-        self._trained.train()
+        self._descent.network.train()
         images = [self._augmented(batch, epoch) for batch in micro_batches]
         triplet = self.loss.triplet
         mined = self._mine_ahead(triplet, images, micro_batches) if triplet and len(images) > 1 else None
         num_samples = sum(len(batch.labels) for batch in micro_batches)
 
-        self.optimizer.zero_grad()
+        self._descent.optimizer.zero_grad()
         values = dict.fromkeys(self.loss.weights, torch.zeros((), dtype=torch.float64, device=self.device))
         outputs = []
         for i, batch in enumerate(micro_batches):
-            with self._gradients_exchanged(i == len(images) - 1):
-                embeddings, logits = self._forward(self._trained, images[i])
+            with self._descent.exchanged(now=i == len(images) - 1):
+                embeddings, logits = self._forward(self._descent.network, images[i])
                 sizes = part_sizes(len(batch.labels), world_size())
                 everyone = gather(embeddings, sizes) if triplet and mined is None else None
                 terms = self.loss.terms(embeddings, logits, everyone, batch.labels, batch.part)
@@ -118,11 +97,7 @@ class Learner:
         if mined is not None:
             values["triplet"] = mined.value
 
-        if settings.optimizer.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), settings.optimizer.clip_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr(step)
-        self.optimizer.step()
+        self._descent.step(step)
         embeddings, logits, labels = (torch.cat(parts) for parts in zip(*outputs, strict=True))
         if self.loss.center is not None:
             update_centers(self.loss.center, embeddings, labels, num_samples)
@@ -147,7 +122,7 @@ class Learner:
         """
         with torch.no_grad(), running_statistics_held(self.model):
             parts = [
-                gather(self._forward(self._undistributed, x)[0], part_sizes(len(batch.labels), world_size()))
+                gather(self._forward(self._descent.undistributed, x)[0], part_sizes(len(batch.labels), world_size()))
                 for x, batch in zip(images, micro_batches, strict=True)
             ]
         everyone = torch.cat(parts).requires_grad_()
@@ -161,18 +136,12 @@ class Learner:
             objective.values["triplet"], [g[batch.part] for g, batch in zip(each, micro_batches, strict=True)]
         )
 
-    def _gradients_exchanged(self, now: bool) -> AbstractContextManager[None]:
-        """DDP averages the gradients that all micro-batches have added up, with the last of them."""
-        if now or not isinstance(self._trained, DistributedDataParallel):
-            return nullcontext()
-        return self._trained.no_sync()  # type: ignore[no-any-return]
-
     def state_dict(self) -> dict[str, Any]:
         """The state to go on from, as plain tensors and numbers. Every rank must call it."""
         return {
             "model": self.model.state_dict(),
             "loss": self.loss.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self._descent.optimizer.state_dict(),
             "sums": self.sums.of_each_rank(),
             "class_means": self.class_means,
             "inputs": self.inputs._asdict(),
@@ -181,7 +150,7 @@ class Learner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.loss.load_state_dict(state["loss"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self._descent.optimizer.load_state_dict(state["optimizer"])
         self.sums.load(state["sums"])
         self.class_means = state["class_means"]
 

@@ -1,0 +1,62 @@
+"""What every learner does with its gradients: average them over ranks, clip them, step at the scheduled rate."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dlops_dist.config import Optimizer, Run
+from dlops_dist.distributed.collectives import world_size
+from dlops_dist.optim import SGD, lr_factor
+
+
+class Descent:
+    """A module under SGD, on this rank.
+
+    Args:
+        module: what is trained.
+        chosen: its optimiser, and the learning rate over time.
+        epochs: of the stage that trains it.
+    """
+
+    def __init__(
+        self, module: nn.Module, settings: Run, chosen: Optimizer, epochs: int, steps_per_epoch: int,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        self.optimizer = SGD(
+            module.parameters(), chosen.lr, chosen.momentum, chosen.dampening, chosen.weight_decay, chosen.nesterov
+        )
+        self._chosen, self._epochs, self._steps_per_epoch = chosen, epochs, steps_per_epoch
+        self._parameters = list(module.parameters())
+        compiled = settings.compile if settings.compile is not None else device.type == "cuda"
+        if compiled:
+            module = torch.compile(module)  # type: ignore[assignment]
+        self.undistributed = module
+        """The module, perhaps compiled; its gradients stay on this rank."""
+        if world_size() > 1:
+            module = DistributedDataParallel(module, forward_sync_buffers=False, gradient_as_bucket_view=True)
+        self.network = module
+        """The module whose backward pass averages gradients over ranks."""
+
+    def lr(self, step: int) -> float:
+        """Learning rate of a step, counted from 0 over all epochs of the stage."""
+        chosen, per_epoch = self._chosen, self._steps_per_epoch
+        total = self._epochs * per_epoch
+        warmup = min(round(chosen.warmup_epochs * per_epoch), total // 2)
+        decay = chosen.step_epochs * per_epoch
+        return chosen.lr * lr_factor(step, total, chosen.schedule, warmup, decay, chosen.step_gamma)
+
+    def exchanged(self, now: bool) -> AbstractContextManager[None]:
+        """DDP averages the gradients that all micro-batches have added up, with the last of them."""
+        if now or not isinstance(self.network, DistributedDataParallel):
+            return nullcontext()
+        return self.network.no_sync()  # type: ignore[no-any-return]
+
+    def step(self, step: int) -> None:
+        """Move the parameters by their gradients."""
+        if self._chosen.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self._parameters, self._chosen.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr(step)
+        self.optimizer.step()

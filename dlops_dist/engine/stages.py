@@ -1,0 +1,179 @@
+"""A run is a sequence of stages: each trains one thing on its own order of samples. q1 has one of them."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dlops_dist.config import Q1, Data
+from dlops_dist.data.loader import Batch, TrainingOrder
+from dlops_dist.data.order import fit_samples_per_class, hold_out
+from dlops_dist.data.readers import Reader
+from dlops_dist.data.shards import Manifest, Split
+from dlops_dist.engine.epoch_sums import RankSums
+from dlops_dist.engine.evaluation import evaluate
+from dlops_dist.engine.learner import Inputs, Learner
+from dlops_dist.errors import UserError
+
+COLLAPSED_SPREAD = 0.01
+
+
+class StageLearner(Protocol):
+    """What a stage trains, on this rank."""
+
+    sums: RankSums
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    def lr(self, step: int) -> float:
+        """Of a step, counted from 0 over the stage."""
+        ...
+
+    def step(self, micro_batches: Sequence[Batch], epoch: int, step: int) -> Tensor:
+        """Train on this rank's parts of a global batch. The loss over the whole of it, without gradient.
+
+        Args:
+            epoch: counted from 0 over the run.
+            step: counted from 0 over the stage.
+        """
+        ...
+
+    def end_epoch(self) -> dict[str, float]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def equal_on_all_ranks(self) -> dict[str, Tensor]: ...
+
+
+class Stage(Protocol):
+    """What is trained on which samples, for how many epochs, and how it is judged."""
+
+    name: str | None
+    """None where a run has but one."""
+    epochs: int
+    order: TrainingOrder
+
+    def learner(self) -> Any:
+        """A new learner, its weights as earlier stages left them."""
+        ...
+
+    def reader(self, learner: Any) -> Reader:
+        """Of the samples to train on. Every rank must call it, once the learner's state is that to go on from."""
+        ...
+
+    def figures(self, learner: Any) -> dict[str, Any]:
+        """Of an epoch's evaluation, by split: {"test/loss": ...}, equal on every rank."""
+        ...
+
+    def warning(self, row: dict[str, Any]) -> str | None:
+        """What the user should know of an epoch's row."""
+        ...
+
+
+class Span(NamedTuple):
+    """Where a stage lies in its run, whose epochs and steps are numbered from 0 through all stages."""
+
+    first_epoch: int
+    first_step: int
+    epochs: int
+    steps_per_epoch: int
+
+    @property
+    def end_epoch(self) -> int:
+        return self.first_epoch + self.epochs
+
+    @property
+    def end_step(self) -> int:
+        return self.first_step_of(self.end_epoch)
+
+    def first_step_of(self, epoch: int) -> int:
+        return self.first_step + (epoch - self.first_epoch) * self.steps_per_epoch
+
+    def epoch_of(self, step: int) -> float:
+        """How many epochs of the run are over after so many of its steps."""
+        return self.first_epoch + (step - self.first_step) / self.steps_per_epoch
+
+
+def spans_of(stages: Sequence[Stage]) -> list[Span]:
+    spans, epoch, step = [], 0, 0
+    for stage in stages:
+        span = Span(epoch, step, stage.epochs, stage.order.steps_per_epoch)
+        spans.append(span)
+        epoch, step = span.end_epoch, span.end_step
+    return spans
+
+
+class Samples:
+    """The labelled samples of a run: those to train on, those held out, those to test on."""
+
+    def __init__(self, shards: Path, manifest: Manifest, data: Data) -> None:
+        self.manifest = manifest
+        self.train: Reader
+        self.test: Reader
+        self._splits = [Split(shards, manifest, name) for name in ("train", "test")]
+        self.train, self.test = self._splits
+        if (self.train.labels < 0).any():
+            raise UserError(f"data.shards: {data.shards}: training samples without a label")
+        self.ids, self.val_ids = hold_out(self.train.labels, data.val_fraction)
+        if not len(self.ids) or (data.val_fraction and not len(self.val_ids)):
+            raise UserError(
+                f"data.val_fraction: {data.val_fraction} leaves {len(self.ids)} to train and "
+                f"{len(self.val_ids)} held out"
+            )
+        self.inputs = Inputs(len(manifest.classes), manifest.mean, manifest.std)
+
+    def open(self, open_readers: Callable[[Sequence[Split]], list[Reader]]) -> None:
+        """Read images by these readers from now on, instead of one by one."""
+        self.train, self.test = open_readers(self._splits)
+
+
+class Classification:
+    """Trains a model with a head on labelled images: all of q1."""
+
+    name: str | None = None
+
+    def __init__(self, settings: Q1, samples: Samples, device: torch.device) -> None:
+        self.epochs = settings.epochs
+        self.order = training_order(settings, samples)
+        self._settings, self._samples, self._device = settings, samples, device
+
+    def learner(self) -> Learner:
+        return Learner(self._settings, self._samples.inputs, self.order.steps_per_epoch, self._device)
+
+    def reader(self, _: Learner) -> Reader:
+        return self._samples.train
+
+    def figures(self, learner: Learner) -> dict[str, Any]:
+        samples = self._samples
+        val = named("val", evaluate(learner, samples.train, samples.val_ids)) if len(samples.val_ids) else {}
+        return val | named("test", evaluate(learner, samples.test, np.arange(len(samples.test))))
+
+    def warning(self, row: dict[str, Any]) -> str | None:
+        spread = row["train/embedding_spread"]
+        if spread >= COLLAPSED_SPREAD:
+            return None
+        advice = "lower optimizer.lr, raise the loss's ce_weight, or choose another triplet.mining"
+        return f"epoch {row['epoch']}: the embeddings have collapsed (spread {spread:.4f}): {advice}"
+
+
+def stages_of(settings: Q1, samples: Samples, device: torch.device) -> list[Stage]:
+    """The stages of a run. Refuses settings and data that do not fit together; builds no model yet."""
+    return [Classification(settings, samples, device)]
+
+
+def training_order(settings: Q1, samples: Samples) -> TrainingOrder:
+    """The batches of every epoch of q1."""
+    data, batch_size = settings.data, settings.global_batch_size
+    balanced = data.order == "balanced" or (data.order == "auto" and settings.loss == "triplet")
+    samples_per_class = (
+        fit_samples_per_class(batch_size, len(samples.manifest.classes), data.samples_per_class) if balanced else None
+    )
+    labels = samples.train.labels
+    return TrainingOrder(samples.ids, labels, settings.seed, batch_size, samples_per_class, data.drop_last)
+
+
+def named(split: str, figures: dict[str, Any]) -> dict[str, Any]:
+    return {f"{split}/{name}": value for name, value in figures.items()}
