@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from dlops_dist.distributed.collectives import all_sum, world_size
 
 
-class SyncBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm2d whose statistics are those of all ranks' samples, on any backend, for parts of any size.
+class _SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm whose statistics are those of all ranks' samples, on any backend, for parts of any size.
 
     Each rank's (count, mean, M2) are merged in rank order (Chan et al. 1979, eq. 2.1), never E[x^2] - E[x]^2.
-    In evaluation, and in a world of one, it is nn.BatchNorm2d (but takes a single value in a channel, as several
+    In evaluation, and in a world of one, it is torch's own (but takes a single value in a channel, as several
     ranks do).
     """
 
@@ -34,11 +34,20 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         return y
 
 
+class SyncBatchNorm1d(_SyncBatchNorm, nn.BatchNorm1d):
+    """Of units: (N, C)."""
+
+
+class SyncBatchNorm2d(_SyncBatchNorm, nn.BatchNorm2d):
+    """Of images: (N, C, H, W)."""
+
+
 @torch.no_grad()
 def average_running_statistics(model: nn.Module) -> None:
     """Give every rank the mean over ranks of the running statistics; only norms that are not synchronised need it."""
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d) and not isinstance(module, SyncBatchNorm2d) and world_size() > 1:
+        synchronised = isinstance(module, _SyncBatchNorm)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not synchronised and world_size() > 1:
             for statistic in (module.running_mean, module.running_var):
                 if statistic is not None:
                     statistic.copy_(all_sum(statistic) / world_size())
@@ -47,7 +56,7 @@ def average_running_statistics(model: nn.Module) -> None:
 @contextmanager
 def running_statistics_held(model: nn.Module) -> Iterator[None]:
     """Normalise in training without moving the running statistics: for samples that will pass again."""
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     for norm in norms:
         norm.track_running_stats = False
     try:
@@ -58,7 +67,7 @@ def running_statistics_held(model: nn.Module) -> Iterator[None]:
 
 
 class _SyncNormalize(torch.autograd.Function):
-    """y = (x - mean) / sqrt(var + eps) * weight + bias, over (N, H, W) of all ranks, for each channel."""
+    """y = (x - mean) / sqrt(var + eps) * weight + bias, over all but the channels, of all ranks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:  # type: ignore[override]
@@ -77,24 +86,24 @@ class _SyncNormalize(torch.autograd.Function):
         x, weight, mean, inverse_std, count = ctx.saved_tensors
         wide = x if x.dtype == torch.float64 else x.float()
         dy = gradient.to(wide.dtype)
-        dims = (0, 2, 3)
+        dims = _all_but_channels(x)
         sum_dy = dy.sum(dims)
-        sum_dy_xhat = (dy * (wide - mean[:, None, None])).sum(dims) * inverse_std
+        sum_dy_xhat = (dy * (wide - _wide_as(mean, x))).sum(dims) * inverse_std
         totals = all_sum(torch.stack([sum_dy, sum_dy_xhat])) / count
         scale = weight * inverse_std
         slope = -scale * totals[1] * inverse_std
         offset = -scale * totals[0] - slope * mean
-        dx = torch.addcmul(_per_channel(wide, slope, offset), dy, scale[:, None, None])
+        dx = torch.addcmul(_per_channel(wide, slope, offset), dy, _wide_as(scale, x))
         return dx.to(x.dtype), sum_dy_xhat, sum_dy, None
 
 
 def _global_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and biased variance (C,) of x (N, C, H, W) over all ranks, and the number of values in each channel."""
+    """Mean and biased variance (C,) of x (N, C, ...) over all ranks, and the number of values in each channel."""
     local_count = x.numel() // x.shape[1]
     channels = x.shape[1]
     own = x.new_zeros(2 * channels + 1)
     if local_count:
-        variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+        variance, mean = torch.var_mean(x, _all_but_channels(x), correction=0)
         own[:channels], own[channels : 2 * channels], own[-1] = mean, variance * local_count, local_count
     parts = [own]
     if world_size() > 1:
@@ -112,4 +121,13 @@ def _global_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _per_channel(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    return torch.addcmul(shift[:, None, None], x, scale[:, None, None])
+    return torch.addcmul(_wide_as(shift, x), x, _wide_as(scale, x))
+
+
+def _all_but_channels(x: Tensor) -> tuple[int, ...]:
+    return (0, *range(2, x.ndim))
+
+
+def _wide_as(by_channel: Tensor, x: Tensor) -> Tensor:
+    """(C,) to what stands against x (N, C, ...)."""
+    return by_channel.view(-1, *[1] * (x.ndim - 2))

@@ -1,0 +1,23 @@
+"""The error of a reconstruction."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dlops_dist.losses.terms import Terms, at_least_float32, count_of
+
+
+class ReconstructionLoss(nn.Module):
+    """Mean squared error of reconstructions x' (N, D) of inputs x (N, D).
+
+        L = 1/(N D) sum_i ||x'_i - x_i||^2
+
+    A sample's terms are as many as its inputs, so N D counts them.
+    """
+
+    def terms(self, reconstructions: Tensor, inputs: Tensor) -> Terms:
+        """Sum of (x'_ij - x_ij)^2 and N D."""
+        squares = F.mse_loss(at_least_float32(reconstructions), at_least_float32(inputs), reduction="sum")
+        return Terms(squares, count_of(inputs.numel(), squares))
+
+    def forward(self, reconstructions: Tensor, inputs: Tensor) -> Tensor:
+        return self.terms(reconstructions, inputs).mean()
