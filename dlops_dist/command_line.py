@@ -11,13 +11,14 @@ from unittest import mock
 
 import yaml
 
-from dlops_dist.config import Q1, SMOKE, TASKS, setting_names, unknown_setting
+from dlops_dist.config import SMOKE, TASKS, Settings
 from dlops_dist.errors import OneLineParser, UserError
+from dlops_dist.section import setting_names, unknown_setting
 
 CONFIG_FOLDERS = [Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs"]  # wheel, checkout
 
 
-def read_settings(task: str, arguments: Sequence[str]) -> Q1:
+def read_settings(task: str, arguments: Sequence[str]) -> Settings:
     """Settings of a task: its YAML file (or --config), then --smoke, then the other command-line overrides."""
     first = OneLineParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
@@ -27,11 +28,11 @@ def read_settings(task: str, arguments: Sequence[str]) -> Q1:
     if (written_for := values.pop("task", task)) != task:
         raise UserError(f"--config {known.config} is for the task {written_for}, not {task}")
     if known.smoke or values.get("smoke"):
-        values = _merged(values, SMOKE)
+        values = _merged(values, SMOKE[task])
     return _override(TASKS[task](**values), arguments, prog=f"python -m dlops_dist.train {task}")
 
 
-def _override(defaults: Q1, arguments: Sequence[str], prog: str) -> Q1:
+def _override(defaults: Settings, arguments: Sequence[str], prog: str) -> Settings:
     import tyro
 
     box = io.StringIO()

@@ -1,26 +1,12 @@
 """Every setting of a run, typed and validated, and which of them change the result."""
 
-import difflib
 import hashlib
 import json
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from dlops_dist.errors import UserError
-
-
-class Section(BaseModel):
-    """A group of settings. Unknown names are refused; values never change after they were read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
-
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise UserError(_explain(type(self), error)) from None
+from dlops_dist.section import Section
 
 
 class Data(Section):
@@ -147,6 +133,7 @@ class Center(Section):
 class Run(Section):
     """What every task has in common: where, how long, on what."""
 
+    place: ClassVar[str | None] = ""
     config: str | None = None
     """YAML file of settings; by default the task's own in configs/."""
     name: str | None = Field(None, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._=-]*$")
@@ -192,14 +179,115 @@ class Q1(Run):
     triplet: Triplet = Triplet()
     center: Center = Center()
 
+    @property
+    def variant(self) -> str:
+        """What a run's name and result say of its settings."""
+        return self.loss
 
-TASKS: dict[str, type[Q1]] = {"q1": Q1}
+    def total_epochs(self, num_folds: int) -> int:
+        """Of all stages, on data with so many folds."""
+        return self.epochs
 
-SMOKE: dict[str, Any] = {
-    "smoke": True, "local": True, "epochs": 2, "global_batch_size": 40, "data": {"reader": "decode"},
-    "model": {"width": 8, "stem": "imagenet"}, "augment": {"crop_padding": 2},
+
+class StlData(Data):
+    """Which samples, in which order."""
+
+    place: ClassVar[str | None] = "data"
+    shards: str = "shards/stl10"
+    """Folder of packed shards, as written by launch/shard.py."""
+
+
+class Autoencoders(Section):
+    """A stack of autoencoders, and the classifier on its code."""
+
+    place: ClassVar[str | None] = "model"
+    layers: tuple[Annotated[int, Field(ge=1)], ...] = (1024, 1000, 500, 256, 128, 64)
+    """Units of each encoder, from the pixels up."""
+    code_layer: int = 128
+    """The classifier reads the code of the layer with so many units."""
+    tied: bool = False
+    """Decode by the transposed weights of the encoder."""
+    norm: Literal["none", "batch", "layer"] = "none"
+    """Normalise each encoder's units before the ReLU: over the samples of all ranks, or over the layer's units."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Part of the units that the classifier's training drops: of the code, and with finetune of every layer below."""
+    standardize: bool = True
+    """Bring each channel's pixels (else parts of 255), and each unit of the code that the classifier reads, to mean 0
+    and deviation 1."""
+
+    @model_validator(mode="after")
+    def _one_code_layer(self) -> "Autoencoders":
+        if self.layers.count(self.code_layer) != 1:
+            raise ValueError(f"code_layer: {self.code_layer} must be one of the layers {list(self.layers)}, and once")
+        return self
+
+
+class PretrainOptimizer(Optimizer):
+    """SGD of the autoencoders. The gradient is that of the squared error, as a part of the inputs' mean square."""
+
+    place: ClassVar[str | None] = "pretrain.optimizer"
+    lr: float = Field(1.0, gt=0)
+    """Peak learning rate."""
+    weight_decay: float = Field(0.0, ge=0)
+    """L2 penalty on every parameter."""
+
+
+class Pretrain(Section):
+    """Greedy training of the autoencoders, one by one, each on the codes of those below."""
+
+    epochs: int = Field(10, ge=1)
+    """Passes over the images for each layer."""
+    joint_epochs: int = Field(0, ge=0)
+    """Passes for all layers together, unrolled, after the last."""
+    unlabeled: bool = True
+    """Train on the unlabeled images too, where the shards have them."""
+    corruption: Literal["none", "masking", "gaussian"] = "none"
+    """Reconstruct from inputs of which a part is set to 0, or to which noise is added."""
+    corruption_level: float = Field(0.25, ge=0, lt=1)
+    """masking: the part of the inputs. gaussian: the deviation of the noise."""
+    codes_gb: float = Field(2.0, ge=0)
+    """Keep the codes that a layer trains on in each worker's memory where they fit into so many GB, else compute
+    them in every step."""
+    optimizer: PretrainOptimizer = PretrainOptimizer()
+
+
+class Q2(Run):
+    """A stacked autoencoder, pretrained layer by layer, and a classifier on its code."""
+
+    finetune: bool = False
+    """Train the whole network on the labels; else only the linear classifier, on the frozen code."""
+    folds: bool = False
+    """After pretraining, train a classifier on each of the folds that the shards name."""
+    data: StlData = StlData()
+    augment: Augment = Augment()
+    model: Autoencoders = Autoencoders()
+    pretrain: Pretrain = Pretrain()
+    optimizer: Optimizer = Optimizer()
+    ce: Ce = Ce()
+
+    @property
+    def variant(self) -> str:
+        return ("finetuned" if self.finetune else "frozen") + ("-folds" if self.folds else "")
+
+    def total_epochs(self, num_folds: int) -> int:
+        pretraining = len(self.model.layers) * self.pretrain.epochs + self.pretrain.joint_epochs
+        return pretraining + self.epochs * (num_folds if self.folds else 1)
+
+
+Settings = Q1 | Q2
+TASKS: dict[str, type[Q1] | type[Q2]] = {"q1": Q1, "q2": Q2}
+
+SMOKE: dict[str, dict[str, Any]] = {
+    "q1": {
+        "smoke": True, "local": True, "epochs": 2, "global_batch_size": 40, "data": {"reader": "decode"},
+        "model": {"width": 8, "stem": "imagenet"}, "augment": {"crop_padding": 2},
+    },
+    "q2": {
+        "smoke": True, "local": True, "epochs": 4, "global_batch_size": 40, "data": {"reader": "decode"},
+        "model": {"layers": (64, 48, 32), "code_layer": 48}, "pretrain": {"epochs": 2, "joint_epochs": 1},
+    },
 }  # fmt: skip
-"""What --smoke changes; its shards are made by the command line."""
+"""What --smoke changes for each task; its shards are made by the command line."""
 
 MAY_CHANGE = frozenset({
     "config", "name", "runs_dir", "local", "smoke", "workers", "wandb", "checkpoint_every",
@@ -213,30 +301,10 @@ def result_settings(settings: Run) -> dict[str, Any]:
     return {name: value for name, value in _flat(settings.model_dump()).items() if name not in MAY_CHANGE}
 
 
-def default_name(task: str, settings: Q1, dataset_id: str) -> str:
-    """task-loss-hash: equal for two runs whose results must be equal."""
+def default_name(task: str, settings: Settings, dataset_id: str) -> str:
+    """task-variant-hash: equal for two runs whose results must be equal."""
     content = json.dumps([result_settings(settings), dataset_id], sort_keys=True)
-    return f"{task}-{settings.loss}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
-
-
-def unknown_setting(given: str, known: Sequence[str]) -> str:
-    name = given.split("=", maxsplit=1)[0]
-    last = name.lstrip("-").rpartition(".")[2]
-    close = [k for k in known if k.lstrip("-").rpartition(".")[2] == last.replace("_", "-")]
-    close = close or difflib.get_close_matches(name.replace("_", "-"), known, n=1, cutoff=0.6)
-    hint = f"; did you mean {close[0]}?" if close else "; --help lists them all"
-    return f"unknown setting {name}{hint}"
-
-
-def setting_names(kind: type[BaseModel], prefix: str = "") -> list[str]:
-    names = []
-    for name, field in kind.model_fields.items():
-        section = field.annotation if isinstance(field.annotation, type) else None
-        if section is not None and issubclass(section, BaseModel):
-            names += setting_names(section, f"{prefix}{name}.")
-        else:
-            names.append((prefix + name).replace("_", "-"))
-    return names
+    return f"{task}-{settings.variant}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -244,14 +312,3 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in values.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
-
-
-def _explain(kind: type[BaseModel], error: ValidationError) -> str:
-    """The first problem in one line: the field, the value, what is allowed."""
-    problem = error.errors()[0]
-    section = "" if issubclass(kind, Run) else kind.__name__.lower() + "."
-    field = section + ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        return unknown_setting(field, [name.replace("-", "_") for name in setting_names(Q1)])
-    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    return f"{field.rstrip('.')}: {problem['input']!r} {message}" if problem["loc"] else f"{field}{message}"

@@ -25,7 +25,9 @@ def main() -> None:
     from dlops_dist.tracking import test_figures
 
     for name, value in figures.items():
-        if isinstance(value, list):
+        if name == "confusion":
+            print("confusion, a row for each class:", *(" ".join(f"{n:5}" for n in row) for row in value), sep="\n")
+        elif isinstance(value, list):
             shown = " ".join("-" if v is None else f"{v:.2%}" for v in value)
             print(f"{name}: {shown}")
         else:
@@ -39,11 +41,13 @@ def evaluate_run(run: Path, shards: Path | None = None, split_name: str = "test"
     import numpy as np
     import torch
 
+    from dlops_dist.config import Q2
     from dlops_dist.data.shards import Split, read_manifest
     from dlops_dist.engine.evaluation import evaluate
     from dlops_dist.engine.fit import default_device
     from dlops_dist.engine.learner import Inputs, Learner
     from dlops_dist.engine.run_folder import RunFolder
+    from dlops_dist.engine.stacked import build_classifier, build_stack
 
     folder, device = RunFolder(run), default_device()
     _, settings = folder.settings()
@@ -55,12 +59,21 @@ def evaluate_run(run: Path, shards: Path | None = None, split_name: str = "test"
     if len(manifest.classes) != inputs.num_classes:
         raise UserError(f"data.shards: {shards} has {len(manifest.classes)} classes, the run has {inputs.num_classes}")
     torch.set_num_threads(state["threads"])  # sums are rounded alike
-    learner = Learner(settings, inputs, 1, device)
+    model = None
+    if isinstance(settings, Q2):
+        if "fc.weight" not in state["model"]:
+            raise UserError(f"{run} has no classifier yet, only pretrained layers; train it to the end")
+        num_inputs = manifest.height * manifest.width * 3
+        if num_inputs != state["model"]["encoders.0.0.weight"].shape[1]:
+            size = f"{manifest.height}x{manifest.width}"
+            raise UserError(f"data.shards: {shards} has images of {size}, the run was trained on another size")
+        model = build_classifier(settings, build_stack(settings, num_inputs).encoders, inputs.num_classes)
+    learner = Learner(settings, inputs, 1, device, model)
     learner.load_state_dict(state)
     split = Split(shards, manifest, split_name)
     if (split.labels < 0).any():
         raise UserError(f"--split {split_name}: {shards} has samples without a label in it")
-    return evaluate(learner, split, np.arange(len(split))), state["epoch"]
+    return evaluate(learner, split, np.arange(len(split)), isinstance(settings, Q2)), state["epoch"]
 
 
 if __name__ == "__main__":

@@ -17,6 +17,17 @@ def rank_of_label(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.where(logits.isnan().any(dim=1), logits.shape[1], before.sum(dim=1))
 
 
+def confusion_counts(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many samples of each class (row) have their first largest logit at which (column): int64 (C, C).
+
+    Its diagonal counts the top-1 hits of `rank_of_label`; rows of logits with a NaN are left out.
+    """
+    num_classes = logits.shape[1]
+    valid = ~logits.isnan().any(dim=1)
+    places = labels[valid] * num_classes + logits[valid].argmax(dim=1)
+    return places.bincount(minlength=num_classes**2).view(num_classes, num_classes)
+
+
 def class_sums(values: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """For each class its number of samples and the sum of their values (N, D): (C, 1 + D). Deterministic."""
     classes, place = labels.unique(return_inverse=True)

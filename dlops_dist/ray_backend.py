@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dlops_dist.config import Q1
+from dlops_dist.config import Settings
 from dlops_dist.engine.events import Event
 from dlops_dist.errors import RunError, UserError
 from dlops_dist.tracking import Console, Wandb
@@ -33,7 +33,7 @@ class Failed:
     error: UserError | RunError
 
 
-def train_on_ray(task: str, settings: Q1, console: Console) -> dict[str, Any]:
+def train_on_ray(task: str, settings: Settings, console: Console) -> dict[str, Any]:
     """Train a prepared run on the cluster of RAY_ADDRESS, or on one started for it here. Returns the last row.
 
     Each worker calls `fit`, which goes on from the run's last checkpoint: so does a group that Ray restarts.
@@ -73,7 +73,7 @@ def train_on_ray(task: str, settings: Q1, console: Console) -> dict[str, Any]:
             listening.stop()
 
 
-def _wandb_environment(settings: Q1) -> dict[str, str]:
+def _wandb_environment(settings: Settings) -> dict[str, str]:
     """What W&B needs of the environment, its key included: handed on only where it is used."""
     used = settings.wandb != "off"
     return {name: value for name, value in os.environ.items() if used and name.startswith("WANDB_")}

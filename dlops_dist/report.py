@@ -17,7 +17,10 @@ STUDY = {
     "ce": {"train/loss": 0.12, "train/top1": 0.7225, "test/loss": 1.567, "test/top5": 0.5936},
     "triplet": {"train/loss": 0.092, "train/top1": 0.7989, "test/loss": 0.76, "test/top1": 0.65},
     "center": {"train/loss": 0.04, "train/top1": 0.7566, "test/loss": 0.85, "test/top1": 0.6345},
+    "q2": {"train/loss": 1.29, "train/top1": 0.4799, "test/loss": 1.51, "test/top1": 0.5231},
 }
+STUDY_CLASSES = (0.5123, 0.8234, 0.0345, 0.4456, 0.0789, 0.7734, 0.1528, 0.6556, 0.5512)
+"""q2's class-wise test accuracies, classes 1 to 9: the study names no tenth."""
 COLUMNS = {
     "train/loss": "train loss", "train/top1": "train top-1", "test/loss": "test loss", "test/top1": "test top-1",
     "test/top5": "test top-5", "test/nearest_center": "nearest centre", "test/recall_at_1": "Recall@1",
@@ -34,13 +37,17 @@ def main() -> None:
 
     from rich.console import Console
 
-    Console(width=160 if not sys.stdout.isatty() else None).print(table(loaded))
+    console = Console(width=160 if not sys.stdout.isatty() else None)
+    console.print(table(loaded))
+    stacked = {path: rows for path, (variant, rows) in loaded.items() if variant not in STUDY}
+    if stacked:
+        console.print(class_table(stacked))
     for path, (_, rows) in loaded.items():
         print(f"curves: {plot_curves(path, rows)}")
 
 
 def load(run: Path) -> tuple[str, list[dict[str, Any]]]:
-    """Loss and rows of metrics of a run with at least one epoch."""
+    """Variant and rows of metrics of a run with at least one epoch."""
     from dlops_dist.engine.run_folder import RunFolder
 
     folder = RunFolder(run)
@@ -48,7 +55,7 @@ def load(run: Path) -> tuple[str, list[dict[str, Any]]]:
     rows = folder.rows()
     if not rows:
         raise UserError(f"{run} has no finished epoch yet")
-    return settings.loss, rows
+    return settings.variant, rows
 
 
 def table(runs: dict[Path, tuple[str, list[dict[str, Any]]]]) -> Any:
@@ -58,10 +65,24 @@ def table(runs: dict[Path, tuple[str, list[dict[str, Any]]]]) -> Any:
     result = Table(title="last epoch")
     for column in ("run", "loss", "epochs", *COLUMNS.values()):
         result.add_column(column, justify="left" if column in ("run", "loss") else "right")
-    for path, (loss, rows) in runs.items():
-        result.add_row(path.name, loss, str(rows[-1]["epoch"]), *(_cell(name, rows[-1]) for name in COLUMNS))
-    for loss in dict.fromkeys(loss for loss, _ in runs.values()):
-        result.add_row("original study", loss, "10", *(_cell(name, STUDY[loss]) for name in COLUMNS), style="dim")
+    for path, (variant, rows) in runs.items():
+        result.add_row(path.name, variant, str(rows[-1]["epoch"]), *(_cell(name, rows[-1]) for name in COLUMNS))
+    for task in dict.fromkeys(variant if variant in STUDY else "q2" for variant, _ in runs.values()):
+        result.add_row("original study", task, "10", *(_cell(name, STUDY[task]) for name in COLUMNS), style="dim")
+    return result
+
+
+def class_table(runs: dict[Path, list[dict[str, Any]]]) -> Any:
+    """Class-wise test accuracies of q2's runs, and the study's."""
+    from rich.table import Table
+
+    by_class = {path.name: rows[-1].get("test/top1_by_class", []) for path, rows in runs.items()}
+    result = Table("run", title="test top-1 of each class, %")
+    for number in range(max(len(STUDY_CLASSES), *map(len, by_class.values()))):
+        result.add_column(str(number + 1), justify="right")
+    for name, accuracies in by_class.items():
+        result.add_row(name, *("-" if value is None else f"{100 * value:.1f}" for value in accuracies))
+    result.add_row("original study", *(f"{100 * value:.1f}" for value in STUDY_CLASSES), style="dim")
     return result
 
 
@@ -72,36 +93,59 @@ def _cell(name: str, row: dict[str, Any]) -> str:
 
 
 def plot_curves(run: Path, rows: list[dict[str, Any]]) -> Path:
-    """Loss and accuracy of each epoch, train and test; and each class's test accuracy after the last."""
+    """Loss and accuracy of each epoch, train and test; each class's test accuracy; q2's reconstruction errors."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (loss, accuracy, classes) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
-    epochs = [row["epoch"] for row in rows]
-    for split in ("train", "val", "test"):
-        if f"{split}/loss" in rows[0]:
-            loss.plot(epochs, [row[f"{split}/loss"] for row in rows], marker=".", label=split)
-            accuracy.plot(epochs, [100 * row[f"{split}/top1"] for row in rows], marker=".", label=f"{split} top-1")
-    accuracy.plot(epochs, [100 * row["test/top5"] for row in rows], marker=".", linestyle=":", label="test top-5")
-    by_class = sorted((100 * (value or 0) for value in rows[-1]["test/top1_by_class"]), reverse=True)
-    classes.bar(range(len(by_class)), by_class, width=1.0)
-    for axes, title, x, y in (
-        (loss, "Loss", "epoch", "loss"),
-        (accuracy, "Accuracy of the head", "epoch", "%"),
-        (classes, "Test top-1 of each class, best first", "class", "%"),
-    ):
-        axes.set(title=title, xlabel=x, ylabel=y)
-        axes.grid(alpha=0.3)
-    loss.legend()
-    accuracy.legend()
+    pretrained = [row for row in rows if "train/top1" not in row]
+    classified = rows[len(pretrained) :]
+    panels = [_plot_errors] * bool(pretrained) + [_plot_loss, _plot_accuracy, _plot_classes] * bool(classified)
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), layout="constrained", squeeze=False)
+    for panel, plot in zip(axes[0], panels, strict=True):
+        plot(panel, pretrained if plot is _plot_errors else classified)
+        panel.grid(alpha=0.3)
     figure.suptitle(run.name)
     path = run / "report" / "curves.png"
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=100)
     plt.close(figure)
     return path
+
+
+def _plot_errors(axes: Any, rows: list[dict[str, Any]]) -> None:
+    for stage in dict.fromkeys(row["stage"] for row in rows):
+        own = [row for row in rows if row["stage"] == stage]
+        axes.plot([row["epoch"] for row in own], [row["test/loss"] for row in own], marker=".", label=stage)
+    axes.set(title="Test error of each layer's inputs", xlabel="epoch", ylabel="mean squared error", yscale="log")
+    axes.legend()
+
+
+def _plot_loss(axes: Any, rows: list[dict[str, Any]]) -> None:
+    for split in _splits(rows):
+        axes.plot([row["epoch"] for row in rows], [row[f"{split}/loss"] for row in rows], marker=".", label=split)
+    axes.set(title="Loss", xlabel="epoch", ylabel="loss")
+    axes.legend()
+
+
+def _plot_accuracy(axes: Any, rows: list[dict[str, Any]]) -> None:
+    epochs = [row["epoch"] for row in rows]
+    for split in _splits(rows):
+        axes.plot(epochs, [100 * row[f"{split}/top1"] for row in rows], marker=".", label=f"{split} top-1")
+    axes.plot(epochs, [100 * row["test/top5"] for row in rows], marker=".", linestyle=":", label="test top-5")
+    axes.set(title="Accuracy of the head", xlabel="epoch", ylabel="%")
+    axes.legend()
+
+
+def _plot_classes(axes: Any, rows: list[dict[str, Any]]) -> None:
+    by_class = sorted((100 * (value or 0) for value in rows[-1]["test/top1_by_class"]), reverse=True)
+    axes.bar(range(len(by_class)), by_class, width=1.0)
+    axes.set(title="Test top-1 of each class, best first", xlabel="class", ylabel="%")
+
+
+def _splits(rows: list[dict[str, Any]]) -> list[str]:
+    return [split for split in ("train", "val", "test") if f"{split}/loss" in rows[0]]
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 import netrc
 import os
+import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -98,19 +100,37 @@ class Console:
 
 def epoch_line(row: dict[str, Any], epochs: int) -> str:
     """An epoch's figures for a person."""
-    val = f"val loss {row['val/loss']:.4f} top-1 {row['val/top1']:.2%}  " if "val/loss" in row else ""
+    stage = f"{row['stage']}  " if "stage" in row else ""
+    train, val = (_split_figures(row, split) for split in ("train", "val"))
     return (
-        f"epoch {row['epoch']}/{epochs}  train loss {row['train/loss']:.4f} top-1 {row['train/top1']:.2%}  {val}"
-        f"test {test_figures(row)}  {row['train_images_per_s']:,.0f} images/s  {row['epoch_s']:.1f} s"
+        f"epoch {row['epoch']}/{epochs}  {stage}{train}{val}test {test_figures(row)}  "
+        f"{row['train_images_per_s']:,.0f} images/s  {row['epoch_s']:.1f} s"
     )
+
+
+def _split_figures(row: dict[str, Any], split: str) -> str:
+    """Loss and accuracy on a split; nothing for one that the run does not have."""
+    top1 = f" top-1 {row[f'{split}/top1']:.2%}" if f"{split}/top1" in row else ""
+    return f"{split} loss {row[f'{split}/loss']:.4f}{top1}  " if f"{split}/loss" in row else ""
 
 
 def test_figures(row: dict[str, Any]) -> str:
     """The test figures of a row, in words and numbers."""
+    if "test/top1" not in row:
+        return f"loss {row['test/loss']:.4f}"
     return (
         f"loss {row['test/loss']:.4f} top-1 {row['test/top1']:.2%} top-5 {row['test/top5']:.2%} "
         f"nearest-centre {row['test/nearest_center']:.2%} Recall@1 {row['test/recall_at_1']:.2%}"
     )
+
+
+def fold_figures(rows: Sequence[dict[str, Any]]) -> str | None:
+    """Mean and standard deviation of the folds' last test accuracies; None where there are no folds."""
+    last = {row["stage"]: row["test/top1"] for row in rows if row.get("stage", "").startswith("fold ")}
+    if not last:
+        return None
+    deviation = statistics.stdev(last.values()) if len(last) > 1 else 0.0
+    return f"top-1 of {len(last)} folds: mean {statistics.mean(last.values()):.2%} deviation {deviation:.2%}"
 
 
 class Wandb:

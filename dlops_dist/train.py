@@ -3,6 +3,7 @@
     python -m dlops_dist.train q1 --loss center            on a Ray cluster, or on this machine's cores
     python -m dlops_dist.train q1 --loss triplet --local   in one process
     python -m dlops_dist.train q1 --smoke                  a trial of a few seconds on generated images
+    python -m dlops_dist.train q2 --finetune               the stacked autoencoder, its classifier fine-tuned end to end
 
 The same command again goes on where it stopped. `TASK --help` lists every setting.
 """
@@ -12,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from dlops_dist.command_line import read_settings
-from dlops_dist.config import Q1, TASKS
+from dlops_dist.config import TASKS, Settings
 from dlops_dist.errors import UserError, exit_code_of
 
-SMOKE_SHARDS = {"train_per_class": 40, "test_per_class": 10}
+SMOKE_SHARDS: dict[str, dict[str, int]] = {
+    "q1": {"train_per_class": 40, "test_per_class": 10},
+    "q2": {"train_per_class": 40, "test_per_class": 10, "num_unlabeled": 100},
+}
 
 
 def main() -> None:
@@ -29,18 +33,19 @@ def main() -> None:
     if settings.local and settings.workers not in (None, 1):
         raise UserError(f"workers: {settings.workers} processes need Ray; leave out --local")
 
-    from dlops_dist.tracking import Console, check_wandb, test_figures
+    from dlops_dist.tracking import Console, check_wandb, fold_figures, test_figures
 
     check_wandb(settings.wandb)
     if settings.smoke:
-        settings = with_smoke_shards(settings)
+        settings = with_smoke_shards(task, settings)
     with Console() as console:
-        row = run(task, settings, console)
-    print(f"result: {task} {settings.loss} after {row['epoch']} epochs: test {test_figures(row)}")
+        rows = run(task, settings, console)
+    figures = fold_figures(rows) or test_figures(rows[-1])
+    print(f"result: {task} {settings.variant} after {rows[-1]['epoch']} epochs: test {figures}")
 
 
-def run(task: str, settings: Q1, console: Any) -> dict[str, Any]:
-    """Train here or on Ray. Returns the last row of metrics."""
+def run(task: str, settings: Settings, console: Any) -> list[dict[str, Any]]:
+    """Train here or on Ray. Returns the rows of metrics."""
     from dlops_dist.data.shards import read_manifest
     from dlops_dist.engine import fit, prepare
     from dlops_dist.engine.run_folder import RunFolder
@@ -49,36 +54,41 @@ def run(task: str, settings: Q1, console: Any) -> dict[str, Any]:
     folder = RunFolder(Path(settings.runs_dir) / str(settings.name))
     with folder.held():
         folder.create(task, settings)
-        if (row := folder.finished_row(settings, read_manifest(Path(settings.data.shards)).id)) is not None:
+        if folder.finished_row(settings, read_manifest(Path(settings.data.shards))) is not None:
             console.say(f"run {folder.path} is complete; another --name trains anew")
-            return row
-        if not settings.local:
+        elif settings.local:
+            from dlops_dist.tracking import Wandb
+
+            wandb = [] if settings.wandb == "off" else [Wandb(settings.wandb, folder.path)]
+            fit(settings, task=task, listeners=[console, *wandb])
+        else:
             from dlops_dist.ray_backend import train_on_ray
 
-            return train_on_ray(task, settings, console)
-        from dlops_dist.tracking import Wandb
-
-        listeners = [console]
-        if settings.wandb != "off":
-            listeners.append(Wandb(settings.wandb, folder.path))
-        return fit(settings, task=task, listeners=listeners)
+            train_on_ray(task, settings, console)
+        return folder.rows()
 
 
-def with_smoke_shards(settings: Q1) -> Q1:
+def with_smoke_shards(task: str, settings: Settings) -> Settings:
     """Settings that read small generated shards, made under the runs folder unless they are there."""
     import tempfile
 
     from dlops_dist.data.pack import pack
-    from dlops_dist.data.shapes import write_tiny_imagenet
+    from dlops_dist.data.shapes import write_stl10, write_tiny_imagenet
     from dlops_dist.data.shards import MANIFEST
-    from dlops_dist.data.sources import TinyImageNet
+    from dlops_dist.data.sources import STL10, Source, TinyImageNet
 
-    out = Path(settings.runs_dir) / ".smoke-shards"
+    out = Path(settings.runs_dir) / f".smoke-shards-{task}"
     if not (out / MANIFEST).is_file():
         with tempfile.TemporaryDirectory() as scratch:
-            archive = Path(scratch) / "shapes.zip"
-            write_tiny_imagenet(archive, **SMOKE_SHARDS)
-            pack(TinyImageNet(archive), out, "shapes", workers=1)
+            source: Source
+            if task == "q2":
+                write_stl10(Path(scratch) / "stl10_binary", **SMOKE_SHARDS[task])
+                source = STL10(Path(scratch))
+            else:
+                archive = Path(scratch) / "shapes.zip"
+                write_tiny_imagenet(archive, **SMOKE_SHARDS[task])
+                source = TinyImageNet(archive)
+            pack(source, out, "shapes-stl10" if task == "q2" else "shapes", workers=1)
     data = settings.data.model_copy(update={"shards": str(out)})
     return settings.model_copy(update={"data": data})
 

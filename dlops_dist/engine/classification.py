@@ -1,20 +1,23 @@
-"""The q1 task: a ResNet, its head, and the terms of the chosen loss."""
+"""A model with a head, and the terms of the chosen loss."""
 
 import torch
 from torch import Tensor, nn
 
-from dlops_dist.config import Q1
+from dlops_dist.config import Q1, Settings
 from dlops_dist.distributed.norm import SyncBatchNorm2d
 from dlops_dist.losses import CenterLoss, CrossEntropyLoss, Terms, TripletLoss
+from dlops_dist.models.autoencoder import StackedAutoencoderClassifier
 from dlops_dist.models.resnet import ResNet, resnet18
+
+Classifier = ResNet | StackedAutoencoderClassifier
 
 DETACHED_HEAD_NORM = 8.0
 """Length of the embeddings that a head reads beside a loss of directions alone: SGD on the head is stable for
 lr < 4 (1 + momentum) / norm^2, about 0.12."""
 
 
-def build_model(settings: Q1, num_classes: int) -> ResNet:
-    """The network, its initial weights a function of the seed alone."""
+def build_resnet(settings: Q1, num_classes: int) -> ResNet:
+    """The network of q1, its initial weights a function of the seed alone."""
     norm = SyncBatchNorm2d if settings.model.norm == "sync" else nn.BatchNorm2d
     only_directions = settings.loss == "triplet" and settings.triplet.normalize and settings.triplet.ce_weight == 0
     embedding_norm = DETACHED_HEAD_NORM if only_directions else None
@@ -24,17 +27,18 @@ def build_model(settings: Q1, num_classes: int) -> ResNet:
 
 
 class TwoOutputs(nn.Module):
-    """A ResNet whose forward gives embeddings (N, D) and logits (N, C): the module that DDP and compile wrap.
+    """A model whose forward gives embeddings (N, D) and logits (N, C): the module that DDP and compile wrap.
 
     With `detach_head` the head learns on embeddings that its loss does not change.
     """
 
-    def __init__(self, model: ResNet, detach_head: bool) -> None:
+    def __init__(self, model: Classifier, detach_head: bool) -> None:
         super().__init__()
         self.model, self.detach_head = model, detach_head
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        embeddings = self.model.embed(images)
+    def forward(self, images: Tensor, *draws: Tensor) -> tuple[Tensor, Tensor]:
+        """`draws` are the random numbers that the model takes in training, if it takes any."""
+        embeddings = self.model.embed(images, *draws)
         logits = self.model.fc(embeddings.detach() if self.detach_head else embeddings)
         return embeddings, logits
 
@@ -42,27 +46,27 @@ class TwoOutputs(nn.Module):
 class ClassificationLoss(nn.Module):
     """Which losses a run has, with which weights:
 
-        ce:       CE
+        ce, q2:   CE
         triplet:  triplet.ce_weight CE + triplet
         center:   center.ce_weight CE + center.weight centre
 
     Where the weight of CE is 0, the head alone still learns from it, on detached embeddings.
     """
 
-    def __init__(self, settings: Q1, num_classes: int, embedding_dim: int) -> None:
+    def __init__(self, settings: Settings, num_classes: int, embedding_dim: int) -> None:
         super().__init__()
         self.cross_entropy = CrossEntropyLoss(settings.ce.label_smoothing)
         self.triplet: TripletLoss | None = None
         self.center: CenterLoss | None = None
         self.weights: dict[str, float] = {"ce": 1.0}
-        if settings.loss == "triplet":
+        if isinstance(settings, Q1) and settings.loss == "triplet":
             chosen = settings.triplet
             self.triplet = TripletLoss(chosen.margin, chosen.mining, chosen.normalize, chosen.squared, chosen.average)
             self.weights = {"ce": chosen.ce_weight, "triplet": 1.0}
-        if settings.loss == "center":
+        if isinstance(settings, Q1) and settings.loss == "center":
             self.center = CenterLoss(num_classes, embedding_dim, settings.center.alpha)
             self.weights = {"ce": settings.center.ce_weight, "center": settings.center.weight}
-        self.unit_length = settings.loss == "triplet" and settings.triplet.normalize
+        self.unit_length = self.triplet is not None and self.triplet.normalize
 
     @property
     def detach_head(self) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dlops_dist.config import Optimizer, Run
+from dlops_dist.config import Optimizer, Settings
 from dlops_dist.distributed.collectives import world_size
 from dlops_dist.optim import SGD, lr_factor
 
@@ -21,7 +21,7 @@ class Descent:
     """
 
     def __init__(
-        self, module: nn.Module, settings: Run, chosen: Optimizer, epochs: int, steps_per_epoch: int,
+        self, module: nn.Module, settings: Settings, chosen: Optimizer, epochs: int, steps_per_epoch: int,
         device: torch.device,
     ) -> None:  # fmt: skip
         self.optimizer = SGD(

@@ -1,7 +1,7 @@
 """Exact evaluation: every sample once, the same figures for any number of workers."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,14 +13,14 @@ from dlops_dist.data.readers import Reader
 from dlops_dist.distributed.collectives import all_sum, gather, rank, world_size
 from dlops_dist.engine.learner import Learner
 from dlops_dist.losses.terms import at_least_float32
-from dlops_dist.metrics import nearest_center_correct, rank_of_label, recall_at_1, unit_length
+from dlops_dist.metrics import confusion_counts, nearest_center_correct, rank_of_label, recall_at_1, unit_length
 
 BLOCK = 256
 """Samples that are evaluated together. A rank owns whole blocks, so the blocks do not depend on the ranks."""
 
 
 @torch.no_grad()
-def evaluate(learner: Learner, reader: Reader, ids: Ids) -> dict[str, Any]:
+def evaluate(learner: Learner, reader: Reader, ids: Ids, with_confusion: bool = False) -> dict[str, Any]:
     """Figures of the model on some samples.
 
         loss               the run's loss; triplets are mined within each block of 256 samples
@@ -28,21 +28,21 @@ def evaluate(learner: Learner, reader: Reader, ids: Ids) -> dict[str, Any]:
         nearest_center     accuracy of the nearest of the classes' mean training embeddings
         recall_at_1        whether the nearest other embedding has the same label
         top1_by_class      list (C,); None for a class without samples
+        confusion          where wanted, list (C, C): how many samples of a class (row) were taken for which (column)
 
     Embeddings have length 1 where the triplet loss normalises them. Sums are float64, added in block order.
     """
-    blocks = [ids[start : start + BLOCK] for start in range(0, len(ids), BLOCK)]
-    mine = rank_part(len(blocks), rank(), world_size())
-    own = [_block_result(learner, batch) for batch in _own_blocks(learner, reader, blocks[mine])]
+    blocks, mine = blocks_of(ids)
+    own = [_block_result(learner, batch) for batch in read_blocks(learner, reader, blocks[mine])]
 
     num_classes, num_losses = learner.inputs.num_classes, len(learner.loss.weights)
     rows = torch.zeros(len(blocks), 3 + 2 * num_losses, dtype=torch.float64, device=learner.device)
-    hits = torch.zeros(num_classes, dtype=torch.float64, device=learner.device)
-    for place, (row, _, correct_labels) in enumerate(own, mine.start):
+    confusion = torch.zeros(num_classes, num_classes, dtype=torch.float64, device=learner.device)
+    for place, (row, _, counts) in enumerate(own, mine.start):
         rows[place] = row
-        hits += (correct_labels[:, None] == torch.arange(num_classes, device=hits.device)).sum(dim=0)
+        confusion += counts
     totals = all_sum(rows).cumsum(dim=0)[-1].tolist()  # the other ranks' rows are zero: exact; then block by block
-    hits = all_sum(hits).cpu()
+    confusion = all_sum(confusion).cpu()
 
     embeddings = torch.cat([e for _, e, _ in own]) if own else _no_embeddings(learner)
     starts = [sum(map(len, blocks[: rank_part(len(blocks), r, world_size()).start])) for r in range(world_size())]
@@ -52,6 +52,8 @@ def evaluate(learner: Learner, reader: Reader, ids: Ids) -> dict[str, Any]:
 
     numbers = torch.from_numpy(np.bincount(labels, minlength=num_classes))
     losses = {name: totals[3 + 2 * i] / max(totals[4 + 2 * i], 1) for i, name in enumerate(learner.loss.weights)}
+    hits = confusion.diagonal().tolist()
+    more = {"confusion": confusion.long().tolist()} if with_confusion else {}
     return {
         "loss": learner.loss.total(losses),
         **losses,
@@ -59,18 +61,32 @@ def evaluate(learner: Learner, reader: Reader, ids: Ids) -> dict[str, Any]:
         "top5": totals[1] / len(ids),
         "nearest_center": totals[2] / len(ids),
         "recall_at_1": recalled / len(ids),
-        "top1_by_class": [h / n if n else None for h, n in zip(hits.tolist(), numbers.tolist(), strict=True)],
+        "top1_by_class": [h / n if n else None for h, n in zip(hits, numbers.tolist(), strict=True)],
+        **more,
     }
 
 
-def _own_blocks(learner: Learner, reader: Reader, blocks: list[Ids]) -> Iterator[Batch]:
+class Evaluated(Protocol):
+    """What reading blocks needs of a learner."""
+
+    settings: Any
+    device: torch.device
+
+
+def blocks_of(ids: Ids) -> tuple[list[Ids], slice]:
+    """The blocks in which samples are evaluated, and which of them are this rank's."""
+    blocks = [ids[start : start + BLOCK] for start in range(0, len(ids), BLOCK)]
+    return blocks, rank_part(len(blocks), rank(), world_size())
+
+
+def read_blocks(learner: Evaluated, reader: Reader, blocks: list[Ids]) -> Iterator[Batch]:
     data = learner.settings.data
     whole = ((block, slice(0, len(block))) for block in blocks)
     return read_ahead(reader, whole, learner.device, data.threads, data.prefetch)
 
 
 def _block_result(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Of one block: counts of hits with sum and count of each loss, the embeddings, the labels that were hit."""
+    """Of one block: counts of hits with sum and count of each loss, the embeddings, the confusion."""
     learner.network.eval()
     with torch.autocast(learner.device.type, torch.bfloat16, enabled=learner.autocast):
         embeddings, logits = learner.network(learner.prepare(batch.images))
@@ -85,7 +101,7 @@ def _block_result(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor, Tenso
     figures = [(place < 1).sum(), (place < 5).sum(), nearest.sum()]
     figures += [f for name in learner.loss.weights for f in (terms[name].sum, terms[name].count)]
     row = torch.stack([figure.double() for figure in figures])
-    return row, embeddings, labels[place < 1]
+    return row, embeddings, confusion_counts(logits, labels)
 
 
 def _no_embeddings(learner: Learner) -> Tensor:

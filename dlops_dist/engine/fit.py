@@ -2,14 +2,14 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dlops_dist.config import Q1, default_name, result_settings
+from dlops_dist.config import Q2, Settings, default_name, result_settings
 from dlops_dist.data.loader import Batch, read_ahead
 from dlops_dist.data.order import micro_batches, rank_part
 from dlops_dist.data.readers import Reader, open_readers
@@ -18,8 +18,9 @@ from dlops_dist.distributed.agreement import describe_divergence
 from dlops_dist.distributed.collectives import rank, world_size
 from dlops_dist.engine.events import EpochEnded, Event, Finished, Listener, Started, Stepped, Told, Warned
 from dlops_dist.engine.precision import set_numerics
+from dlops_dist.engine.q2 import q2_stages
 from dlops_dist.engine.run_folder import RunFolder
-from dlops_dist.engine.stages import Samples, Span, Stage, StageLearner, named, spans_of, stages_of
+from dlops_dist.engine.stages import Classification, Samples, Span, Stage, StageLearner, named, spans_of
 from dlops_dist.errors import RunError, UserError
 
 TELL_EVERY_S = 1.0
@@ -30,7 +31,7 @@ COMPARE_RANKS_EVERY = 100
 
 
 def fit(
-    settings: Q1, *, task: str = "q1", device: torch.device | None = None, listeners: Sequence[Listener] = ()
+    settings: Settings, *, task: str = "q1", device: torch.device | None = None, listeners: Sequence[Listener] = ()
 ) -> dict[str, Any]:
     """Train to the end, from the last checkpoint of the run where there is one.
 
@@ -55,7 +56,7 @@ def fit(
     return _Fit(settings, device or default_device(), listeners).run()
 
 
-def prepare(task: str, settings: Q1) -> Q1:
+def prepare(task: str, settings: Settings) -> Settings:
     """Settings with name and paths filled in. Refuses what does not fit together; writes nothing."""
     if "://" in settings.runs_dir:
         raise UserError(f"runs_dir: {settings.runs_dir} must be a folder that every node sees, not a URL")
@@ -64,7 +65,7 @@ def prepare(task: str, settings: Q1) -> Q1:
     name = settings.name or default_name(task, settings, manifest.id)
     data = settings.data.model_copy(update={"shards": str(shards)})
     runs_dir = str(Path(settings.runs_dir).absolute())
-    stages_of(settings, Samples(shards, manifest, settings.data), torch.device("cpu"))
+    stages_of(settings, Samples(shards, manifest, settings), torch.device("cpu"))
     return settings.model_copy(update={"name": name, "runs_dir": runs_dir, "data": data})
 
 
@@ -75,19 +76,28 @@ def resolved(shards: str) -> Path:
     return Path(shards).absolute()
 
 
+def stages_of(
+    settings: Settings, samples: Samples, device: torch.device, tell: Callable[[str], None] = lambda text: None
+) -> list[Stage]:
+    """The stages of a run. Refuses settings and data that do not fit together; builds no model yet."""
+    if isinstance(settings, Q2):
+        return q2_stages(settings, samples, device, tell)
+    return [Classification(settings, samples, device)]
+
+
 def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class _Fit:
-    def __init__(self, settings: Q1, device: torch.device, listeners: Sequence[Listener]) -> None:
+    def __init__(self, settings: Settings, device: torch.device, listeners: Sequence[Listener]) -> None:
         set_numerics(settings, device)
         self.settings, self.device, self.listeners = settings, device, listeners
         self.folder = RunFolder(Path(settings.runs_dir) / str(settings.name))
         shards = Path(settings.data.shards)
         self.manifest = read_manifest(shards)
-        self.samples = Samples(shards, self.manifest, settings.data)
-        self.stages = stages_of(settings, self.samples, device)
+        self.samples = Samples(shards, self.manifest, settings)
+        self.stages = stages_of(settings, self.samples, device, lambda text: self._tell(Told(text)))
         self.spans = spans_of(self.stages)
         self.stage: Stage
         self.span: Span
@@ -122,12 +132,16 @@ class _Fit:
                 self._enter(index, None)
             for epoch in range(int(self.span.epoch_of(max(step, self.span.first_step))), self.span.end_epoch):
                 row = self._epoch(epoch, max(step - self.span.first_step_of(epoch), 0))
+            if rank() == 0:
+                self.stage.draw(self.folder.path / "report", self.learner, row)
         self._tell(Finished(row))
         return row
 
     def _enter(self, index: int, state: dict[str, Any] | None) -> None:
         """Begin a stage, or go on in it."""
         self.stage, self.span = self.stages[index], self.spans[index]
+        if state is not None and self.stage.carried is not None:
+            self.stage.carried.load_state_dict(state["carried"])
         self.learner = self.stage.learner()
         if state is not None:
             self.learner.load_state_dict(state)
@@ -212,6 +226,8 @@ class _Fit:
         state = self.learner.state_dict()  # every rank takes part in its sums
         if rank() == 0:
             position = {"step": step, "epoch": self.span.epoch_of(step), "dataset_id": self.manifest.id}
+            if self.stage.carried is not None:
+                state["carried"] = self.stage.carried.state_dict()
             self.folder.save(self.settings, position | self._stage_name() | state)
 
     def _started(self, step: int) -> Started:

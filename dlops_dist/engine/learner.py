@@ -1,24 +1,27 @@
 """One training step, and all the state that it changes."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from dlops_dist.config import Q1
+from dlops_dist.config import Q1, Settings
 from dlops_dist.data.augment import augment, normalize
+from dlops_dist.data.draws import uniform
+from dlops_dist.data.keys import key
 from dlops_dist.data.loader import Batch
 from dlops_dist.data.order import part_sizes, rank_part
 from dlops_dist.distributed.collectives import all_sum, gather, rank, world_size
 from dlops_dist.distributed.norm import average_running_statistics, running_statistics_held
 from dlops_dist.distributed.objective import global_objective, update_centers
-from dlops_dist.engine.classification import ClassificationLoss, TwoOutputs, build_model
+from dlops_dist.engine.classification import ClassificationLoss, Classifier, TwoOutputs, build_resnet
 from dlops_dist.engine.descent import Descent
 from dlops_dist.engine.epoch_sums import EpochSums
 from dlops_dist.engine.precision import precision_of
 from dlops_dist.losses import TripletLoss
 from dlops_dist.losses.terms import at_least_float32
+from dlops_dist.models.autoencoder import StackedAutoencoderClassifier
 
 
 class Inputs(NamedTuple):
@@ -43,13 +46,20 @@ class Learner:
 
     Everything that the next step depends on is in `state_dict`, and is the same on every rank, but for
     `sums`, which hold this rank's share of the epoch so far: of those, every rank's is in it.
+
+    Args:
+        model: has `embed`, a head `fc`, and `embedding_dim`; by default the ResNet of q1.
     """
 
-    def __init__(self, settings: Q1, inputs: Inputs, steps_per_epoch: int, device: torch.device) -> None:
+    def __init__(
+        self, settings: Settings, inputs: Inputs, steps_per_epoch: int, device: torch.device,
+        model: Classifier | None = None,
+    ) -> None:  # fmt: skip
         self.settings, self.device, self.inputs = settings, device, inputs
         self.dtype, self.autocast = precision_of(settings, device)
         num_classes = inputs.num_classes
-        self.model = build_model(settings, num_classes).to(device, self.dtype)
+        model = model or build_resnet(cast(Q1, settings), num_classes)
+        self.model: Classifier = model.to(device, self.dtype)
         self.model.to(memory_format=torch.channels_last)
         self.loss = ClassificationLoss(settings, num_classes, self.model.embedding_dim).to(device, self.dtype)
         self.sums = EpochSums(list(self.loss.weights), self.model.fc.weight)
@@ -83,7 +93,8 @@ class Learner:
         outputs = []
         for i, batch in enumerate(micro_batches):
             with self._descent.exchanged(now=i == len(images) - 1):
-                embeddings, logits = self._forward(self._descent.network, images[i])
+                draws = self._draws(batch, epoch)
+                embeddings, logits = self._forward(self._descent.network, images[i], *draws)
                 sizes = part_sizes(len(batch.labels), world_size())
                 everyone = gather(embeddings, sizes) if triplet and mined is None else None
                 terms = self.loss.terms(embeddings, logits, everyone, batch.labels, batch.part)
@@ -108,10 +119,15 @@ class Learner:
         settings = self.settings
         return augment(batch.images, batch.ids, settings.seed, epoch, settings.augment, self.inputs.mean)
 
-    def _forward(self, network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    def _draws(self, batch: Batch, epoch: int) -> list[Tensor]:
+        """Uniform numbers (n, U) for the model's dropout, keyed by sample; none where it has none."""
+        number = self.model.num_draws if isinstance(self.model, StackedAutoencoderClassifier) else 0
+        return [uniform(key(self.settings.seed, epoch, "dropout"), batch.ids, number)] if number else []
+
+    def _forward(self, network: nn.Module, images: Tensor, *draws: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings, wide enough for ranks to add up gradients of each other's rows, and logits."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            embeddings, logits = network(self.prepare(images))
+            embeddings, logits = network(self.prepare(images), *draws)
         return at_least_float32(embeddings), logits
 
     def _mine_ahead(self, triplet: TripletLoss, images: Sequence[Tensor], micro_batches: Sequence[Batch]) -> "_Mined":

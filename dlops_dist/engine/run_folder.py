@@ -12,7 +12,8 @@ import torch
 import yaml
 
 from dlops_dist.command_line import read_yaml
-from dlops_dist.config import Q1, TASKS, Run, result_settings
+from dlops_dist.config import TASKS, Settings, result_settings
+from dlops_dist.data.shards import Manifest
 from dlops_dist.errors import RunError, UserError
 
 FORMAT = 1
@@ -27,7 +28,7 @@ class RunFolder:
         self.metrics_file = path / "metrics.jsonl"
         self._checkpoints = path / "checkpoints"
 
-    def create(self, task: str, settings: Q1) -> None:
+    def create(self, task: str, settings: Settings) -> None:
         """Make the folder, or check that the one that is there belongs to the same settings."""
         if self._checkpoint_files() or self.metrics_file.is_file():
             _, existing = self.settings()
@@ -55,7 +56,7 @@ class RunFolder:
         finally:
             os.close(folder)
 
-    def settings(self) -> tuple[str, Q1]:
+    def settings(self) -> tuple[str, Settings]:
         """Task and settings that the run was started with."""
         file = self.path / "config.yaml"
         if not file.is_file():
@@ -80,16 +81,16 @@ class RunFolder:
                     raise RunError(f"{self.metrics_file}: line {number} is damaged; choose another --name") from None
         return rows
 
-    def finished_row(self, settings: Run, dataset_id: str) -> dict[str, Any] | None:
+    def finished_row(self, settings: Settings, manifest: Manifest) -> dict[str, Any] | None:
         """The last row of a run whose last checkpoint is that of its last epoch; refuses what `load` refuses."""
         rows, checkpoints = self.rows(), self._checkpoint_files()
         if (
             not rows
-            or rows[-1]["epoch"] < settings.epochs
+            or rows[-1]["epoch"] < settings.total_epochs(manifest.num_folds)
             or checkpoints[-1:] != [self._checkpoint_file(rows[-1]["step"])]
         ):
             return None
-        self.load(settings, dataset_id, torch.device("cpu"))
+        self.load(settings, manifest.id, torch.device("cpu"))
         return rows[-1]
 
     def keep_rows(self, last_step: int) -> None:
@@ -104,7 +105,7 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
 
-    def save(self, settings: Run, state: dict[str, Any]) -> None:
+    def save(self, settings: Settings, state: dict[str, Any]) -> None:
         """Write the checkpoint of state["step"] whole or not at all, and forget older ones."""
         self._checkpoints.mkdir(exist_ok=True)
         path = self._checkpoint_file(state["step"])
@@ -119,7 +120,7 @@ class RunFolder:
         for old in self._checkpoint_files()[:-KEPT_CHECKPOINTS]:
             old.unlink()
 
-    def load(self, settings: Run, dataset_id: str | None, device: torch.device) -> dict[str, Any] | None:
+    def load(self, settings: Settings, dataset_id: str | None, device: torch.device) -> dict[str, Any] | None:
         """The latest checkpoint, or None. One of other settings, data or format is refused by name."""
         files = self._checkpoint_files()
         if not files:

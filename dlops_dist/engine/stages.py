@@ -1,4 +1,4 @@
-"""A run is a sequence of stages: each trains one thing on its own order of samples. q1 has one of them."""
+"""A run is a sequence of stages: each trains one thing on its own order of samples. q1 has one of them, q2 several."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dlops_dist.config import Q1, Data
+from dlops_dist.config import Q1, Q2, Settings
 from dlops_dist.data.loader import Batch, TrainingOrder
-from dlops_dist.data.order import fit_samples_per_class, hold_out
+from dlops_dist.data.order import Ids, fit_samples_per_class, hold_out
 from dlops_dist.data.readers import Reader
 from dlops_dist.data.shards import Manifest, Split
+from dlops_dist.engine.classification import Classifier
 from dlops_dist.engine.epoch_sums import RankSums
 from dlops_dist.engine.evaluation import evaluate
 from dlops_dist.engine.learner import Inputs, Learner
@@ -51,10 +52,18 @@ class StageLearner(Protocol):
 class Stage(Protocol):
     """What is trained on which samples, for how many epochs, and how it is judged."""
 
-    name: str | None
-    """None where a run has but one."""
     epochs: int
     order: TrainingOrder
+
+    @property
+    def name(self) -> str | None:
+        """None where a run has but one stage."""
+        ...
+
+    @property
+    def carried(self) -> nn.Module | None:
+        """What later stages need beside the learner's state; its own state is in every checkpoint of this stage."""
+        ...
 
     def learner(self) -> Any:
         """A new learner, its weights as earlier stages left them."""
@@ -70,6 +79,10 @@ class Stage(Protocol):
 
     def warning(self, row: dict[str, Any]) -> str | None:
         """What the user should know of an epoch's row."""
+        ...
+
+    def draw(self, folder: Path, learner: Any, row: dict[str, Any]) -> None:
+        """Write pictures into a folder, after the last epoch, whose row is given. Called on rank 0 alone."""
         ...
 
 
@@ -107,14 +120,17 @@ def spans_of(stages: Sequence[Stage]) -> list[Span]:
 
 
 class Samples:
-    """The labelled samples of a run: those to train on, those held out, those to test on."""
+    """The samples of a run: those to train on, those held out, those to test on, those without a label."""
 
-    def __init__(self, shards: Path, manifest: Manifest, data: Data) -> None:
+    def __init__(self, shards: Path, manifest: Manifest, settings: Settings) -> None:
+        data = settings.data
         self.manifest = manifest
-        self.train: Reader
-        self.test: Reader
-        self._splits = [Split(shards, manifest, name) for name in ("train", "test")]
-        self.train, self.test = self._splits
+        names = ["train", "test"]
+        if isinstance(settings, Q2) and settings.pretrain.unlabeled and "unlabeled" in manifest.splits:
+            names.append("unlabeled")
+        self._splits = [Split(shards, manifest, name) for name in names]
+        self.open(list)
+        self.folds = self._splits[0].folds
         if (self.train.labels < 0).any():
             raise UserError(f"data.shards: {data.shards}: training samples without a label")
         self.ids, self.val_ids = hold_out(self.train.labels, data.val_fraction)
@@ -123,56 +139,75 @@ class Samples:
                 f"data.val_fraction: {data.val_fraction} leaves {len(self.ids)} to train and "
                 f"{len(self.val_ids)} held out"
             )
-        self.inputs = Inputs(len(manifest.classes), manifest.mean, manifest.std)
+        standardize = not isinstance(settings, Q2) or settings.model.standardize
+        mean, std = (manifest.mean, manifest.std) if standardize else ((0.0,) * 3, (1.0,) * 3)
+        self.inputs = Inputs(len(manifest.classes), mean, std)
 
     def open(self, open_readers: Callable[[Sequence[Split]], list[Reader]]) -> None:
-        """Read images by these readers from now on, instead of one by one."""
-        self.train, self.test = open_readers(self._splits)
+        """Read images by these readers from now on."""
+        self.train, self.test, *others = open_readers(self._splits)
+        self.unlabeled = others[0] if others else None
 
 
 class Classification:
-    """Trains a model with a head on labelled images: all of q1."""
+    """Trains a model with a head on labelled images: all of q1, the last stage of q2.
+
+    Args:
+        ids: of the samples to train on; by default all that are not held out.
+    """
 
     name: str | None = None
+    with_confusion = False
 
-    def __init__(self, settings: Q1, samples: Samples, device: torch.device) -> None:
+    def __init__(self, settings: Settings, samples: Samples, device: torch.device, ids: Ids | None = None) -> None:
         self.epochs = settings.epochs
-        self.order = training_order(settings, samples)
+        self.order = training_order(settings, samples, samples.ids if ids is None else ids)
         self._settings, self._samples, self._device = settings, samples, device
 
+    @property
+    def carried(self) -> nn.Module | None:
+        return None
+
+    def model(self) -> Classifier | None:
+        """A new one; None for that of q1."""
+        return None
+
     def learner(self) -> Learner:
-        return Learner(self._settings, self._samples.inputs, self.order.steps_per_epoch, self._device)
+        return Learner(self._settings, self._samples.inputs, self.order.steps_per_epoch, self._device, self.model())
 
     def reader(self, _: Learner) -> Reader:
         return self._samples.train
 
     def figures(self, learner: Learner) -> dict[str, Any]:
-        samples = self._samples
-        val = named("val", evaluate(learner, samples.train, samples.val_ids)) if len(samples.val_ids) else {}
-        return val | named("test", evaluate(learner, samples.test, np.arange(len(samples.test))))
+        samples, val = self._samples, {}
+        if len(samples.val_ids):
+            val = named("val", evaluate(learner, samples.train, samples.val_ids))
+        test = evaluate(learner, samples.test, np.arange(len(samples.test)), self.with_confusion)
+        return val | named("test", test)
 
     def warning(self, row: dict[str, Any]) -> str | None:
         spread = row["train/embedding_spread"]
         if spread >= COLLAPSED_SPREAD:
             return None
-        advice = "lower optimizer.lr, raise the loss's ce_weight, or choose another triplet.mining"
+        advice = "lower optimizer.lr"
+        if isinstance(self._settings, Q1):
+            advice += ", raise the loss's ce_weight, or choose another triplet.mining"
         return f"epoch {row['epoch']}: the embeddings have collapsed (spread {spread:.4f}): {advice}"
 
-
-def stages_of(settings: Q1, samples: Samples, device: torch.device) -> list[Stage]:
-    """The stages of a run. Refuses settings and data that do not fit together; builds no model yet."""
-    return [Classification(settings, samples, device)]
+    def draw(self, folder: Path, learner: Learner, row: dict[str, Any]) -> None:
+        """q1 draws in `report`."""
 
 
-def training_order(settings: Q1, samples: Samples) -> TrainingOrder:
-    """The batches of every epoch of q1."""
+def training_order(settings: Settings, samples: Samples, ids: Ids) -> TrainingOrder:
+    """The batches of every epoch of labelled samples."""
     data, batch_size = settings.data, settings.global_batch_size
-    balanced = data.order == "balanced" or (data.order == "auto" and settings.loss == "triplet")
+    triplets = isinstance(settings, Q1) and settings.loss == "triplet"
+    balanced = data.order == "balanced" or (data.order == "auto" and triplets)
     samples_per_class = (
         fit_samples_per_class(batch_size, len(samples.manifest.classes), data.samples_per_class) if balanced else None
     )
     labels = samples.train.labels
-    return TrainingOrder(samples.ids, labels, settings.seed, batch_size, samples_per_class, data.drop_last)
+    return TrainingOrder(ids, labels, settings.seed, batch_size, samples_per_class, data.drop_last)
 
 
 def named(split: str, figures: dict[str, Any]) -> dict[str, Any]:

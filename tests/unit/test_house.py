@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "dlops_dist"
 LAYERS = [
     {"errors"},
-    {"config", "command_line", "models", "losses", "optim", "metrics", "data"},
+    {"section", "config", "command_line", "models", "losses", "optim", "metrics", "data"},
     {"distributed"},
     {"engine"},
     {"tracking"},

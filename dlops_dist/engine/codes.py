@@ -1,0 +1,103 @@
+"""What each layer of a stack is trained on: pixels, or the codes of the frozen layers below it."""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dlops_dist.config import Q2
+from dlops_dist.data.augment import normalize
+from dlops_dist.data.loader import read_ahead
+from dlops_dist.data.readers import Reader
+from dlops_dist.distributed.collectives import gather, rank, world_size
+from dlops_dist.engine.learner import Inputs
+from dlops_dist.engine.precision import precision_of
+from dlops_dist.models.autoencoder import StackedAutoencoder
+
+BLOCK = 256
+"""Samples that are encoded together: fixed, so that no bit of a code depends on the number of ranks."""
+
+
+class CodeReader:
+    """Codes of all samples of a split, in memory; read as images are."""
+
+    def __init__(self, labels: np.ndarray, codes: Tensor) -> None:
+        self.labels, self.codes = labels, codes
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, ids: np.ndarray) -> Tensor:
+        """(n, D)."""
+        return self.codes[torch.from_numpy(ids)]
+
+
+class Codes:
+    """Readers of some splits at each depth of a stack.
+
+    Codes are computed once for each depth, from those of the depth below where they are at hand, and kept on every
+    rank where they fit into `pretrain.codes_gb`; else the readers are those of pixels, and learners encode in every
+    step. Only the codes of one depth are kept.
+    """
+
+    def __init__(
+        self, settings: Q2, inputs: Inputs, stack: StackedAutoencoder, pixels: Mapping[str, Reader],
+        device: torch.device, tell: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self._settings, self._inputs, self._stack, self._pixels = settings, inputs, stack, pixels
+        self._device, self._tell = device, tell
+        self._dtype, self._autocast = precision_of(settings, device)
+        self._depth, self._kept = 0, pixels
+
+    def at(self, depth: int) -> Mapping[str, Reader]:
+        """Readers of each split's inputs for the layer on top of `depth` others. Every rank must call it."""
+        if depth == 0:
+            self._depth, self._kept = 0, self._pixels
+        if depth == self._depth:
+            return self._kept
+        num_samples, width = sum(map(len, self._pixels.values())), self._settings.model.layers[depth - 1]
+        size, limit = num_samples * width * self._dtype.itemsize / 1e9, self._settings.pretrain.codes_gb
+        codes = f"layer {depth + 1}: the codes of {num_samples:,} images below it ({size:.2f} GB)"
+        if size > limit:
+            self._tell(f"{codes} are computed in every step: pretrain.codes_gb is {limit:g}")
+            return self._pixels
+        self._tell(f"{codes} are kept in each worker's memory")
+        chained = self._depth == depth - 1
+        below = self._kept if chained else self._pixels
+        self._kept = {name: self._encoded(reader, depth, width) for name, reader in below.items()}
+        self._depth = depth
+        return self._kept
+
+    def encode(self, images: Tensor, depth: int) -> Tensor:
+        """Codes (N, K) at a depth of uint8 images (N, H, W, C), or of codes that are kept; without gradient."""
+        with torch.no_grad(), torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
+            if images.dtype == torch.uint8:
+                x = flat_pixels(images, self._inputs, self._dtype)
+                return self._stack.encode(x, depth).to(self._dtype)
+            for encoder in self._stack.encoders[self._depth : depth]:
+                images = encoder(images)
+            return images.to(self._dtype)
+
+    def _encoded(self, reader: Reader, depth: int, width: int) -> CodeReader:
+        """Codes of all samples of a split. Of each `world_size` blocks every rank computes one, and all get all."""
+        self._stack.eval()
+        blocks = [np.arange(i, min(i + BLOCK, len(reader))) for i in range(0, len(reader), BLOCK)]
+        own = ((block, slice(0, len(block))) for block in blocks[rank() :: world_size()])
+        data = self._settings.data
+        batches = read_ahead(reader, own, self._device, data.threads, data.prefetch)
+        codes = torch.empty(len(reader), width, dtype=self._dtype)
+        for first in range(0, len(blocks), world_size()):
+            together = blocks[first : first + world_size()]
+            sizes = [len(block) for block in together] + [0] * (world_size() - len(together))
+            if sizes[rank()]:
+                part = self.encode(next(batches).images, depth)
+            else:
+                part = torch.empty(0, width, dtype=self._dtype, device=self._device)
+            codes[together[0][0] : together[-1][-1] + 1] = gather(part, sizes).cpu()
+        return CodeReader(reader.labels, codes)
+
+
+def flat_pixels(images: Tensor, inputs: Inputs, dtype: torch.dtype) -> Tensor:
+    """(N, H W C) of the model's type from uint8 (N, H, W, C)."""
+    return normalize(images, inputs.mean, inputs.std, dtype).permute(0, 2, 3, 1).flatten(1)

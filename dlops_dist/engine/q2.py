@@ -1,0 +1,139 @@
+"""The stages of q2: each layer's pretraining, all layers unrolled, then the classifier, or one for each fold."""
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from dlops_dist.config import Q2
+from dlops_dist.data.joined import Joined
+from dlops_dist.data.loader import TrainingOrder
+from dlops_dist.data.order import Ids
+from dlops_dist.data.readers import Reader
+from dlops_dist.engine.classification import Classifier
+from dlops_dist.engine.codes import Codes
+from dlops_dist.engine.reconstruction import ReconstructionLearner
+from dlops_dist.engine.stacked import build_classifier, build_stack
+from dlops_dist.engine.stages import Classification, Samples, Stage, named
+from dlops_dist.errors import UserError
+from dlops_dist.models.autoencoder import StackedAutoencoder
+
+MEASURED = 1024
+"""Samples whose mean square stands for that of all."""
+
+
+def q2_stages(settings: Q2, samples: Samples, device: torch.device, tell: Callable[[str], None]) -> list[Stage]:
+    shared = Shared(settings, samples, device, tell)
+    layers = len(settings.model.layers)
+    stages: list[Stage] = [Reconstruction(shared, f"layer {i + 1}", i, settings.pretrain.epochs) for i in range(layers)]
+    if settings.pretrain.joint_epochs:
+        stages.append(Reconstruction(shared, "joint", None, settings.pretrain.joint_epochs))
+    if not settings.folds:
+        return [*stages, StackedClassification(shared, "classifier", samples.ids)]
+    num_folds = samples.manifest.num_folds
+    if not num_folds:
+        raise UserError(f"folds: {settings.data.shards} names no folds; leave out --folds")
+    for fold in range(num_folds):
+        ids = samples.ids[samples.folds[samples.ids] >> fold & 1 == 1]
+        stages.append(StackedClassification(shared, f"fold {fold}", ids))
+    return stages
+
+
+class Shared:
+    """What the stages of a run hand on: the stack that is trained layer by layer, and codes of its samples."""
+
+    def __init__(self, settings: Q2, samples: Samples, device: torch.device, tell: Callable[[str], None]) -> None:
+        self.settings, self.samples, self.device, self._tell = settings, samples, device, tell
+        num_train, num_unlabeled = len(samples.train), len(samples.unlabeled or ())
+        self.ids = np.concatenate([samples.ids, num_train + np.arange(num_unlabeled)])
+
+    @cached_property
+    def stack(self) -> StackedAutoencoder:
+        manifest = self.samples.manifest
+        stack = build_stack(self.settings, manifest.height * manifest.width * 3)
+        return stack.to(self.device, torch.float64 if self.settings.precision == "float64" else torch.float32)
+
+    @cached_property
+    def codes(self) -> Codes:
+        samples = self.samples
+        pretrained: Reader = samples.train if samples.unlabeled is None else Joined([samples.train, samples.unlabeled])
+        pixels = {"train": pretrained, "test": samples.test}
+        return Codes(self.settings, samples.inputs, self.stack, pixels, self.device, self._tell)
+
+    def order(self) -> TrainingOrder:
+        """Of every image that is not held out, labelled or not."""
+        settings = self.settings
+        labels = np.zeros(self.ids.max() + 1, np.int64)
+        return TrainingOrder(self.ids, labels, settings.seed, settings.global_batch_size, None, settings.data.drop_last)
+
+
+class Reconstruction:
+    """A stage that trains one layer of the stack, or all of it, to reconstruct."""
+
+    carried = None
+
+    def __init__(self, shared: Shared, name: str, layer: int | None, epochs: int) -> None:
+        self.name, self.epochs = name, epochs
+        self.order = shared.order()
+        self._shared, self._layer = shared, layer
+
+    def learner(self) -> ReconstructionLearner:
+        shared = self._shared
+        return ReconstructionLearner(
+            shared.settings, shared.samples.inputs, shared.stack, shared.codes, self._layer,
+            self.order.steps_per_epoch, shared.device,
+        )  # fmt: skip
+
+    def reader(self, learner: ReconstructionLearner) -> Reader:
+        reader = self._shared.codes.at(self._layer or 0)["train"]
+        learner.measure(reader, self._shared.ids[:MEASURED])
+        return reader
+
+    def figures(self, learner: ReconstructionLearner) -> dict[str, Any]:
+        readers, samples = self._shared.codes.at(self._layer or 0), self._shared.samples
+        val = named("val", learner.error(readers["train"], samples.val_ids)) if len(samples.val_ids) else {}
+        return val | named("test", learner.error(readers["test"], np.arange(len(samples.test))))
+
+    def warning(self, _: dict[str, Any]) -> str | None:
+        return None
+
+    def draw(self, folder: Path, learner: ReconstructionLearner, _: dict[str, Any]) -> None:
+        from dlops_dist.engine import pictures
+
+        samples = self._shared.samples
+        if self._layer in (0, None):
+            pictures.draw_filters(folder / "filters.png", learner, samples.manifest)
+        if self._layer == 0:
+            pictures.draw_samples(folder / "samples.png", Path(self._shared.settings.data.shards), samples.manifest)
+        depth = len(learner.model) if self._layer is None else self._layer + 1
+        pictures.draw_reconstructions(folder / "reconstructions.png", learner, samples.test, depth)
+
+
+class StackedClassification(Classification):
+    """A stage that trains the classifier on some of the labelled samples, from the pretrained encoders."""
+
+    with_confusion = True
+
+    def __init__(self, shared: Shared, name: str, ids: Ids) -> None:
+        super().__init__(shared.settings, shared.samples, shared.device, ids)
+        self.name, self._shared = name, shared
+
+    @property
+    def carried(self) -> nn.Module | None:
+        """A later fold starts from the pretrained encoders again."""
+        return nn.ModuleList(self._shared.stack.encoders) if self._shared.settings.folds else None
+
+    def model(self) -> Classifier:
+        shared = self._shared
+        return build_classifier(shared.settings, shared.stack.encoders, len(shared.samples.manifest.classes))
+
+    def draw(self, folder: Path, _: Any, row: dict[str, Any]) -> None:
+        from dlops_dist.engine import pictures
+
+        classes = self._shared.samples.manifest.classes
+        pictures.draw_class_accuracies(folder / "classes.png", row["test/top1_by_class"], classes)
+        pictures.draw_confusion(folder / "confusion.png", row["test/confusion"], classes)

@@ -1,0 +1,159 @@
+"""One step of an autoencoder, or of all of them unrolled, and how well they reconstruct."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dlops_dist.config import Q2
+from dlops_dist.data.augment import augment
+from dlops_dist.data.corruption import corrupted
+from dlops_dist.data.loader import Batch
+from dlops_dist.data.order import Ids
+from dlops_dist.data.readers import Reader
+from dlops_dist.distributed.collectives import all_sum
+from dlops_dist.distributed.objective import global_objective
+from dlops_dist.engine.codes import Codes, flat_pixels
+from dlops_dist.engine.descent import Descent
+from dlops_dist.engine.epoch_sums import RankSums
+from dlops_dist.engine.evaluation import blocks_of, read_blocks
+from dlops_dist.engine.learner import Inputs
+from dlops_dist.engine.precision import precision_of
+from dlops_dist.losses import ReconstructionLoss
+from dlops_dist.models.autoencoder import StackedAutoencoder
+
+LOSS = "reconstruction"
+
+
+class ReconstructionLearner:
+    """Trains one layer of a stack, or all of it, to reconstruct its inputs, on this rank.
+
+    Args:
+        codes: of the layers below.
+        layer: which one, from 0; None for the whole stack, unrolled. Layers below it stay as they are.
+    """
+
+    def __init__(
+        self, settings: Q2, inputs: Inputs, stack: StackedAutoencoder, codes: Codes, layer: int | None,
+        steps_per_epoch: int, device: torch.device,
+    ) -> None:  # fmt: skip
+        self.settings, self.inputs, self.device = settings, inputs, device
+        self.dtype, self.autocast = precision_of(settings, device)
+        self.model, self.depth = stack, layer or 0
+        self.loss, self.sums = ReconstructionLoss(), ReconstructionSums(device)
+        self.power = 1.0
+        """Mean square of the inputs; `measure` finds it."""
+        self._codes = codes
+        self._trained: nn.Module = stack if layer is None else stack[layer]
+        chosen = settings.pretrain
+        epochs = chosen.joint_epochs if layer is None else chosen.epochs
+        self._descent = Descent(self._trained, settings, chosen.optimizer, epochs, steps_per_epoch, device)
+
+    def lr(self, step: int) -> float:
+        """Learning rate of a step, counted from 0 over all epochs of the stage."""
+        return self._descent.lr(step)
+
+    def step(self, micro_batches: Sequence[Batch], epoch: int, step: int) -> Tensor:
+        """Train on this rank's parts of a global batch. Returns the mean squared error over the whole of it.
+
+        What is back-propagated is the error as a part of the inputs' mean square, so that one learning rate serves
+        layers of any width and inputs of any size.
+        """
+        self.model.eval()
+        self._descent.network.train()
+        self._descent.optimizer.zero_grad()
+        num_samples = sum(len(batch.labels) for batch in micro_batches)
+        value = torch.zeros((), dtype=torch.float64, device=self.device)
+        for i, batch in enumerate(micro_batches):
+            inputs = self.inputs_of(self._augmented(batch, epoch))
+            with self._descent.exchanged(now=i == len(micro_batches) - 1):
+                reconstructions = self._forward(self._descent.network, self._corrupted(inputs, batch.ids, epoch))
+                terms = {LOSS: self.loss.terms(reconstructions, inputs)}
+                objective = global_objective(terms, {LOSS: 1 / self.power}, len(batch.labels) / num_samples)
+                objective.backward.backward()
+            value += objective.values[LOSS]
+        self._descent.step(step)
+        self.sums.add(value, sum(len(batch.ids) for batch in micro_batches))
+        return value
+
+    def inputs_of(self, images: Tensor) -> Tensor:
+        """What the trained part sees, (N, D), of uint8 images or of kept codes."""
+        if self.depth:
+            return self._codes.encode(images, self.depth)
+        return flat_pixels(images, self.inputs, self.dtype)
+
+    def _augmented(self, batch: Batch, epoch: int) -> Tensor:
+        """The first layer and the whole stack see changing images; layers between, codes of images as they are."""
+        if self.depth:
+            return batch.images
+        return augment(batch.images, batch.ids, self.settings.seed, epoch, self.settings.augment, self.inputs.mean)
+
+    def _corrupted(self, inputs: Tensor, ids: Tensor, epoch: int) -> Tensor:
+        chosen = self.settings.pretrain
+        return corrupted(inputs, ids, self.settings.seed, epoch, chosen.corruption, chosen.corruption_level)
+
+    def _forward(self, network: nn.Module, inputs: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            return network(inputs)
+
+    @torch.no_grad()
+    def measure(self, reader: Reader, ids: Ids) -> None:
+        """Find the mean square of some samples' inputs. Every rank reads all of them, and finds the same bits."""
+        self.model.eval()
+        blocks, _ = blocks_of(ids)
+        means = [self.inputs_of(batch.images).double().square().mean() for batch in read_blocks(self, reader, blocks)]
+        self.power = torch.stack(means).mean().clamp(min=1e-12).item()
+
+    @torch.no_grad()
+    def error(self, reader: Reader, ids: Ids) -> dict[str, float]:
+        """How well some samples are reconstructed, as they are. Sums are float64, added in block order.
+
+        loss            mean squared error of the inputs
+        relative_loss   the same, as a part of the training inputs' mean square: what layers are compared by
+        """
+        self.model.eval()
+        blocks, mine = blocks_of(ids)
+        rows = torch.zeros(len(blocks), 2, dtype=torch.float64, device=self.device)
+        for place, batch in enumerate(read_blocks(self, reader, blocks[mine]), mine.start):
+            inputs = self.inputs_of(batch.images)
+            terms = self.loss.terms(self._forward(self._trained, inputs), inputs)
+            rows[place] = torch.stack([terms.sum.double(), terms.count])
+        total, count = all_sum(rows).cumsum(dim=0)[-1].tolist()
+        return {"loss": total / count, "relative_loss": total / count / self.power}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state to go on from: the whole stack, which later stages need too. Every rank must call it."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self._descent.optimizer.state_dict(),
+            "sums": self.sums.of_each_rank(),
+            "inputs": self.inputs._asdict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self._descent.optimizer.load_state_dict(state["optimizer"])
+        self.sums.load(state["sums"])
+
+    def equal_on_all_ranks(self) -> dict[str, Tensor]:
+        """The tensors that training changes alike on every rank, to the last bit."""
+        return dict(self._trained.named_parameters())
+
+    def end_epoch(self) -> dict[str, float]:
+        """Figures of the epoch's training, equal on every rank; the next epoch's sums start at zero."""
+        samples, loss = self.sums.total()["counts"].tolist()
+        self.sums.clear()
+        return {"loss": loss / samples}
+
+
+class ReconstructionSums(RankSums):
+    """Samples, and the loss summed over them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.counts = torch.zeros(2, dtype=torch.float64, device=device)
+        super().__init__(counts=self.counts)
+
+    def add(self, value: Tensor, number: int) -> None:
+        self.counts[0] += number
+        self.counts[1] += value * number
