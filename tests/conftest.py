@@ -3,8 +3,8 @@
 import pytest
 
 from dlops_dist.data.pack import pack
-from dlops_dist.data.shapes import write_tiny_imagenet
-from dlops_dist.data.sources import TinyImageNet
+from dlops_dist.data.shapes import write_stl10, write_tiny_imagenet
+from dlops_dist.data.sources import STL10, TinyImageNet
 
 
 @pytest.fixture(scope="session")
@@ -13,4 +13,13 @@ def shapes_shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shapes")
     write_tiny_imagenet(folder / "shapes.zip", train_per_class=24, test_per_class=6, size=32)
     pack(TinyImageNet(folder / "shapes.zip"), folder / "shards", "shapes", shard_size=100, workers=1)
+    return folder / "shards"
+
+
+@pytest.fixture(scope="session")
+def stl_shards(tmp_path_factory):
+    """Folder of `shapes-stl10` shards: 10 classes, 8 training and 3 test images each, 45 unlabeled, ten folds."""
+    folder = tmp_path_factory.mktemp("shapes-stl10")
+    write_stl10(folder / "stl10_binary", train_per_class=8, test_per_class=3, num_unlabeled=45)
+    pack(STL10(folder), folder / "shards", "shapes-stl10", shard_size=100, workers=1)
     return folder / "shards"

@@ -126,7 +126,7 @@ class _Fit:
                 where = f"{self.folder.metrics_file} has {rows} of {finished} finished epochs"
                 raise RunError(f"{where}; put the others back, or choose another --name")
         self._tell(self._started(step))
-        row = self.folder.rows()[-1] if step == self.spans[-1].end_step else {}
+        row = self.folder.rows()[-1] if step == self.span.end_step else {}
         for index in range(first, len(self.stages)):
             if index > first:
                 self._enter(index, None)

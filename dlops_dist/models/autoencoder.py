@@ -15,8 +15,8 @@ class Autoencoder(nn.Module):
 
         h = relu(norm(W x + b)),    x' = V h + c
 
-    V starts as W^T, and stays it where tied: with torch's usual V, some thousand times larger, only a learning rate too
-    small for the decoder would be small enough for the encoder.
+    V starts as W^T, c as 0. (With torch's usual V, some thousand times larger, no learning rate would suit both the
+    encoder and the decoder.)
 
     Args:
         norm_layer: makes the normalisation of so many units; none by default.
@@ -28,11 +28,13 @@ class Autoencoder(nn.Module):
     ) -> None:
         super().__init__()
         norms = [] if norm_layer is None else [norm_layer(num_units)]
-        self.encoder = nn.Sequential(nn.Linear(num_inputs, num_units), *norms, nn.ReLU())
+        linear = nn.Linear(num_inputs, num_units, bias=not norms)  # a norm brings its own
+        self.encoder = nn.Sequential(linear, *norms, nn.ReLU())
         self.decoder = _Tied(num_inputs) if tied else nn.Linear(num_units, num_inputs)
         if isinstance(self.decoder, nn.Linear):
             with torch.no_grad():
                 self.decoder.weight.copy_(cast(nn.Linear, self.encoder[0]).weight.t())
+                self.decoder.bias.zero_()
 
     def decode(self, code: Tensor) -> Tensor:
         """x' (N, D) of a code (N, K)."""

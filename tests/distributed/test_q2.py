@@ -1,0 +1,249 @@
+"""q2, 1 process against 2, 3 and 4 ranks: every stage's step, the codes between them, a whole run, a resume."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dlops_dist.config import Q2
+from dlops_dist.data.loader import read_ahead
+from dlops_dist.data.order import micro_batches, rank_part
+from dlops_dist.data.shards import read_manifest
+from dlops_dist.distributed.collectives import rank, world_size
+from dlops_dist.distributed.ranks import run_ranks
+from dlops_dist.engine import codes, fit, prepare
+from dlops_dist.engine.fit import _Fit, stages_of
+from dlops_dist.engine.stages import Samples
+
+CPU = torch.device("cpu")
+KINDS = {
+    "tied, masked": {"model": {"tied": True}, "pretrain": {"corruption": "masking"}},
+    "batch norm, noise, dropout": {
+        "model": {"norm": "batch", "dropout": 0.3}, "pretrain": {"corruption": "gaussian"}, "finetune": True,
+    },
+    "layer norm, codes not kept": {"model": {"norm": "layer"}, "pretrain": {"codes_gb": 0}, "finetune": True},
+}  # fmt: skip
+STAGES = ("layer 1", "layer 2", "layer 3", "joint", "classifier")
+
+
+def settings_of(kind, shards, runs, **changes):
+    """Fourteen float64 steps in five stages; 22 samples a step, which neither 3 nor 4 ranks share evenly."""
+    values = {
+        "name": "run", "runs_dir": str(runs), "epochs": 2, "global_batch_size": 22, "precision": "float64",
+        "data": {"shards": str(shards), "reader": "decode", "val_fraction": 0.125},
+        "optimizer": {"lr": 0.02}, **KINDS[kind], **changes,
+    }  # fmt: skip
+    values["model"] = {"layers": (12, 9, 5), "code_layer": 9, **values["model"]}
+    values["pretrain"] = {"epochs": 1, "joint_epochs": 1, "optimizer": {"lr": 0.2}, **values["pretrain"]}
+    return Q2(**values)
+
+
+def tensors(tree, prefix=""):
+    """{path: tensor} of a nested state."""
+    if isinstance(tree, torch.Tensor):
+        return {prefix: tree}
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    return {path: t for key, value in items for path, t in tensors(value, f"{prefix}/{key}").items()}
+
+
+def distance(ours, theirs):
+    """Norm of the difference, as a part of the norm (or of 1e-3, below which only rounding is left)."""
+    assert torch.equal(ours.isnan(), theirs.isnan())
+    ours, theirs = ours.double().nan_to_num(), theirs.double().nan_to_num()
+    return (ours - theirs).norm().item() / max(theirs.norm().item(), 1e-3)
+
+
+def with_total_sums(state):
+    """A state whose sums, kept for each rank, are added up: those alone depend on the number of ranks."""
+    return {**state, "sums": {name: value.sum(dim=0) for name, value in state["sums"].items()}}
+
+
+BATCHES = {
+    "mixed": ([*range(20), 81, 82], None),
+    "fewer samples than ranks": ([1, 90, 9], None),
+    "duplicates, in micro-batches": ([5, 30, 5, 9, 11, 31, 9, 120, 5, 7, 40], 5),
+}
+
+
+def one_step(stage, ids, size):
+    """What a step on one global batch leaves: the state of the stage's learner, gradients, and its figures."""
+    learner = stage.learner()
+    reader = stage.reader(learner)
+    parts = [(part, rank_part(len(part), rank(), world_size())) for part in micro_batches(np.array(ids), size)]
+    value = learner.step(list(read_ahead(reader, parts, CPU, 1, len(parts))), epoch=3, step=5)
+    gradients = {n: p.grad for n, p in learner.model.named_parameters() if p.grad is not None}
+    figures = {n: torch.tensor([v]) for n, v in stage.figures(learner).items() if isinstance(v, float)}
+    state = with_total_sums(learner.state_dict())
+    return tensors({"value": value, "gradients": gradients, "figures": figures, **state})
+
+
+def steps(kind, shards):
+    """{(stage, batch): one step from equal state}."""
+    settings = settings_of(kind, shards, "unused")
+    samples = Samples(Path(shards), read_manifest(Path(shards)), settings)
+    results = {}
+    for place, name in enumerate(STAGES):
+        for batch, (ids, size) in BATCHES.items():
+            stage = stages_of(settings, samples, CPU)[place]
+            assert stage.name == name
+            results[name, batch] = one_step(stage, [i % 80 for i in ids] if name == "classifier" else ids, size)
+    return results
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_step_of_each_stage_on_any_number_of_ranks_is_that_of_one_process(kind, stl_shards):
+    expected = steps(kind, stl_shards)
+    gradients = expected["layer 2", "mixed"]
+    moved = [path for path in gradients if path.startswith("/gradients/1.") and gradients[path].norm() > 0]
+    assert moved
+    for ranks in (2, 4):
+        results = run_ranks(steps, ranks, kind, stl_shards)
+        for where, theirs in expected.items():
+            assert results[0][where].keys() == theirs.keys()
+            for path, value in theirs.items():
+                assert distance(results[0][where][path], value) <= 1e-12, (ranks, where, path)
+        for other in results[1:]:
+            for where, ours in other.items():
+                for path, value in results[0][where].items():
+                    assert torch.equal(ours[path].nan_to_num(), value.nan_to_num()), (ranks, where, path)
+
+
+def all_codes(shards):
+    """Codes of every image at each depth, in blocks of 16: made one depth from another, and from pixels."""
+    codes.BLOCK = 16
+    settings = settings_of("batch norm, noise, dropout", shards, "unused", precision="float32")
+    stages = stages_of(settings, Samples(Path(shards), read_manifest(Path(shards)), settings), CPU)
+    shared = stages[0]._shared
+    found = {}
+    for depth in (1, 2):
+        for name, reader in shared.codes.at(depth).items():
+            found[name, depth] = reader.codes
+    shared.codes.at(0)
+    assert all(torch.equal(reader.codes, found[name, 2]) for name, reader in shared.codes.at(2).items())
+    pixels = torch.as_tensor(shared.codes.at(0)["train"].read(np.arange(16, 32)))
+    assert torch.equal(shared.codes.encode(pixels, 2), found["train", 2][16:32])
+    return found
+
+
+def test_codes_are_the_same_bits_on_any_number_of_ranks(stl_shards):
+    (expected,) = run_ranks(all_codes, 1, stl_shards)
+    assert expected["train", 2].shape == (125, 9)
+    for ranks in (2, 3, 4):
+        for found in run_ranks(all_codes, ranks, stl_shards):
+            assert all(torch.equal(found[where], value) for where, value in expected.items())
+
+
+def trained(kind, shards, runs, **changes):
+    """Train on this rank's share; the last checkpoint and the rows of metrics."""
+    fit(settings_of(kind, shards, runs, **changes), task="q2")
+    return left(runs)
+
+
+def left(runs):
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    checkpoint = torch.load(sorted(Path(runs).glob("run/checkpoints/*.pt"))[-1], weights_only=True)
+    return checkpoint, [json.loads(line) for line in (Path(runs) / "run/metrics.jsonl").read_text().splitlines()]
+
+
+def compare(ours, theirs, where):
+    """Checkpoints and rows of two runs that differ in rounding alone."""
+    for path, value in tensors(with_total_sums(theirs[0])).items():
+        assert distance(tensors(with_total_sums(ours[0]))[path], value) <= 1e-6, (where, path)
+    for row, expected in zip(ours[1], theirs[1], strict=True):
+        same = {k: v for k, v in expected.items() if not k.endswith("_s")}
+        assert {k: row[k] for k in same} == {
+            k: v if isinstance(v, list | str) else pytest.approx(v, rel=1e-6) for k, v in same.items()
+        }, where
+
+
+@pytest.mark.parametrize("kind", ["tied, masked", "batch norm, noise, dropout"])
+def test_a_whole_run_on_any_number_of_ranks_is_that_of_one_process(kind, stl_shards, tmp_path):
+    expected = trained(kind, stl_shards, tmp_path / "1")
+    assert expected[0]["step"] == 26
+    assert [row["stage"] for row in expected[1]] == [*STAGES, "classifier"]
+    for ranks in (2, 4):
+        ours = run_ranks(trained, ranks, kind, stl_shards, tmp_path / str(ranks))[0]
+        compare(ours, expected, ranks)
+
+
+class StoppedError(Exception):
+    """What stands for a machine that goes down."""
+
+
+def stopped(shards, runs, after):
+    """Train until a checkpoint was written after so many steps."""
+    settings = settings_of("batch norm, noise, dropout", shards, runs, checkpoint_every=1)
+    fit_run = _Fit(with_folder(settings), CPU, [])
+    save = fit_run._save
+
+    def save_then_stop(step):
+        save(step)
+        if step == after:
+            raise StoppedError
+
+    fit_run._save = save_then_stop
+    with pytest.raises(StoppedError):
+        fit_run.run()
+
+
+def with_folder(settings):
+    from dlops_dist.engine.run_folder import RunFolder
+
+    settings = prepare("q2", settings)
+    if rank() == 0:
+        RunFolder(Path(settings.runs_dir) / "run").create("q2", settings)
+    return settings
+
+
+@pytest.fixture(scope="module")
+def whole(stl_shards, tmp_path_factory):
+    """A run that nothing stopped: its last checkpoint and rows."""
+    return resumed(stl_shards, tmp_path_factory.mktemp("whole"))
+
+
+@pytest.mark.parametrize(("after", "stage"), [(7, "layer 2"), (10, "layer 2"), (13, "layer 3"), (21, "classifier")])
+def test_a_run_that_stops_in_any_stage_goes_on_to_the_same_bits(after, stage, whole, stl_shards, tmp_path):
+    """In one process. Step 10 is the end of a stage, the others lie inside of one."""
+    stopped(stl_shards, tmp_path, after)
+    assert left(tmp_path)[0]["stage"] == stage
+    ours = resumed(stl_shards, tmp_path)
+    same_bits(ours, whole)
+
+
+def same_bits(ours, theirs):
+    for path, value in tensors(theirs[0]).items():  # the mean of a class without samples is NaN
+        assert torch.equal(tensors(ours[0])[path].nan_to_num(), value.nan_to_num()), path
+    assert [plain(row) for row in ours[1]] == [plain(row) for row in theirs[1]]
+
+
+def plain(row):
+    return {name: value for name, value in row.items() if not name.endswith("_s")}
+
+
+def test_a_run_that_stops_on_two_ranks_goes_on_on_three(whole, stl_shards, tmp_path):
+    run_ranks(stopped, 2, stl_shards, tmp_path, 8)
+    assert len(left(tmp_path)[0]["sums"]["counts"]) == 2
+    compare(run_ranks(resumed, 3, stl_shards, tmp_path)[0], whole, "moved")
+
+
+def resumed(shards, runs):
+    return trained("batch norm, noise, dropout", shards, runs, checkpoint_every=1)
+
+
+def test_folds_start_from_the_same_encoders_and_see_their_own_samples(stl_shards, tmp_path):
+    """Also where the run stops within a fold: then the pretrained encoders come from the checkpoint."""
+    changes = {"folds": True, "global_batch_size": 8, "checkpoint_every": 1, "epochs": 1}
+    changes["data"] = {"shards": str(stl_shards), "reader": "decode"}
+    whole = trained("batch norm, noise, dropout", stl_shards, tmp_path / "whole", **changes)
+    assert [row["stage"] for row in whole[1]][4:] == [f"fold {fold}" for fold in range(10)]
+    settings = settings_of("batch norm, noise, dropout", stl_shards, tmp_path / "whole", **changes)
+    samples = Samples(stl_shards, read_manifest(stl_shards), settings)
+    orders = [np.sort(np.concatenate(stage.order.epoch(0))) for stage in stages_of(settings, samples, CPU)[4:]]
+    assert [len(ids) for ids in orders] == [8] * 10
+    assert np.array_equal(np.sort(np.concatenate(orders)), np.arange(80))
+    max((tmp_path / "whole/run/checkpoints").iterdir()).unlink()  # the last fold anew, from where the one before ended
+    ours = trained("batch norm, noise, dropout", stl_shards, tmp_path / "whole", **changes)
+    same_bits(ours, whole)
