@@ -6,7 +6,7 @@ from torch import nn
 
 from dlops_dist.data.order import rank_part
 from dlops_dist.distributed.collectives import all_sum, gather, rank, world_size
-from dlops_dist.distributed.norm import SyncBatchNorm2d, average_running_statistics
+from dlops_dist.distributed.norm import SyncBatchNorm1d, SyncBatchNorm2d, average_running_statistics
 from dlops_dist.distributed.objective import global_objective, update_centers
 from dlops_dist.distributed.ranks import run_ranks
 from dlops_dist.errors import RunError
@@ -126,7 +126,7 @@ def test_centers_are_those_of_one_process_and_equal_bits_on_every_rank(ranks, nu
 
 def normalised(x, gradient, sizes):
     """Two training steps of batch norm: output, gradients (of the parameters as DDP sums them), buffers."""
-    norm = SyncBatchNorm2d(x.shape[1]).double()
+    norm = (SyncBatchNorm2d if x.ndim == 4 else SyncBatchNorm1d)(x.shape[1]).double()
     with torch.no_grad():
         norm.weight.copy_(torch.linspace(0.5, 2, x.shape[1]))
         norm.bias.copy_(torch.linspace(-1, 1, x.shape[1]))
@@ -139,10 +139,11 @@ def normalised(x, gradient, sizes):
 
 
 @pytest.mark.parametrize("ranks", PARTS)
-def test_sync_batch_norm_is_batch_norm_of_all_samples(ranks):
+@pytest.mark.parametrize("size", [(3, 4, 2), (3,)], ids=["images", "units"])
+def test_sync_batch_norm_is_batch_norm_of_all_samples(ranks, size):
     sizes = PARTS[ranks]
     generator = torch.Generator().manual_seed(ranks)
-    x = torch.randn(sum(sizes), 3, 4, 2, generator=generator, dtype=torch.float64) * 3 + 1000  # E[x^2] would lose it
+    x = torch.randn(sum(sizes), *size, generator=generator, dtype=torch.float64) * 3 + 1000  # E[x^2] would lose it
     gradient = torch.randn(x.shape, generator=generator, dtype=torch.float64)
     y, dx, dw, db, buffers = normalised(x, gradient, [len(x)])  # one process: torch's own
     results = run_ranks(normalised, ranks, x, gradient, sizes)

@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from dlops_dist.metrics import class_sums, nearest_center_correct, rank_of_label, recall_at_1, unit_length
+from dlops_dist.metrics import (
+    class_sums,
+    confusion_counts,
+    nearest_center_correct,
+    rank_of_label,
+    recall_at_1,
+    unit_length,
+)
 
 NAN = math.nan
 
@@ -47,6 +54,23 @@ def test_rank_below_k_is_a_hit_among_torchs_top_k(k, dtype):
     hits = (logits.topk(k, dim=1).indices == labels[:, None]).any(dim=1)
     assert torch.equal(rank_of_label(logits, labels) < k, hits)
     assert 0 < hits.sum() < 50
+
+
+@given(
+    rows=st.lists(st.lists(st.sampled_from([-1.0, 0.0, 1.0, NAN]), min_size=4, max_size=4), min_size=1, max_size=9),
+    labels=st.lists(st.integers(0, 3), min_size=9, max_size=9),
+)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_the_confusion_counts_the_first_largest_logit_of_each_row_without_a_nan(rows, labels):
+    labels = labels[: len(rows)]
+    expected = [[0] * 4 for _ in range(4)]
+    for row, label in zip(rows, labels, strict=True):
+        if not any(map(math.isnan, row)):
+            expected[label][row.index(max(row))] += 1
+    counts = confusion_counts(torch.tensor(rows), torch.tensor(labels))
+    assert counts.tolist() == expected
+    hits = torch.tensor(labels)[rank_of_label(torch.tensor(rows), torch.tensor(labels)) < 1].bincount(minlength=4)
+    assert torch.equal(counts.diagonal(), hits)
 
 
 def test_a_row_with_a_nan_is_a_miss_for_every_k():

@@ -1,0 +1,113 @@
+"""q2: images/s of each phase against a bare torch loop. Data in memory, one process.
+
+    python benchmarks/autoencoder.py [--batch 128] [--steps 2] [--runs 7] [--only "layer 1"]
+
+Ours counts everything that a step of a run does: crop, flip and normalise on uint8 images (where a phase sees pixels),
+the loss, the schedule and the metrics. The bare loop has torch's own modules, loss and SGD, on images that are
+normalised already, or on codes.
+"""
+
+import argparse
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from timing import alternate
+from torch import nn
+from torch.nn import functional as F
+
+from dlops_dist.config import Q2
+from dlops_dist.data.loader import Batch
+from dlops_dist.engine.codes import Codes
+from dlops_dist.engine.learner import Inputs, Learner
+from dlops_dist.engine.reconstruction import ReconstructionLearner
+from dlops_dist.engine.stacked import build_classifier, build_stack
+
+CPU = torch.device("cpu")
+INPUTS = Inputs(10, (0.45, 0.44, 0.4), (0.26, 0.26, 0.27))
+SIZE, CODE = 96, 128
+PHASES = ("layer 1", "layer 2", "layer 3", "layer 4", "layer 5", "layer 6", "joint", "frozen", "finetuned")
+STEPS_PER_EPOCH = 1000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=2, help="in each timed run; layers on codes take fifty times more")
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--only", choices=PHASES, action="append")
+    arguments = parser.parse_args()
+    print(f"threads {torch.get_num_threads()}, batch {arguments.batch}")
+    for phase in arguments.only or PHASES:
+        on_codes = phase.startswith("layer") and phase != "layer 1"
+        steps = arguments.steps * (50 if on_codes else 1)
+        ours, bare = ours_of(phase, arguments.batch, steps), bare_of(phase, arguments.batch, steps)
+        ours_s, bare_s = alternate(ours, bare, arguments.runs)
+        images = arguments.batch * steps
+        print(
+            f"{phase}: ours {images / ours_s:,.0f} images/s, bare loop {images / bare_s:,.0f}, "
+            f"ratio {bare_s / ours_s:.3f}", flush=True,
+        )  # fmt: skip
+
+
+def ours_of(phase: str, batch_size: int, steps: int) -> Callable[[], None]:
+    settings = Q2(global_batch_size=batch_size, finetune=phase == "finetuned")
+    stack = build_stack(settings, 3 * SIZE * SIZE)
+    if phase in ("frozen", "finetuned"):
+        model = build_classifier(settings, stack.encoders, INPUTS.num_classes)
+        learner = Learner(settings, INPUTS, STEPS_PER_EPOCH, CPU, model)
+    else:
+        layer = None if phase == "joint" else int(phase[-1]) - 1
+        codes = Codes(settings, INPUTS, stack, {}, CPU, print)
+        codes._depth = layer or 0  # as if they were kept
+        learner = ReconstructionLearner(settings, INPUTS, stack, codes, layer, STEPS_PER_EPOCH, CPU)
+    ids, labels = torch.arange(batch_size), torch.randint(10, (batch_size,))
+    batch = Batch(data_of(phase, batch_size, normalised=False), ids, labels, slice(0, batch_size))
+
+    def run() -> None:
+        for step in range(steps):
+            learner.step([batch], 0, step).item()
+
+    return run
+
+
+def bare_of(phase: str, batch_size: int, steps: int) -> Callable[[], None]:
+    widths = [3 * SIZE * SIZE, *Q2().model.layers]
+    pairs = list(pairwise(widths))
+    labels = torch.randint(10, (batch_size,))
+    x = data_of(phase, batch_size, normalised=True)
+    if phase in ("frozen", "finetuned"):
+        used = pairs[: widths.index(CODE)]
+        encoder = nn.Sequential(*(m for below, above in used for m in (nn.Linear(below, above), nn.ReLU())))
+        encoder.requires_grad_(phase == "finetuned")
+        head = nn.Sequential(nn.BatchNorm1d(CODE), nn.Linear(CODE, 10))
+        model = nn.Sequential(encoder, head)
+    else:
+        chosen = pairs if phase == "joint" else pairs[int(phase[-1]) - 1 : int(phase[-1])]
+        up = [m for below, above in chosen for m in (nn.Linear(below, above), nn.ReLU())]
+        down = [m for below, above in reversed(chosen) for m in (nn.Linear(above, below), nn.ReLU())]
+        model = nn.Sequential(*up, *down[:-1])
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-6, momentum=0.9)
+
+    def run() -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            classified = phase in ("frozen", "finetuned")
+            loss = F.cross_entropy(model(x), labels) if classified else F.mse_loss(model(x), x)
+            loss.backward()
+            optimizer.step()
+            loss.item()
+
+    return run
+
+
+def data_of(phase: str, batch_size: int, normalised: bool) -> torch.Tensor:
+    """A batch as a learner of ours reads it, or as the bare loop does: flat, and float already."""
+    if phase.startswith("layer") and phase != "layer 1":
+        return torch.rand(batch_size, Q2().model.layers[int(phase[-1]) - 2])
+    images = torch.randint(256, (batch_size, SIZE, SIZE, 3), dtype=torch.uint8)
+    return (images.flatten(1) / 255 - 0.45) / 0.26 if normalised else images
+
+
+if __name__ == "__main__":
+    main()
