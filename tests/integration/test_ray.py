@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from command import TINY, rows, run, start, wait_until
+from command import CACHE, TINY, rows, run, start, wait_until
 
 SETTINGS = [*TINY, "--precision", "float64", "--epochs", "2", "--name", "run"]
 RAY = Path(sys.executable).parent / "ray"
@@ -69,6 +69,23 @@ def test_ray_workers_compute_what_one_process_computes(loss, cluster, shapes_sha
     assert code == 0, output
     for ours, theirs in zip(rows(tmp_path / "ray/run"), rows(tmp_path / "local/run"), strict=True):
         assert ours == {name: pytest.approx(value, rel=1e-6) for name, value in theirs.items()}
+
+
+@pytest.mark.slow
+def test_q2_on_ray_workers_computes_what_one_process_computes(cluster, stl_shards, tmp_path):
+    arguments = ["train", "q2", "--data.shards", stl_shards, "--data.cache-dir", CACHE, "--precision", "float64"]
+    arguments += ["--name", "run", "--global-batch-size", "22", "--epochs", "2", "--model.layers", "12", "9", "5"]
+    arguments += ["--model.code-layer", "9", "--pretrain.epochs", "1", "--pretrain.optimizer.lr", "0.2", "--finetune"]
+    code, output = run(*arguments, "--runs-dir", tmp_path / "ray", "--workers", "2", env=cluster, timeout_s=180)
+    assert code == 0, output
+    assert "2 workers on cpu" in output
+    assert output.splitlines()[-1].startswith("result: q2 finetuned after 5 epochs: test loss ")
+    code, output = run(*arguments, "--runs-dir", tmp_path / "local", "--local")
+    assert code == 0, output
+    for ours, theirs in zip(rows(tmp_path / "ray/run"), rows(tmp_path / "local/run"), strict=True):
+        exact = ("stage", "test/confusion", "test/top1_by_class")
+        assert ours == {n: v if n in exact else pytest.approx(v, rel=1e-6) for n, v in theirs.items()}
+    assert (tmp_path / "ray/run/report/confusion.png").is_file()
 
 
 def test_more_workers_than_the_cluster_has_is_one_line(cluster, shapes_shards, tmp_path):

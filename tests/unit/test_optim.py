@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dlops_dist.optim import SGD, lr_factor
+from dlops_dist.optim import PIECE, SGD, lr_factor
 
 SETTINGS = [
     dict(zip(("momentum", "dampening", "nesterov", "weight_decay", "maximize"), values, strict=True))
@@ -73,6 +73,25 @@ def test_every_step_gives_the_bits_of_torch(setting):
         assert_same_momentum(ours, theirs)
     assert not torch.equal(our_parameters[0], new_parameters()[0])
     assert torch.equal(our_parameters[NEVER], new_parameters()[NEVER])
+
+
+@each_setting
+def test_tensors_that_are_updated_in_pieces_give_the_bits_of_torch_too(setting):
+    """Transposed ones cannot be cut, and are not; a remainder of one value is a piece."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(2 * PIECE // 1000 + 3, 1000), (PIECE,), (PIECE + 1,), (3, 5)]
+    starts = [torch.randn(size, generator=generator) for size in sizes] + [torch.randn(PIECE // 500, 900).t()]
+    our_parameters, their_parameters = ([torch.nn.Parameter(x.clone()) for x in starts] for _ in range(2))
+    ours = SGD(our_parameters, lr=0.1, **setting)
+    theirs = torch.optim.SGD(their_parameters, lr=0.1, foreach=True, **setting)
+    for _ in range(3):
+        for p, q in zip(our_parameters, their_parameters, strict=True):
+            p.grad = torch.randn(p.shape, generator=generator)
+            q.grad = p.grad.clone()
+        ours.step()
+        theirs.step()
+        assert_same_bits(our_parameters, their_parameters)
+        assert_same_momentum(ours, theirs)
 
 
 def ours(parameters, setting):
