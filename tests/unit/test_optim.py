@@ -79,14 +79,14 @@ def test_every_step_gives_the_bits_of_torch(setting):
 def test_tensors_that_are_updated_in_pieces_give_the_bits_of_torch_too(setting):
     """Transposed ones cannot be cut, and are not; a remainder of one value is a piece."""
     generator = torch.Generator().manual_seed(0)
-    sizes = [(2 * PIECE // 1000 + 3, 1000), (PIECE,), (PIECE + 1,), (3, 5)]
-    starts = [torch.randn(size, generator=generator) for size in sizes] + [torch.randn(PIECE // 500, 900).t()]
+    sizes = [(PIECE // 512, 513), (PIECE + 1,), (3, 5)]
+    starts = [torch.randn(size, generator=generator) for size in sizes] + [torch.randn(PIECE // 512, 513).t()]
     our_parameters, their_parameters = ([torch.nn.Parameter(x.clone()) for x in starts] for _ in range(2))
     ours = SGD(our_parameters, lr=0.1, **setting)
     theirs = torch.optim.SGD(their_parameters, lr=0.1, foreach=True, **setting)
-    for _ in range(3):
-        for p, q in zip(our_parameters, their_parameters, strict=True):
-            p.grad = torch.randn(p.shape, generator=generator)
+    for factor in (1.0, -0.3):
+        for p, q, x in zip(our_parameters, their_parameters, starts, strict=True):
+            p.grad = x.cos() * factor
             q.grad = p.grad.clone()
         ours.step()
         theirs.step()
