@@ -226,7 +226,7 @@ class PretrainOptimizer(Optimizer):
     """SGD of the autoencoders. The gradient is that of the squared error, as a part of the inputs' mean square."""
 
     place: ClassVar[str | None] = "pretrain.optimizer"
-    lr: float = Field(1.0, gt=0)
+    lr: float = Field(0.4, gt=0)
     """Peak learning rate."""
     weight_decay: float = Field(0.0, ge=0)
     """L2 penalty on every parameter."""

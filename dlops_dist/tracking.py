@@ -68,11 +68,14 @@ class Console:
         facts = event.facts
         self._epochs = event.epochs
         where = f" from step {event.first_step}" if event.first_step else ""
-        length = (
-            f"of {event.steps // event.epochs}" if event.stages == 1 else f"in {event.stages} stages, {event.steps}"
+        length = f"of {event.steps // event.epochs}"
+        if event.stages > 1:
+            length = f"in {event.stages} stages, {event.steps}"
+        images = f"{facts['train']:,} training" + (
+            f", {facts['unlabeled']:,} unlabeled" if "unlabeled" in facts else ""
         )
         self.say(
-            f"run {event.folder}{where}: {facts['parameters'] / 1e6:.1f} M parameters, {facts['train']:,} training and "
+            f"run {event.folder}{where}: {facts['parameters'] / 1e6:.1f} M parameters, {images} and "
             f"{facts['test']:,} test images of {facts['classes']} classes ({facts['dataset']}), "
             f"{facts['workers']} worker{'s' * (facts['workers'] > 1)} on {facts['device']}, "
             f"{event.epochs} epochs {length} steps"

@@ -11,7 +11,7 @@ from dlops_dist.data.keys import key
 
 Corruption = Literal["none", "masking", "gaussian"]
 ROWS_AT_ONCE = 4
-"""Random numbers of so many samples stay in the cache while they are made."""
+"""On a CPU: random numbers of so many samples stay in the cache while they are made."""
 
 
 def corrupted(x: Tensor, ids: Tensor, seed: int, epoch: int, kind: Corruption, level: float) -> Tensor:
@@ -22,7 +22,8 @@ def corrupted(x: Tensor, ids: Tensor, seed: int, epoch: int, kind: Corruption, l
     if kind == "none" or not level:
         return x
     draw = _kept if kind == "masking" else _normal
-    parts = [draw(key(seed, epoch, "corruption"), part, x.shape[1], level) for part in ids.split(ROWS_AT_ONCE)]
+    some = ids.split(ROWS_AT_ONCE) if x.device.type == "cpu" else [ids]
+    parts = [draw(key(seed, epoch, "corruption"), part, x.shape[1], level) for part in some]
     drawn = torch.cat(parts).to(x.dtype)
     return x * drawn if kind == "masking" else torch.add(x, drawn, alpha=level)
 

@@ -237,6 +237,7 @@ class _Fit:
             "train": len(self.samples.ids), "val": len(self.samples.val_ids), "test": len(self.samples.test),
             "parameters": sum(p.numel() for p in self.learner.model.parameters()),
             "workers": world_size(), "device": str(self.device),
+            **({"unlabeled": len(self.samples.unlabeled)} if self.samples.unlabeled is not None else {}),
         }  # fmt: skip
         last = self.spans[-1]
         settings = result_settings(self.settings)
