@@ -46,6 +46,7 @@ class ReconstructionLearner:
         """Mean square of the inputs; `measure` finds it."""
         self._codes = codes
         self._trained: nn.Module = stack if layer is None else stack[layer]
+        self.model.eval()
         chosen = settings.pretrain
         epochs = chosen.joint_epochs if layer is None else chosen.epochs
         self._descent = Descent(self._trained, settings, chosen.optimizer, epochs, steps_per_epoch, device)
@@ -60,8 +61,8 @@ class ReconstructionLearner:
         What is back-propagated is the error as a part of the inputs' mean square, so that one learning rate serves
         layers of any width and inputs of any size.
         """
-        self.model.eval()
-        self._descent.network.train()
+        if not self._trained.training:  # going through all modules takes longer than a step of a small layer
+            self._descent.network.train()
         self._descent.optimizer.zero_grad()
         num_samples = sum(len(batch.labels) for batch in micro_batches)
         value = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -79,6 +80,8 @@ class ReconstructionLearner:
 
     def inputs_of(self, images: Tensor) -> Tensor:
         """What the trained part sees, (N, D), of uint8 images or of kept codes."""
+        if images.dtype != torch.uint8:
+            return images
         if self.depth:
             return self._codes.encode(images, self.depth)
         return flat_pixels(images, self.inputs, self.dtype)
