@@ -61,7 +61,7 @@ def test_modules_stay_short(path):
     assert len(path.read_text().splitlines()) <= 320
 
 
-@pytest.mark.parametrize("module", ["train", "train q1", "evaluate", "report", "verify"])
+@pytest.mark.parametrize("module", ["train", "train q1", "train q2", "evaluate", "report", "verify"])
 def test_help_imports_neither_torch_nor_ray(module):
     name, *task = module.split()
     code = (
