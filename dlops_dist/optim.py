@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 Schedule = Literal["cosine", "one-cycle", "step", "constant"]
-PIECE = 2**19
-"""Values of a large tensor that are updated together: those of weight, gradient and momentum fit into 6 MB."""
+PIECE = 2**20
+"""Values of a large tensor that are updated together: those of weight, gradient and momentum fit into 12 MB."""
+LARGE = 4 * PIECE
 ONE_CYCLE_START, ONE_CYCLE_END = 1 / 25, 1e-4
 
 
@@ -115,7 +116,7 @@ def _pieces(*lists: list[Tensor]) -> Iterable[list[list[Tensor]]]:
     large: list[tuple[Tensor, ...]] = []
     for own in zip(*lists, strict=True):
         on_cpu = own[0].device.type == "cpu" and all(tensor.is_contiguous() for tensor in own)
-        (large if on_cpu and own[0].numel() > PIECE else whole).append(own)
+        (large if on_cpu and own[0].numel() > LARGE else whole).append(own)
     if whole:
         yield [list(tensors) for tensors in zip(*whole, strict=True)]
     for own in large:

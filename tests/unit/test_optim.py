@@ -9,7 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dlops_dist.optim import PIECE, SGD, lr_factor
+from dlops_dist import optim
+from dlops_dist.optim import SGD, lr_factor
 
 SETTINGS = [
     dict(zip(("momentum", "dampening", "nesterov", "weight_decay", "maximize"), values, strict=True))
@@ -76,11 +77,13 @@ def test_every_step_gives_the_bits_of_torch(setting):
 
 
 @each_setting
-def test_tensors_that_are_updated_in_pieces_give_the_bits_of_torch_too(setting):
+def test_tensors_that_are_updated_in_pieces_give_the_bits_of_torch_too(setting, monkeypatch):
     """Transposed ones cannot be cut, and are not; a remainder of one value is a piece."""
+    monkeypatch.setattr(optim, "PIECE", 2**14)
+    monkeypatch.setattr(optim, "LARGE", 2**14)
     generator = torch.Generator().manual_seed(0)
-    sizes = [(PIECE // 512, 513), (PIECE + 1,), (3, 5)]
-    starts = [torch.randn(size, generator=generator) for size in sizes] + [torch.randn(PIECE // 512, 513).t()]
+    sizes = [(100, 513), (2**14 + 1,), (3, 5)]
+    starts = [torch.randn(size, generator=generator) for size in sizes] + [torch.randn(513, 100).t()]
     our_parameters, their_parameters = ([torch.nn.Parameter(x.clone()) for x in starts] for _ in range(2))
     ours = SGD(our_parameters, lr=0.1, **setting)
     theirs = torch.optim.SGD(their_parameters, lr=0.1, foreach=True, **setting)
