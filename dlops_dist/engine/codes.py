@@ -49,6 +49,7 @@ class Codes:
         self._device, self._tell = device, tell
         self._dtype, self._autocast = precision_of(settings, device)
         self._depth, self._kept = 0, pixels
+        self._told = 0
 
     def at(self, depth: int) -> Mapping[str, Reader]:
         """Readers of each split's inputs for the layer on top of `depth` others. Every rank must call it."""
@@ -60,7 +61,9 @@ class Codes:
         size, limit = num_samples * width * self._dtype.itemsize / 1e9, self._settings.pretrain.codes_gb
         codes = f"layer {depth + 1}: the codes of {num_samples:,} images below it ({size:.2f} GB)"
         if size > limit:
-            self._tell(f"{codes} are computed in every step: pretrain.codes_gb is {limit:g}")
+            if depth != self._told:
+                self._tell(f"{codes} are computed in every step: pretrain.codes_gb is {limit:g}")
+            self._told = depth
             return self._pixels
         self._tell(f"{codes} are kept in each worker's memory")
         chained = self._depth == depth - 1

@@ -135,6 +135,20 @@ def test_codes_are_the_same_bits_on_any_number_of_ranks(stl_shards):
             assert all(torch.equal(found[where], value) for where, value in expected.items())
 
 
+def test_codes_that_do_not_fit_are_told_once_and_not_kept(stl_shards):
+    """125 images of 12 float64 values, and 30 to test on, are 14.9 kB; of 9, 11.2 kB."""
+    told = []
+    settings = settings_of("tied, masked", stl_shards, "unused", pretrain={"codes_gb": 12e-6})
+    stages = stages_of(settings, Samples(stl_shards, read_manifest(stl_shards), settings), CPU, told.append)
+    shared = stages[0]._shared
+    for _ in range(2):
+        assert shared.codes.at(1) is shared.codes.at(0)
+    assert set(shared.codes.at(2)) == {"train", "test"}
+    assert shared.codes.at(2)["train"].codes.shape == (125, 9)
+    assert shared.codes.at(2)["test"].codes.shape == (30, 9)
+    assert ["in every step" in line for line in told] == [True, False]
+
+
 def trained(kind, shards, runs, **changes):
     """Train on this rank's share; the last checkpoint and the rows of metrics."""
     fit(settings_of(kind, shards, runs, **changes), task="q2")
