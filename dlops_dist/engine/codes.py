@@ -38,7 +38,7 @@ class Codes:
 
     Codes are computed once for each depth, from those of the depth below where they are at hand, and kept on every
     rank where they fit into `pretrain.codes_gb`; else the readers are those of pixels, and learners encode in every
-    step. Only the codes of one depth are kept.
+    step. Only the codes of one depth are kept; of two, while one is made from the other.
     """
 
     def __init__(
