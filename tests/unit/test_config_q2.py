@@ -1,5 +1,7 @@
 """Settings of q2: which change the result, their mistakes in one line, how many epochs they make."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -7,6 +9,7 @@ from dlops_dist.command_line import read_settings
 from dlops_dist.config import MAY_CHANGE, Q2, default_name, result_settings
 from dlops_dist.engine.run_folder import RunFolder
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 CHANGES = {
     "finetune": True, "folds": True, "epochs": 11,
     "model.layers": (512, 128), "model.code_layer": 64, "model.tied": True, "model.norm": "batch",
@@ -91,8 +94,10 @@ def test_the_epochs_of_all_stages_add_up(values, num_folds, epochs):
     assert Q2(**values).total_epochs(num_folds) == epochs
 
 
-def test_the_published_config_is_one_of_q2s(tmp_path):
-    settings = read_settings("q2", [])
+@pytest.mark.parametrize("name", ["q2", "q2-finetuned"])
+def test_the_published_configs_are_q2s_and_train_the_same_again(name, tmp_path):
+    settings = read_settings("q2", ["--config", str(CONFIGS / f"{name}.yaml")])
+    assert settings.finetune == (name == "q2-finetuned")
     (tmp_path / "again.yaml").write_text(yaml.safe_dump({"task": "q2", **settings.model_dump()}))
     again = read_settings("q2", ["--config", str(tmp_path / "again.yaml")])
     assert result_settings(again) == result_settings(settings)
