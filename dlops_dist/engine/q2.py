@@ -39,7 +39,7 @@ def q2_stages(settings: Q2, samples: Samples, device: torch.device, tell: Callab
         raise UserError(f"folds: {settings.data.shards} names no folds; leave out --folds")
     for fold in range(num_folds):
         ids = samples.ids[samples.folds[samples.ids] >> fold & 1 == 1]
-        stages.append(StackedClassification(shared, f"fold {fold}", ids))
+        stages.append(StackedClassification(shared, f"fold {fold}", ids, is_last=fold == num_folds - 1))
     return stages
 
 
@@ -114,13 +114,16 @@ class Reconstruction:
 
 
 class StackedClassification(Classification):
-    """A stage that trains the classifier on some of the labelled samples, from the pretrained encoders."""
+    """A stage that trains the classifier on some of the labelled samples, from the pretrained encoders.
+
+    Only the last one of a run draws: folds would draw over each other's pictures.
+    """
 
     with_confusion = True
 
-    def __init__(self, shared: Shared, name: str, ids: Ids) -> None:
+    def __init__(self, shared: Shared, name: str, ids: Ids, is_last: bool = True) -> None:
         super().__init__(shared.settings, shared.samples, shared.device, ids)
-        self.name, self._shared = name, shared
+        self.name, self._shared, self._is_last = name, shared, is_last
 
     @property
     def carried(self) -> nn.Module | None:
@@ -132,6 +135,8 @@ class StackedClassification(Classification):
         return build_classifier(shared.settings, shared.stack.encoders, len(shared.samples.manifest.classes))
 
     def draw(self, folder: Path, _: Any, row: dict[str, Any]) -> None:
+        if not self._is_last:
+            return
         from dlops_dist.engine import pictures
 
         classes = self._shared.samples.manifest.classes

@@ -173,7 +173,7 @@ def compare(ours, theirs, where):
         }, where
 
 
-@pytest.mark.parametrize("kind", ["tied, masked", "batch norm, noise, dropout"])
+@pytest.mark.parametrize("kind", ["batch norm, noise, dropout", pytest.param("tied, masked", marks=pytest.mark.slow)])
 def test_a_whole_run_on_any_number_of_ranks_is_that_of_one_process(kind, stl_shards, tmp_path):
     expected = trained(kind, stl_shards, tmp_path / "1")
     assert expected[0]["step"] == 26

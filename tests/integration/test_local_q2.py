@@ -87,10 +87,10 @@ def test_the_same_command_again_says_that_the_run_is_complete(smoke):
 
 
 def test_a_run_killed_in_the_middle_of_the_second_layer_goes_on_to_the_same_bits(stl_shards, tmp_path):
-    arguments = ["--pretrain.epochs", "16", "--checkpoint-every", "2", "--finetune", "--model.norm", "batch"]
+    arguments = ["--pretrain.epochs", "8", "--checkpoint-every", "2", "--finetune", "--model.norm", "batch"]
     code, output = train(stl_shards, tmp_path / "whole", *arguments)
     assert code == 0, output
-    first, end = 16 * 6, 2 * 16 * 6  # steps of the second layer
+    first, end = 8 * 6, 2 * 8 * 6  # steps of the second layer
     command = ["train", "q2", "--local", "--data.shards", stl_shards, "--runs-dir", tmp_path / "killed"]
     process = start(*command, *SMALL, *arguments)
     checkpoints = tmp_path / "killed/run/checkpoints"
@@ -98,10 +98,10 @@ def test_a_run_killed_in_the_middle_of_the_second_layer_goes_on_to_the_same_bits
     def step():
         return max((int(path.stem[5:]) for path in checkpoints.glob("step-*.pt")), default=0)
 
-    assert wait_until(lambda: step() > first + 8, 60)
+    assert wait_until(lambda: step() > first + 6, 60)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=30)
-    assert first + 8 < step() < end - 6, "it was not killed in the middle of the second layer"
+    assert first + 6 < step() < end - 6, "it was not killed in the middle of the second layer"
     assert torch.load(max(checkpoints.glob("step-*.pt")), weights_only=True)["stage"] == "layer 2"
 
     code, output = train(stl_shards, tmp_path / "killed", *arguments)
