@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from states import distance, tensors, with_total_sums
 
 from dlops_dist.config import Q1
 from dlops_dist.data.loader import read_ahead
@@ -58,21 +59,6 @@ def train(loss, shards, runs):
     return checkpoint, rows
 
 
-def tensors(tree, prefix=""):
-    """{path: tensor} of a nested state."""
-    if isinstance(tree, torch.Tensor):
-        return {prefix: tree}
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    return {path: t for key, value in items for path, t in tensors(value, f"{prefix}/{key}").items()}
-
-
-def distance(ours, theirs):
-    """Norm of the difference, as a part of the norm (or of 1e-3, below which only rounding is left)."""
-    assert torch.equal(ours.isnan(), theirs.isnan())
-    ours, theirs = ours.double().nan_to_num(), theirs.double().nan_to_num()
-    return (ours - theirs).norm().item() / max(theirs.norm().item(), 1e-3)
-
-
 def one_step(loss, shards, ids, precision="float64"):
     """The state after one step on a global batch, and this rank's averaged gradients."""
     manifest = read_manifest(shards)
@@ -123,11 +109,6 @@ def test_micro_batches_are_cut_before_ranks_are(loss, shapes_shards):
         for result in run_ranks(micro_step, ranks, loss, shapes_shards, ids, 7):
             for path, value in expected.items():
                 assert distance(result[path], value) <= 1e-12, (ranks, path)
-
-
-def with_total_sums(state):
-    """A state whose sums, kept for each rank, are added up: those alone depend on the number of ranks."""
-    return {**state, "sums": {name: value.sum(dim=0) for name, value in state["sums"].items()}}
 
 
 def batches(labels):

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from states import distance, tensors, with_total_sums
 
 from dlops_dist.config import Q2
 from dlops_dist.data.loader import read_ahead
@@ -38,26 +39,6 @@ def settings_of(kind, shards, runs, **changes):
     values["model"] = {"layers": (12, 9, 5), "code_layer": 9, **values["model"]}
     values["pretrain"] = {"epochs": 1, "joint_epochs": 1, "optimizer": {"lr": 0.2}, **values["pretrain"]}
     return Q2(**values)
-
-
-def tensors(tree, prefix=""):
-    """{path: tensor} of a nested state."""
-    if isinstance(tree, torch.Tensor):
-        return {prefix: tree}
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    return {path: t for key, value in items for path, t in tensors(value, f"{prefix}/{key}").items()}
-
-
-def distance(ours, theirs):
-    """Norm of the difference, as a part of the norm (or of 1e-3, below which only rounding is left)."""
-    assert torch.equal(ours.isnan(), theirs.isnan())
-    ours, theirs = ours.double().nan_to_num(), theirs.double().nan_to_num()
-    return (ours - theirs).norm().item() / max(theirs.norm().item(), 1e-3)
-
-
-def with_total_sums(state):
-    """A state whose sums, kept for each rank, are added up: those alone depend on the number of ranks."""
-    return {**state, "sums": {name: value.sum(dim=0) for name, value in state["sums"].items()}}
 
 
 BATCHES = {

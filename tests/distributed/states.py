@@ -1,0 +1,23 @@
+"""Compares the states that runs leave."""
+
+import torch
+
+
+def tensors(tree, prefix=""):
+    """{path: tensor} of a nested state."""
+    if isinstance(tree, torch.Tensor):
+        return {prefix: tree}
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    return {path: t for key, value in items for path, t in tensors(value, f"{prefix}/{key}").items()}
+
+
+def distance(ours, theirs):
+    """Norm of the difference, as a part of the norm (or of 1e-3, below which only rounding is left)."""
+    assert torch.equal(ours.isnan(), theirs.isnan())
+    ours, theirs = ours.double().nan_to_num(), theirs.double().nan_to_num()
+    return (ours - theirs).norm().item() / max(theirs.norm().item(), 1e-3)
+
+
+def with_total_sums(state):
+    """A state whose sums, kept for each rank, are added up: those alone depend on the number of ranks."""
+    return {**state, "sums": {name: value.sum(dim=0) for name, value in state["sums"].items()}}
