@@ -82,12 +82,12 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-OPTIONS = ("--shard-size", "60", "--limit", "1500")
+OPTIONS = ("--shard-size", "10", "--limit", "1500")
 
 
 @pytest.fixture(scope="module")
 def packing(tmp_path_factory):
-    """The command that packs 1,500 of 2,000 small images, in 32 shards with those of test; --out is still to come."""
+    """The command that packs 1,500 of 2,000 small images, in 190 shards with those of test; --out is still to come."""
     archive = tmp_path_factory.mktemp("archive") / "shapes.zip"
     write_tiny_imagenet(archive, train_per_class=200, test_per_class=40, size=16)
     return "shard", "tiny-imagenet", "--source", archive, *OPTIONS
@@ -99,7 +99,7 @@ def undisturbed(packing, tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed")
     code, output = run(*packing, "--out", out, "--workers", "1")
     assert code == 0, output
-    assert "1,500 train, 400 test, 10 classes, 32 shards" in output
+    assert "1,500 train, 400 test, 10 classes, 190 shards" in output
     return contents(out / "tiny-imagenet")
 
 
@@ -111,7 +111,7 @@ def test_a_packing_that_is_killed_again_and_again_ends_with_the_same_bytes(packi
     out, rng, seen, kills = tmp_path / "tiny-imagenet", np.random.default_rng(), [0], 0
     for _ in range(12):
         process = start(*packing, "--out", tmp_path, "--workers", "2")
-        wanted = seen[-1] + int(rng.integers(0, 6))
+        wanted = seen[-1] + int(rng.integers(0, 20))
         wait_until(lambda running=process, wanted=wanted: running.poll() is not None or finished(out) >= wanted, 30)
         time.sleep(rng.uniform(0, 0.05))
         children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
@@ -148,7 +148,7 @@ def test_what_is_packed_otherwise_is_refused_by_name(packing, undisturbed, tmp_p
         (tmp_path / "tiny-imagenet" / name).write_bytes(content)
     code, output = run("shard", "tiny-imagenet", "--out", tmp_path)
     assert (code, len(output.splitlines())) == (2, 1), output
-    assert "--shard-size 60, --limit 1500" in output
+    assert "--shard-size 10, --limit 1500" in output
     code, output = run(*packing, "--out", tmp_path)
     assert (code, "already packed" in output) == (0, True)
 
