@@ -45,15 +45,11 @@ def setting_names(kind: type[BaseModel], prefix: str = "") -> list[str]:
 
 def _explain(kind: type[Section], error: ValidationError) -> str:
     """The first problem in one line: the field, the value, what is allowed."""
-    from dlops_dist.config import TASKS
-
     problem = error.errors()[0]
     place = kind.__name__.lower() if kind.place is None else kind.place
     section = place + "." if place else ""
     field = section + ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        tasks = [kind] if kind in TASKS.values() else TASKS.values()
-        names = {name.replace("_", "-"): None for task in tasks for name in setting_names(task)}
-        return unknown_setting(field, [name.replace("-", "_") for name in names])
+        return unknown_setting(field, [section + name.replace("-", "_") for name in setting_names(kind)])
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return f"{field.rstrip('.')}: {problem['input']!r} {message}" if problem["loc"] else f"{field}{message}"
