@@ -1,6 +1,7 @@
 """The two ways in which a command ends badly, and how a command line reports them."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -30,6 +31,9 @@ def exit_code_of(command: Callable[[], None]) -> int:
         return 2
     except RunError as error:
         print(f"failed: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # whoever reads what we print has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
         if error.filename is None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 STUDY = ("tiny-imagenet", "stl10")
 WITH_SOURCE = (*STUDY, "folder")
 DATASETS = (*STUDY, "folder", "shapes", "shapes-stl10")
+MAX_SIZE = 8192
 GENERATED = {"train_per_class": 200, "test_per_class": 40}
 
 
@@ -87,12 +88,23 @@ def index() -> None:
     arguments = parser.parse_args(sys.argv[2:])
     from dlops_dist.data.adopt import adopt
 
-    names = arguments.class_names.read_text().splitlines() if arguments.class_names else None
+    names = class_names(arguments.class_names) if arguments.class_names else None
     folder = arguments.folder
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     manifest = adopt(folder, folder.absolute().name, names, arguments.workers, progress(f"reading {folder}", "shards"))
     print(f"{folder}: {describe(manifest.splits)}, {len(manifest.classes)} classes, {len(manifest.shards)} shards")
+
+
+def class_names(path: Path) -> list[str]:
+    """A name in each line."""
+    try:
+        names = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--class-names {path}: {getattr(error, 'strerror', None) or 'not a text file'}") from None
+    if not names or not all(name.strip() for name in names):
+        raise UserError(f"--class-names {path}: a name is needed in each line")
+    return names
 
 
 def parse_folder(command: str, description: str) -> Path:
@@ -118,7 +130,8 @@ def pack_all() -> None:
                 was = f"with {there}" if there else "by others"
                 raise UserError(f"{out} was packed {was}; choose another --out, or pass --again")
             held = f"{describe(manifest.splits)}, {len(manifest.classes)} classes"
-            print(f"{out}: already packed, {held} (--again packs anew)")
+            unread = "; --source was not looked at" if arguments.source else ""
+            print(f"{out}: already packed, {held}{unread} (--again packs anew)")
             continue
         pack_one(dataset, name, out, arguments, asked_for)
 
@@ -152,7 +165,10 @@ def folder_name(source: str | None) -> str:
     """Of the packed dataset: that of the folder it comes from."""
     if source is None:
         raise UserError("folder needs --source: the root of a tree with a folder for each class")
-    return Path(source).absolute().name
+    name = Path(source).resolve().name
+    if not name:
+        raise UserError(f"--source {source}: the root of the file system is no dataset")
+    return name
 
 
 def parse() -> argparse.Namespace:
@@ -167,9 +183,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--classes", type=positive, help="only the first so many classes, by sorted name")
     parser.add_argument("--limit", type=positive, help="at most so many images of each split, evenly over the classes")
-    parser.add_argument(
-        "--size", type=positive, help="scale and crop images to so many pixels square, where they differ"
-    )
+    parser.add_argument("--size", type=size, help="scale and crop images to so many pixels square, where they differ")
     parser.add_argument("--shard-size", type=positive, default=5000, help="samples in a shard (default: 5000)")
     parser.add_argument("--seed", type=seed, default=0, help="seed of the order in the shards (default: 0)")
     parser.add_argument("--workers", type=positive, help="packing processes (default: one for each core)")
@@ -195,6 +209,13 @@ def positive(text: str) -> int:
     return value
 
 
+def size(text: str) -> int:
+    value = positive(text)
+    if value > MAX_SIZE:
+        raise argparse.ArgumentTypeError(f"{value} must be at most {MAX_SIZE}")
+    return value
+
+
 def open_source(dataset: str, arguments: argparse.Namespace, scratch: Path) -> "Source":
     """The named source, or the official archive, or generated images."""
     from dlops_dist.data import shapes
@@ -213,7 +234,11 @@ def open_source(dataset: str, arguments: argparse.Namespace, scratch: Path) -> "
         raise UserError(f"--source {arguments.source}: nothing is run; name a file, a folder or a URL")
     elif "://" in arguments.source:
         where = hashlib.sha256(arguments.source.encode()).hexdigest()[:8]
-        archive = Archive(arguments.source, f"{where}-{Path(urlparse(arguments.source).path).name}", md5="")
+        try:
+            name = Path(urlparse(arguments.source).path).name
+        except ValueError as error:
+            raise UserError(f"--source {arguments.source} is no URL ({error})") from None
+        archive = Archive(arguments.source, f"{where}-{name}", md5="")
         path = fetch(archive, arguments.downloads, progress(f"fetching {dataset}", "bytes"))
     else:
         path = Path(arguments.source)

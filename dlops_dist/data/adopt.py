@@ -9,14 +9,20 @@ from typing import Any, NamedTuple
 
 from dlops_dist.data.codec import decode
 from dlops_dist.data.facts import Facts, FactsOfSamples, write_index_and_manifest
+from dlops_dist.data.locks import held
+from dlops_dist.data.pack import PLAN
 from dlops_dist.data.processes import in_processes
-from dlops_dist.data.shards import SHARD_NAME, UNLABELED, Manifest, sha256_of
+from dlops_dist.data.shards import MANIFEST, SHARD_NAME, UNLABELED, Manifest, read_manifest, sha256_of
 from dlops_dist.data.sources.source import MAX_BYTES
 from dlops_dist.data.tar import Member, members
 from dlops_dist.errors import UserError
 
-SPLIT_WORDS = {"unlabel": "unlabeled", "unsup": "unlabeled", "train": "train", "val": "test", "test": "test"}
-"""What a shard's file name must contain, and the split it then belongs to; the first that fits."""
+SPLIT_WORDS = {
+    "train": "train", "training": "train", "val": "test", "valid": "test", "validation": "test", "test": "test",
+    "unlabeled": "unlabeled", "unlabelled": "unlabeled", "unsup": "unlabeled",
+}  # fmt: skip
+"""Of these words a shard's file name must hold one, which tells its split."""
+MAX_CLASSES = 10**6
 IMAGES = {"jpg": "jpg", "jpeg": "jpg", "npy": "npy"}
 PICKLES = ("pyd", "pkl", "pickle", "pth", "pt")
 
@@ -48,6 +54,19 @@ def adopt(
     paths = sorted(folder.glob("*.tar"))
     if not paths:
         raise UserError(f"{folder} has no .tar files in it")
+    if (folder / PLAN).is_file() or ((folder / MANIFEST).is_file() and read_manifest(folder).packing):
+        raise UserError(f"{folder} was packed by launch/shard.py, which also writes its index; pack it again")
+    words = {word for path in paths for word in _split_words(path) if SPLIT_WORDS[word] == "test"}
+    if len({"test" if word == "test" else "val" for word in words}) > 1:
+        raise UserError(f"{folder} holds shards of val and of test: put those that are not to be tested on elsewhere")
+    with held(folder, "indexed"):
+        return _adopt(folder, paths, dataset, class_names, workers, on_progress)
+
+
+def _adopt(
+    folder: Path, paths: list[Path], dataset: str, class_names: list[str] | None, workers: int | None,
+    on_progress: Callable[[int, int], None],
+) -> Manifest:  # fmt: skip
     found: list[Facts] = []
     extensions = set()
     for extension, facts in in_processes(_read, None, paths, workers or os.cpu_count() or 1):
@@ -60,6 +79,8 @@ def adopt(
     if "train" not in splits:
         raise UserError(f"{folder}: no file with 'train' in its name holds a sample")
     labels = [label for facts in found for label in facts.columns["label"]]
+    if max(labels) >= MAX_CLASSES:
+        raise UserError(f"{folder}: there is a label {max(labels)}, which is no class number")
     names = class_names or [str(label) for label in range(max(labels) + 1)]
     if max(labels) >= len(names):
         raise UserError(f"{folder}: there is a label {max(labels)}, but only {len(names)} class names")
@@ -68,10 +89,13 @@ def adopt(
 
 def _read(_: None, path: Path) -> tuple[str, Facts]:
     """The kind of images in a shard, "" where it is empty, and its facts."""
-    split = next((split for word, split in SPLIT_WORDS.items() if word in path.name.lower()), None)
-    if split is None or not re.fullmatch(SHARD_NAME, path.name):
+    splits = {SPLIT_WORDS[word] for word in _split_words(path)}
+    if len(splits) != 1 or not re.fullmatch(SHARD_NAME, path.name):
         words = ", ".join(SPLIT_WORDS)
-        raise UserError(f"{path}: the name must hold one of {words}, to tell the split, and letters, digits, .-_ alone")
+        raise UserError(
+            f"{path}: the name must hold one of {words}, to tell the split, and only letters, digits and .-_"
+        )
+    (split,) = splits
     facts, kind = FactsOfSamples(split), ""
     key = ""
     try:
@@ -92,6 +116,10 @@ def _read(_: None, path: Path) -> tuple[str, Facts]:
     return kind, facts.done(path.name, path.stat().st_size, sha256_of(path))
 
 
+def _split_words(path: Path) -> list[str]:
+    return [word for word in re.findall("[a-z]+", path.name.lower()) if word in SPLIT_WORDS]
+
+
 def _samples(path: Path) -> Iterator[Sample]:
     """Raises ValueError where the archive or a sample is not whole; names the sample."""
     seen: set[str] = set()
@@ -99,6 +127,8 @@ def _samples(path: Path) -> Iterator[Sample]:
     parts: dict[str, Member] = {}
     for member in members(path):
         own_key = _key(member)
+        if not _extension(member) or PurePosixPath(member.name).name.startswith("._"):
+            continue  # a README, or what a Mac adds
         if _extension(member) in PICKLES:
             raise ValueError(f"{member.name} is pickled data, which is never read; write the shards without it")
         if own_key != key:
@@ -115,7 +145,7 @@ def _samples(path: Path) -> Iterator[Sample]:
 
 def _sample(key: str, parts: dict[str, Member]) -> Iterator[Sample]:
     images = [member for extension, member in parts.items() if extension in IMAGES]
-    if not parts or key.startswith("__"):
+    if not parts or re.fullmatch(r"__[^/]*__", key):  # such as __index__, by webdataset's custom
         return
     if len(images) != 1:
         raise ValueError(f"{key}: {len(images)} images (jpg, jpeg, npy) among its members {', '.join(parts)}")

@@ -37,7 +37,7 @@ def decoded_pixels(split: Split, folder: Path, tell: Callable[[str], None]) -> n
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
         raise PermissionError(f"{folder} belongs to another user")
-    path = folder / f"{manifest.id[:16]}-{split.name}.pixels"
+    path = pixels_file(split, folder)
     if not len(split):
         return np.empty(shape, np.uint8)
     with _locked(path, fcntl.LOCK_SH, tell):
@@ -47,6 +47,11 @@ def decoded_pixels(split: Split, folder: Path, tell: Callable[[str], None]) -> n
             if not _is_whole(path):
                 _write(split, path, shape, tell)
     return np.memmap(path, np.uint8, "r", shape=shape)
+
+
+def pixels_file(split: Split, folder: Path) -> Path:
+    """Where the pixels of a split lie: its dataset's id is in the name."""
+    return folder / f"{split.manifest.id[:16]}-{split.name}.pixels"
 
 
 @contextmanager
@@ -72,7 +77,7 @@ def _hash_file(path: Path) -> Path:
 
 def _is_whole(path: Path) -> bool:
     """Whether the file holds the bytes that were written."""
-    return path.is_file() and _hash_file(path).is_file() and _hash_file(path).read_text() == sha256_of(path)
+    return path.is_file() and _hash_file(path).is_file() and _hash_file(path).read_bytes() == sha256_of(path).encode()
 
 
 def _write(split: Split, path: Path, shape: tuple[int, ...], tell: Callable[[str], None]) -> None:

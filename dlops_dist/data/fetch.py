@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.error import HTTPError
 
+from dlops_dist.data.locks import held
 from dlops_dist.errors import UserError
 
 BLOCK = 1 << 20
+MOST_POOR_ANSWERS = 10
+"""In a row, each of less than a block."""
+RANGE_NOT_SATISFIABLE = 416
 
 
 class Archive(NamedTuple):
@@ -46,13 +50,31 @@ def fetch(archive: Archive, folder: Path, on_progress: Callable[[int, int], None
         return target
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".{archive.name}.partial"
+    with held(folder, "fetched into"):
+        _download_all(archive, partial, target, on_progress)
+        _version_file(partial).unlink(missing_ok=True)
+        if archive.md5 and (md5 := _md5_of(partial)) != archive.md5:
+            partial.unlink()
+            raise UserError(f"{archive.url}: MD5 is {md5}, not {archive.md5}; try again")
+        partial.rename(target)
+    return target
+
+
+def _download_all(archive: Archive, partial: Path, target: Path, on_progress: Callable[[int, int], None]) -> None:
+    """Again and again, as long as each answer brings something, and not too many of them little."""
+    poor_answers = 0
     while True:
         before = _size(partial)
         try:
-            _download(archive, partial, on_progress)
-            break
+            return _download(archive, partial, on_progress)
         except (OSError, ValueError, http.client.HTTPException) as error:
-            if not isinstance(error, HTTPError) and _size(partial) > before:
+            gained = _size(partial) - before
+            poor_answers = 0 if gained >= BLOCK else poor_answers + 1
+            status = error.code if isinstance(error, HTTPError) else None
+            if status is None and gained > 0 and poor_answers < MOST_POOR_ANSWERS:
+                continue
+            if status == RANGE_NOT_SATISFIABLE and before:
+                partial.unlink(missing_ok=True)  # it is whole, or the file has shrunk: from the start
                 continue
             if not _known_version(partial):  # it could not be gone on with
                 partial.unlink(missing_ok=True)
@@ -60,12 +82,6 @@ def fetch(archive: Archive, folder: Path, on_progress: Callable[[int, int], None
             why = " ".join(str(error).split())
             where = f"fetch it elsewhere and put it at {target}, or name it with --source"
             raise UserError(f"cannot fetch {archive.url} ({why}); {where}") from None
-    _version_file(partial).unlink(missing_ok=True)
-    if archive.md5 and (md5 := _md5_of(partial)) != archive.md5:
-        partial.unlink()
-        raise UserError(f"{archive.url}: MD5 is {md5}, not {archive.md5}; try again")
-    partial.rename(target)
-    return target
 
 
 def _download(archive: Archive, partial: Path, on_progress: Callable[[int, int], None]) -> None:
@@ -79,12 +95,14 @@ def _download(archive: Archive, partial: Path, on_progress: Callable[[int, int],
             mode, done = "wb", 0
         _version_file(partial).write_text(_version(response.headers))
         total = done + int(response.headers.get("Content-Length", 0))
+        if mode == "ab":
+            total = int(response.headers["Content-Range"].rpartition("/")[2])
         with partial.open(mode) as file:
             while block := response.read(BLOCK):
                 file.write(block)
                 done += len(block)
                 on_progress(done, total)
-    if response.headers.get("Content-Length") and done != total:
+    if total and response.headers.get("Content-Length") and done != total:
         raise OSError(f"{done} of {total} bytes came")
 
 

@@ -29,7 +29,8 @@ def damages(folder: Path, manifest: Manifest, on_progress: Callable[[int, int], 
             found.append(f"{name} has changed")
         done += sizes.get(name, 0)
         on_progress(done, sum(sizes.values()))
-    strangers = {path.name for path in folder.iterdir()} - {MANIFEST, *expected}
+    names = {path.name for path in folder.iterdir()}
+    strangers = names - {MANIFEST, *expected} if manifest.packing else set()  # others may keep there what they like
     return found + [f"{name} does not belong there" for name in sorted(strangers)]
 
 

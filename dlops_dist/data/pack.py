@@ -4,14 +4,12 @@ While it goes on, the folder holds besides shards `.packing.json`, what is being
 facts, `.NAME.done`: a packing that was killed goes on with the shards that are missing.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,9 +18,10 @@ import numpy as np
 from dlops_dist.data.codec import decode
 from dlops_dist.data.facts import Facts, FactsOfSamples, replace, write_index_and_manifest
 from dlops_dist.data.keys import key
+from dlops_dist.data.locks import held
 from dlops_dist.data.order import shuffled
 from dlops_dist.data.processes import in_processes
-from dlops_dist.data.shards import FORMAT, MANIFEST, UNLABELED, Manifest, Shard, sha256_of
+from dlops_dist.data.shards import FORMAT, MANIFEST, UNLABELED, Manifest, Shard, read_manifest, sha256_of
 from dlops_dist.data.sources import Source
 from dlops_dist.data.tar import BLOCK, END, member_bytes
 from dlops_dist.errors import UserError
@@ -60,14 +59,17 @@ def pack(
     plan = _plan(source, seed, shard_size)
     packing = {"seed": seed, "shard_size": shard_size, **(asked_for or {})}
     out.mkdir(parents=True, exist_ok=True)
-    with _held(out):
-        (out / MANIFEST).unlink(missing_ok=True)
-        _begin(out, dataset, packing, source)
+    with held(out, "packed"):
+        _refuse_strangers(out)
+        stamp = source.stamp()
+        _begin(out, dataset, packing, source, stamp)
         total, done, facts = sum(len(p.indices) for p in plan), 0, []
         for result in in_processes(_write, (source, out), plan, workers or os.cpu_count() or 1):
             facts.append(result)
             done += result.shard.samples
             on_progress(done, total)
+        if source.stamp() != stamp:
+            raise UserError(f"the files of {dataset} changed while they were packed; pack them again")
         manifest = write_index_and_manifest(out, dataset, packing, source.extension, source.classes, facts)
         _clear(out, keep={shard.name for shard in manifest.shards})
     return manifest
@@ -95,31 +97,33 @@ def _check_keys(split: str, keys: list[str]) -> None:
         raise UserError(f"{split} sample {twice!r} occurs twice: keys must differ")
 
 
-@contextmanager
-def _held(out: Path) -> Iterator[None]:
-    """One packing of a folder at a time; the lock goes with its process, however that ends."""
-    folder = os.open(out, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{out} is being packed by another process; wait for it, or choose another --out") from None
-    else:
-        yield
-    finally:
-        os.close(folder)
+def _refuse_strangers(out: Path) -> None:
+    """A folder with shards that no packing of ours has left there."""
+    ours = (out / PLAN).is_file() or ((out / MANIFEST).is_file() and read_manifest(out).packing)
+    found = sorted(path.name for path in out.glob("*.tar") if OWN_FILE.fullmatch(path.name))
+    if found and not ours:
+        raise UserError(f"{out} holds shards that were not packed here, such as {found[0]}; choose another --out")
 
 
-def _begin(out: Path, dataset: str, packing: dict[str, int | None], source: Source) -> None:
-    """Forget what an earlier packing of something else left behind."""
+def _begin(out: Path, dataset: str, packing: dict[str, int | None], source: Source, stamp: str) -> None:
+    """Forget what an earlier packing of something else left behind.
+
+    Its facts go first, its manifest after the new plan: whatever kills this, the next call knows whose shards are here.
+    """
     listed = hashlib.sha256()
     for split, listing in source.splits.items():
         listed.update(repr((split, listing.keys, listing.labels.tolist())).encode())
     settings = {"dataset": dataset, **packing, "classes": source.classes, "format": FORMAT}
-    content = json.dumps([settings, listed.hexdigest(), source.stamp()]).encode()
+    content = json.dumps([settings, listed.hexdigest(), stamp]).encode()
     plan = out / PLAN
-    if not plan.is_file() or plan.read_bytes() != content:
-        _clear(out, keep=set())
-    replace(plan, content)
+    other = not plan.is_file() or plan.read_bytes() != content
+    if other:
+        for done in out.glob(".*.done"):
+            done.unlink()
+        replace(plan, content)
+    (out / MANIFEST).unlink(missing_ok=True)
+    if other:
+        _clear(out, keep={PLAN})
 
 
 def _clear(out: Path, keep: set[str]) -> None:
@@ -129,9 +133,9 @@ def _clear(out: Path, keep: set[str]) -> None:
             path.unlink()
 
 
-def _write(held: tuple[Source, Path], planned: Planned) -> Facts:
+def _write(source_and_out: tuple[Source, Path], planned: Planned) -> Facts:
     """One shard, under a temporary name until it was synced, and read back; one that is whole is kept."""
-    source, out = held
+    source, out = source_and_out
     done = out / f".{planned.name}.done"
     if (facts := _facts_of_whole(out / planned.name, done)) is not None:
         return facts

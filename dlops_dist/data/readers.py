@@ -5,7 +5,6 @@ decoded  from a file of raw pixels that is made once for each node (`cache`)
 device   from a tensor on the GPU that holds all of them
 """
 
-import getpass
 import os
 import shutil
 import tempfile
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dlops_dist.data.cache import decoded_pixels
+from dlops_dist.data.cache import decoded_pixels, pixels_file
 from dlops_dist.data.shards import Split
 
 Kind = Literal["auto", "decode", "decoded", "device"]
@@ -94,11 +93,12 @@ def open_readers(
         warn: called where a wanted way is not possible and another is taken.
         tell: called with a line about what is waited for.
     """
-    folder = Path(cache_dir) if cache_dir else Path(tempfile.gettempdir()) / f"dlops_dist-{getpass.getuser()}"
-    size = sum(len(split) * split.manifest.height * split.manifest.width * 3 for split in splits)
+    folder = Path(cache_dir) if cache_dir else Path(tempfile.gettempdir()) / f"dlops_dist-{os.getuid()}"
+    size = sum(map(bytes_of, splits))
     why = "as asked for"
     if kind == "auto":
-        kind, why = _choose(size, folder, device)
+        missing = [split for split in splits if not pixels_file(split, folder).is_file()]
+        kind, why = _choose(size, sum(map(bytes_of, missing)), folder, device)
     readers: list[Reader] = list(splits)
     if kind != "decode":
         try:
@@ -113,8 +113,13 @@ def open_readers(
     return Opened(readers, kind, why)
 
 
-def _choose(size: int, folder: Path, device: torch.device) -> tuple[Kind, str]:
-    """What fits."""
+def bytes_of(split: Split) -> int:
+    """Of its decoded pixels."""
+    return len(split) * split.manifest.height * split.manifest.width * 3
+
+
+def _choose(size: int, size_to_write: int, folder: Path, device: torch.device) -> tuple[Kind, str]:
+    """What fits: `size` bytes into memory, those of them that are not there yet onto the disk."""
     pixels = f"{size / 1e9:.2f} GB of pixels"
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -123,6 +128,8 @@ def _choose(size: int, folder: Path, device: torch.device) -> tuple[Kind, str]:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     existing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
     disk = shutil.disk_usage(existing).free
-    if size * LARGEST_PART <= min(memory, disk):
-        return "decoded", f"{pixels} fit {memory / 1e9:.0f} GB of memory"
-    return "decode", f"{pixels} are more than a quarter of {min(memory, disk) / 1e9:.0f} GB"
+    if size * LARGEST_PART > memory:
+        return "decode", f"{pixels} are more than a quarter of {memory / 1e9:.0f} GB of memory"
+    if size_to_write * LARGEST_PART > disk:
+        return "decode", f"{pixels} are more than a quarter of {disk / 1e9:.0f} GB of disk"
+    return "decoded", f"{pixels} fit {memory / 1e9:.0f} GB of memory"

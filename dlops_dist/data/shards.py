@@ -5,15 +5,17 @@ OUT/index.parquet          of each sample, in the order of the shards: key, shar
 OUT/manifest.json          classes, counts, sha256 of each file; written last: its presence means complete
 """
 
+import errno
 import hashlib
 import json
 import os
 import re
+import resource
 import zlib
-from functools import cached_property
 from io import FileIO
 from pathlib import Path
-from typing import Literal
+from threading import Lock
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -27,6 +29,10 @@ COLUMNS = {"key": "O", "shard": "i4", "offset": "i8", "size": "i4", "crc32": "u4
 UNLABELED = -1
 SHARD_NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]*\.tar$"
 REMOTE = re.compile(r"(pipe:|[a-z][a-z0-9+.-]*://)", re.IGNORECASE)
+
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Shard(BaseModel):
@@ -51,9 +57,9 @@ class Manifest(BaseModel):
     extension: Literal["jpg", "npy"]
     height: int = Field(ge=1)
     width: int = Field(ge=1)
-    mean: tuple[float, float, float]
+    mean: tuple[Finite, Finite, Finite]
     """Of the train split's pixels, as parts of 255."""
-    std: tuple[float, float, float]
+    std: tuple[Positive, Positive, Positive]
     classes: list[str]
     num_folds: int = Field(0, ge=0, le=31)
     """Of the train split, which may overlap; 0 where the dataset defines none."""
@@ -120,21 +126,25 @@ class Split:
         """(N,), UNLABELED where there is none."""
         self.folds = table["folds"][rows]
         """(N,): bit f is set where the sample belongs to fold f."""
+        self._files: dict[int, FileIO] = {}
+        self._opening = Lock()
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    @cached_property
-    def _files(self) -> dict[int, FileIO]:
-        """The shards, opened when they are first read."""
-        files = {}
-        for i in np.unique(self._shards):
-            shard = self.manifest.shards[i]
-            path = self._folder / shard.name
-            if not path.is_file() or path.stat().st_size != shard.bytes:
-                raise UserError(f"{path} is missing or not {shard.bytes} bytes long; pack the shards again")
-            files[int(i)] = path.open("rb", buffering=0)
-        return files
+    def _file(self, number: int) -> FileIO:
+        """A shard, opened when it is first read, whichever thread comes first."""
+        file = self._files.get(number)
+        if file is not None:
+            return file
+        shard = self.manifest.shards[number]
+        path = self._folder / shard.name
+        with self._opening:
+            if number not in self._files:
+                if not path.is_file() or path.stat().st_size != shard.bytes:
+                    raise UserError(f"{path} is missing or not {shard.bytes} bytes long; pack the shards again")
+                self._files[number] = _open(path)
+            return self._files[number]
 
     def read(self, ids: np.ndarray) -> np.ndarray:
         """Images of the samples, uint8 (N, height, width, 3), RGB.
@@ -146,14 +156,26 @@ class Split:
         where = (column[ids].tolist() for column in (self._shards, self._offsets, self._sizes, self._checksums))
         for place, (shard, offset, size, checksum) in enumerate(zip(*where, strict=True)):
             try:
-                data = os.pread(self._files[shard].fileno(), size, offset)  # a map of a file cut off is a bus error
+                data = os.pread(self._file(shard).fileno(), size, offset)  # a map of a file cut off is a bus error
                 if zlib.crc32(data) != checksum:
                     raise ValueError("not the bytes that were packed")
                 decode(data, manifest.extension, images[place])
-            except (ValueError, OSError) as error:
+            except ValueError as error:
                 path, key = self._folder / manifest.shards[shard].name, self.keys[ids[place]]
                 raise UserError(f"{path}: {key}: {error}; pack the shards again") from None
         return images
+
+
+def _open(path: Path) -> FileIO:
+    """Takes as many descriptors as the system grants where the usual thousand are gone: one for each shard."""
+    try:
+        return path.open("rb", buffering=0)
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return path.open("rb", buffering=0)
 
 
 def read_index(folder: Path, manifest: Manifest) -> dict[str, np.ndarray]:

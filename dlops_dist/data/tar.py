@@ -57,11 +57,13 @@ def members(path: Path) -> Iterator[Member]:
         with tarfile.open(path, "r:") as archive:
             end = 0
             for info in archive:
-                end = info.offset_data + -(-info.size // BLOCK) * BLOCK
+                end = info.offset_data + -(-max(info.size, 0) // BLOCK) * BLOCK
                 if info.isdir():
                     continue
                 if not info.name.isprintable():
                     raise ValueError(f"member {info.name[:40]!r} has a name that is not text")
+                if info.size < 0:
+                    raise ValueError(f"{info.name} has a size below 0")
                 if not info.isreg() or info.issparse():
                     raise ValueError(f"{info.name} is a link, a device or sparse, not a plain file")
                 yield Member(info.name, info.offset_data, info.size)

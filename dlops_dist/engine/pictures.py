@@ -74,7 +74,7 @@ def draw_class_accuracies(path: Path, accuracies: Sequence[float | None], classe
     bars = axes.bar(range(len(classes)), [100 * (value or 0) for value in accuracies])
     axes.bar_label(bars, fmt="%.0f")
     axes.set(title="Test top-1 of each class", ylabel="%", ylim=(0, 105))
-    axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
+    axes.set_xticks(range(len(classes)), _plain(classes), rotation=45, ha="right")
     _finish(path, figure)
 
 
@@ -88,9 +88,14 @@ def draw_confusion(path: Path, confusion: Sequence[Sequence[int]], classes: Sequ
         color = "white" if count > counts.max() / 2 else "black"
         axes.text(column, row, str(count), ha="center", va="center", fontsize=7, color=color)
     axes.set(title="Confusion on test", xlabel="taken for", ylabel="is")
-    axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
-    axes.set_yticks(range(len(classes)), classes)
+    axes.set_xticks(range(len(classes)), _plain(classes), rotation=45, ha="right")
+    axes.set_yticks(range(len(classes)), _plain(classes))
     _finish(path, figure)
+
+
+def _plain(names: Sequence[str]) -> list[str]:
+    """Names as they are: a dollar sign begins no formula."""
+    return [name.replace("$", r"\$") for name in names]
 
 
 def _figure(width: float, height: float) -> Any:

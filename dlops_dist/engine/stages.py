@@ -131,8 +131,8 @@ class Samples:
         self._splits = [Split(shards, manifest, name) for name in names]
         self.open(list)
         self.folds = self._splits[0].folds
-        if (self.train.labels < 0).any():
-            raise UserError(f"data.shards: {data.shards}: training samples without a label")
+        if (self.train.labels < 0).any() or (self.test.labels < 0).any():
+            raise UserError(f"data.shards: {data.shards}: samples without a label among those of train or test")
         self.ids, self.val_ids = hold_out(self.train.labels, data.val_fraction)
         if not len(self.ids) or (data.val_fraction and not len(self.val_ids)):
             raise UserError(

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import shutil
 import tarfile
 
 import numpy as np
@@ -88,6 +89,38 @@ def test_stock_shard_writer_long_names_json_labels_and_raw_pixels(tmp_path):
     assert train.keys[0].startswith("longlong")
 
 
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("imagenet-pretrained-val-000.tar", "test"), ("constrained-test-0.tar", "test"), ("latest_train.tar", "train"),
+        ("TRAIN-1.tar", "train"), ("stl-unlabeled-2.tar", "unlabeled"),
+    ],
+)  # fmt: skip
+def test_whole_words_of_a_name_tell_the_split(name, split, sample, tmp_path):
+    path = write(tmp_path / name, [sample("a", 0)])
+    assert _read(None, path)[1].shard.split == split
+
+
+def test_shards_of_val_and_of_test_are_not_mixed(folder, sample, user_error):
+    write(folder / "imagenet-test-00.tar", [sample("t", 0)])
+    with user_error(folder, "val", "test"):
+        adopt(folder, "others", workers=1)
+
+
+def test_what_was_packed_here_keeps_its_manifest(shapes_shards, tmp_path, user_error):
+    shards = shutil.copytree(shapes_shards, tmp_path / "shards")
+    before = (shards / "manifest.json").read_bytes()
+    with user_error(shards, "launch/shard.py"):
+        adopt(shards, "others", workers=1)
+    assert (shards / "manifest.json").read_bytes() == before
+
+
+def test_files_without_an_ending_and_those_of_a_mac_are_passed_over(sample, tmp_path):
+    members = {"README": b"words", "._a.jpg": b"mac", **sample("__a", 0), "LICENSE": b"more"}
+    write(tmp_path / "train-0.tar", [members])
+    assert adopt(tmp_path, "others", workers=1).splits == {"train": 1}
+
+
 FAULTS = {
     "no tar at all": ({}, ["no .tar files"]),
     "no split in the name": ({"data-0.tar": [("a", {})]}, ["data-0.tar", "train"]),
@@ -101,6 +134,8 @@ FAULTS = {
     "a damaged image": ({"train-0.tar": [("a", {"jpg": b"\xff\xd8nonsense"})]}, ["train-0.tar", "a"]),
     "another size": ({"train-0.tar": [("a", {}), ("b", {"jpg": (9, 9)})]}, ["train-0.tar", "b", "(9, 9, 3)"]),
     "two kinds": ({"train-0.tar": [("a", {}), ("b", {"jpg": None, "npy": b""})]}, ["train-0.tar", "b", "npy"]),
+    "two splits in the name": ({"train-test-0.tar": [("a", {})]}, ["train-test-0.tar"]),
+    "a label beyond all classes": ({"train-0.tar": [("a", {"cls": b"300000000"})]}, ["300000000"]),
     "a pickle": ({"train-0.tar": [("a", {"pyd": pickle.dumps(1)})]}, ["train-0.tar", "a.pyd", "pickled"]),
     "a key twice": ({"train-0.tar": [("a", {}), ("b", {}), ("a", {})]}, ["train-0.tar", "a", "twice"]),
     "a member twice": ({"train-0.tar": [("a", {}), ("a", {})]}, ["train-0.tar", "a.jpg", "twice"]),

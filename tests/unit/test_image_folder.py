@@ -1,6 +1,8 @@
 """Any tree with a folder for each class; fewer images of a source; all of one size; the folds of STL-10."""
 
 import io
+import os
+import pickle
 
 import numpy as np
 import pytest
@@ -68,6 +70,59 @@ def test_what_is_no_jpeg_is_packed_as_raw_pixels(tree, tmp_path):
     assert np.array_equal(found["a_3"], pixels(3)[..., :1].repeat(3, axis=2))
 
 
+def test_split_folders_in_any_case_and_classes_that_are_called_like_splits(tree):
+    root = tree({"Train/a/0.jpg": (0,), "TEST/a/1.jpg": (1,)})
+    assert {split: listing.keys for split, listing in ImageFolder(root).splits.items()} == {
+        "train": ["a_0"], "test": ["a_1"],
+    }  # fmt: skip
+
+
+def test_a_class_may_be_called_training(tree):
+    root = tree({f"{name}/deep/{i}.jpg": (i,) for name in ("racing", "training") for i in range(10)})
+    source = ImageFolder(root)
+    assert source.classes == ["racing", "training"]
+    assert {split: len(listing.keys) for split, listing in source.splits.items()} == {"train": 18, "test": 2}
+
+
+def test_what_a_mac_leaves_is_passed_over(tree):
+    root = tree({"train/a/0.jpg": (0,), "train/a/._0.jpg": (1,), "test/a/1.jpg": (1,), "train/.hidden/2.jpg": (2,)})
+    source = ImageFolder(root)
+    assert (source.classes, source.splits["train"].keys) == (["a"], ["a_0"])
+
+
+def test_odd_names_of_files_become_keys_and_long_ones_are_shortened(tree, tmp_path):
+    names = ["日本/été.jpg", f"日本/{'long' * 30}.jpg", f"日本/{'long' * 30}2.jpg", "日本/__a__.jpg"]
+    root = tree({f"{split}/{name}": (i,) for split in ("train", "test") for i, name in enumerate(names)})
+    (root / "train/日本" / os.fsdecode(b"\xff.jpg")).write_bytes((root / "train" / names[0]).read_bytes())
+    manifest = pack(ImageFolder(root), tmp_path / "out", "tree", workers=1)
+    assert manifest.splits == {"train": 5, "test": 4}
+    keys = Split(tmp_path / "out", manifest, "train").keys
+    assert "日本_été" in keys
+    assert all(key.isprintable() and not key.startswith("__") for key in keys)
+
+
+def test_files_that_change_while_they_are_packed_are_an_error(tree, tmp_path, user_error):
+    root = tree({f"{split}/a/{i}.jpg": (i,) for split in ("train", "test") for i in range(3)})
+
+    def touch(done, total):
+        os.utime(root / "train/a/0.jpg", (0, 0))
+
+    with user_error("changed while they were packed"):
+        pack(ImageFolder(root), tmp_path / "out", "tree", workers=1, on_progress=touch)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_files_that_come_while_it_is_packed_change_no_label(tree, tmp_path):
+    """Other processes see the listing of the one that started them."""
+    root = tree({f"{split}/{c}/{i}.jpg": (ord(c),) for split in ("train", "test") for c in "ab" for i in range(4)})
+    source = pickle.loads(pickle.dumps(listed := ImageFolder(root)))
+    assert source.splits.keys() == listed.splits.keys()
+    source = pickle.loads(pickle.dumps(listed))
+    (root / "train/a/00.jpg").write_bytes((root / "train/b/0.jpg").read_bytes())
+    for i, label in enumerate(listed.splits["train"].labels):
+        assert source.read("train", i) == (root / f"train/{'ab'[label]}/0.jpg").read_bytes()
+
+
 def test_names_that_become_equal_are_told_apart(tree):
     root = tree({"train/a/b.c.jpg": (0,), "train/a/b c.jpg": (1,), "train/a/b_c.jpg": (2,), "test/a/0.jpg": (3,)})
     assert len(set(ImageFolder(root).splits["train"].keys)) == 3
@@ -75,8 +130,15 @@ def test_names_that_become_equal_are_told_apart(tree):
 
 @pytest.mark.parametrize(
     ("files", "shown"),
-    [({"notes.txt": b""}, "no folders of classes"), ({"train/a/0.png": b"no image"}, "0.png")],
-    ids=["no classes", "no image"],
+    [
+        ({"notes.txt": b""}, "no folders of classes"),
+        ({"train/a/0.png": b"no image", "test/a/0.png": b""}, "0.png"),
+        ({"train/a/0.txt": b""}, "has no image in it"),
+        ({"train/a/0.png": b"", "test/b/0.png": b""}, "not in train: b"),
+        ({"test/a/0.png": b""}, "no folder 'train'"),
+        ({"a/0.png": b"", "b/0.png": b""}, "too few images"),
+    ],
+    ids=["no classes", "no image", "an empty class", "a class of test alone", "test alone", "too few to hold out"],
 )
 def test_a_tree_that_cannot_be_packed_is_named(files, shown, tmp_path, user_error):
     for name, content in files.items():
@@ -92,13 +154,21 @@ def test_images_of_different_sizes_are_refused_with_what_to_do(tree, tmp_path, u
         pack(ImageFolder(root), tmp_path / "out", "tree", workers=1)
 
 
+def test_pixels_of_16_bits_are_refused(tmp_path, user_error):
+    for split in ("train", "test"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000).save(tmp_path / split / "a" / "0.png")
+    with user_error("0.png", "I;16"):
+        ImageFolder(tmp_path).read("train", 0)
+
+
 def test_a_png_bomb_is_refused_unread(tmp_path, user_error):
     path = tmp_path / "train" / "a" / "0.png"
     path.parent.mkdir(parents=True)
     Image.new("1", (9000, 9000)).save(path)
     assert path.stat().st_size < 2**20
     with user_error(path, "9000"):
-        ImageFolder(tmp_path).read("train", 0)
+        ImageFolder(tmp_path, test_fraction=0).read("train", 0)
 
 
 # fewer, or of one size

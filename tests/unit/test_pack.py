@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from dlops_dist.data import pack as pack_module
 from dlops_dist.data.codec import decode
 from dlops_dist.data.pack import pack
 from dlops_dist.data.shards import Split, read_manifest
@@ -285,6 +286,42 @@ def test_a_packing_that_fails_over_a_complete_one_leaves_no_manifest(source, pac
     with pytest.raises(KilledError):
         pack(source, packed, "tiny", shard_size=5, workers=1, on_progress=kill_after(1))
     assert not (packed / "manifest.json").exists()
+
+
+def test_a_strangers_shards_are_not_touched(source, tmp_path, user_error):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "train-000777.tar").write_bytes(b"somebody's")
+    with user_error(out, "train-000777.tar", "--out"):
+        pack(source, out, "tiny", shard_size=5, workers=1)
+    assert files(out) == {"train-000777.tar": b"somebody's"}
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2, 3, 4])
+def test_a_packing_of_something_else_that_is_killed_at_its_beginning_loses_nothing(kept, source, tmp_path, monkeypatch):
+    """Killed at each of its first changes to the folder, then called again, either way round."""
+    settings = [{"dataset": "tiny", "seed": seed, "shard_size": 7, "workers": 1} for seed in (0, 3)]
+    with pytest.raises(KilledError):
+        pack(source, tmp_path / "out", **settings[0], on_progress=kill_after(8))
+    changes = iter(range(kept))
+
+    def limited(call):
+        def change(*arguments, **options):
+            if next(changes, None) is None:
+                raise KilledError
+            return call(*arguments, **options)
+
+        return change
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", limited(Path.unlink))
+        patch.setattr(pack_module, "replace", limited(pack_module.replace))
+        with pytest.raises(KilledError):
+            pack(source, tmp_path / "out", **settings[1])
+    for own in settings:
+        pack(source, tmp_path / "out", **own)
+        pack(source, tmp_path / f"fresh {own['seed']}", **own)
+        assert files(tmp_path / "out") == files(tmp_path / f"fresh {own['seed']}")
 
 
 def test_packing_beside_the_archive_keeps_the_archive(tiny_zip):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,10 +16,14 @@ import pytest
 import torch
 
 from dlops_dist.data import cache, readers
+from dlops_dist.data import shards as shards_module
 from dlops_dist.data.cache import decoded_pixels
 from dlops_dist.data.loader import read_ahead
+from dlops_dist.data.pack import pack
 from dlops_dist.data.readers import open_readers
+from dlops_dist.data.shapes import write_tiny_imagenet
 from dlops_dist.data.shards import Split, read_manifest
+from dlops_dist.data.sources import TinyImageNet
 
 CPU = torch.device("cpu")
 
@@ -61,6 +66,32 @@ def test_the_decoded_file_is_made_once_and_mapped(split, tmp_path, monkeypatch):
     assert tmp_path.stat().st_uid == os.getuid()
     monkeypatch.setattr(cache, "_write", lambda *_: pytest.fail("made again"))
     assert np.array_equal(decoded_pixels(split, tmp_path, silent), first)
+
+
+def test_many_shards_take_more_descriptors_than_the_usual_limit(shapes_shards, tmp_path):
+    archive = tmp_path / "shapes.zip"
+    write_tiny_imagenet(archive, train_per_class=20, test_per_class=1, size=8)
+    manifest = pack(TinyImageNet(archive), tmp_path / "many", "shapes", shard_size=1, workers=1)
+    split = Split(tmp_path / "many", manifest, "train")
+    _, most = before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (150, most))
+    try:
+        assert split.read(np.arange(200)).shape == (200, 8, 8, 3)
+    finally:
+        del split
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_threads_that_read_first_together_open_each_shard_once(split, monkeypatch):
+    opened = []
+    open_shard = shards_module._open
+    monkeypatch.setattr(
+        shards_module, "_open", lambda path: (opened.append(path), time.sleep(0.02), open_shard(path))[2]
+    )
+    with ThreadPoolExecutor(8) as pool:
+        images = list(pool.map(split.read, [np.array([i]) for i in range(64)]))
+    assert np.array_equal(np.concatenate(images), split.read(np.arange(64)))
+    assert len(opened) == len(set(opened))
 
 
 @pytest.mark.parametrize("damage", ["a byte", "cut off", "another hash", "no hash"])
@@ -112,6 +143,7 @@ import sys, time
 from pathlib import Path
 from dlops_dist.data import cache
 from dlops_dist.data.shards import Split, read_manifest
+from dlops_dist.data.sources import TinyImageNet
 shards, folder = map(Path, sys.argv[1:])
 cache.BLOCK = 16
 split = Split(shards, read_manifest(shards), "train")
@@ -183,15 +215,21 @@ def test_a_damaged_sample_is_named_while_decoding_and_leaves_no_file(shapes_shar
 
 
 @pytest.mark.parametrize(
-    ("size", "memory", "disk", "expected"),
-    [(10, 40, 40, "decoded"), (10, 39, 99, "decode"), (10, 99, 39, "decode")],
+    ("size", "missing", "memory", "disk", "expected"),
+    [
+        (10, 10, 40, 40, "decoded"),
+        (10, 10, 39, 99, "decode"),
+        (10, 10, 99, 39, "decode"),
+        (10, 0, 99, 0, "decoded"),
+        (10, 5, 99, 20, "decoded"),
+    ],
 )
 def test_auto_decodes_once_where_a_quarter_of_memory_and_disk_holds_it(
-    size, memory, disk, expected, tmp_path, monkeypatch
+    size, missing, memory, disk, expected, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(readers.os, "sysconf", {"SC_PHYS_PAGES": memory, "SC_PAGE_SIZE": 1}.__getitem__)
     monkeypatch.setattr(readers.shutil, "disk_usage", lambda path: SimpleNamespace(free=disk))
-    kind, why = readers._choose(size, tmp_path / "not" / "yet", CPU)
+    kind, why = readers._choose(size, missing, tmp_path / "not" / "yet", CPU)
     assert kind == expected
     assert "GB" in why
 
@@ -199,4 +237,4 @@ def test_auto_decodes_once_where_a_quarter_of_memory_and_disk_holds_it(
 @pytest.mark.parametrize(("free", "expected"), [(40, "device"), (39, "decoded")])
 def test_auto_keeps_on_the_gpu_what_a_quarter_of_its_free_memory_holds(free, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
-    assert readers._choose(10, tmp_path, torch.device("cuda"))[0] == expected
+    assert readers._choose(10, 10, tmp_path, torch.device("cuda"))[0] == expected

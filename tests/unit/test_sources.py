@@ -1,7 +1,10 @@
 """Official layouts as they come and as they are when damaged; generated images; downloads."""
 
+import fcntl
 import gzip
 import io
+import lzma
+import os
 import socket
 import tarfile
 import threading
@@ -226,11 +229,29 @@ def files_below(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+def unpacked(out: Path) -> dict[str, bytes]:
+    """What a source sees of it."""
+    return {name: content for name, content in files_below(out).items() if name != ".whole"}
+
+
+def test_an_archive_is_unpacked_once_and_another_never_mixes_with_it(tmp_path, members):
+    first, second, folder = tmp_path / "a.tar.gz", tmp_path / "b.tar.gz", tmp_path / "data"
+    write_tar(first, members)
+    write_tar(second, {"train_X.bin": b"other"})
+    out = unpack_stl10(first, folder)
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert unpacked(unpack_stl10(second, folder)) == {"train_X.bin": b"other"}
+    assert unpack_stl10(first, folder) == out
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    write_tar(first, {"test_X.bin": b"new"})
+    assert unpacked(unpack_stl10(first, folder)) == {"test_X.bin": b"new"}
+
+
 def test_unpacking_gives_the_members(tmp_path, members):
     write_tar(tmp_path / "stl10.tar.gz", {f"stl10_binary/{name}": content for name, content in members.items()})
     out = unpack_stl10(tmp_path / "stl10.tar.gz", tmp_path / "data")
-    assert out == tmp_path / "data" / "stl10_binary"
-    assert files_below(out) == members
+    assert out == tmp_path / "data" / "stl10.tar.gz.unpacked"
+    assert unpacked(out) == members
 
 
 def test_unpacking_writes_nothing_outside_its_folder_and_only_what_is_wanted(tmp_path, members):
@@ -242,9 +263,9 @@ def test_unpacking_writes_nothing_outside_its_folder_and_only_what_is_wanted(tmp
     write_tar(archive, {**members, **dict.fromkeys(hostile, b"evil")}, link=str(tmp_path / "target"))
     unpack_stl10(archive, box / "data")
     made = set(files_below(tmp_path)) - {"a/b/stl10.tar.gz"}
-    assert made >= {f"a/b/data/stl10_binary/{name}" for name in members}
-    assert all(Path(name).parent == Path("a/b/data/stl10_binary") for name in made)
-    assert {Path(name).suffix for name in made} == {".bin", ".txt"}
+    assert made >= {f"a/b/data/stl10.tar.gz.unpacked/{name}" for name in members}
+    assert all(Path(name).parent == Path("a/b/data/stl10.tar.gz.unpacked") for name in made)
+    assert {Path(name).suffix for name in made if not name.endswith(".whole")} == {".bin", ".txt"}
     assert not any(path.is_symlink() for path in tmp_path.rglob("*"))
 
 
@@ -259,7 +280,7 @@ def test_a_truncated_tar_is_named_and_what_is_there_is_whole(part, tmp_path, mem
     for name, content in files_below(folder).items():
         assert Path(name).name.startswith(".") or members[Path(name).name] == content
     archive.write_bytes(whole)
-    assert files_below(unpack_stl10(archive, folder)) == members
+    assert unpacked(unpack_stl10(archive, folder)) == members
 
 
 def damage_a_block(archive: Path) -> None:
@@ -283,7 +304,7 @@ def test_a_damaged_tar_is_named_and_leaves_no_wrong_bytes_behind(damage, tmp_pat
     with user_error(archive):
         unpack_stl10(archive, folder)
     archive.write_bytes(whole)
-    assert files_below(unpack_stl10(archive, folder)) == members
+    assert unpacked(unpack_stl10(archive, folder)) == members
 
 
 @pytest.mark.parametrize("content", [b"", b"no tar " * 1000], ids=["empty", "text"])
@@ -451,6 +472,65 @@ def test_a_server_that_ends_every_answer_is_not_asked_for_ever(tmp_path, serve, 
     with user_error("0 of 300000 bytes came"):
         fetch(Archive(serve(server), "data.zip", ""), tmp_path, lambda done, total: None)
     assert len(server.asked) == 1
+
+
+def test_an_answer_shorter_than_its_own_range_is_not_the_end(tmp_path, serve):
+    """A proxy that hands out ranges in pieces: each says truly how long it is, and how long the whole file is."""
+
+    def pieces(handler):
+        asked = handler.headers.get("Range")
+        first = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
+        last = min(first + 120_000, len(BODY))
+        handler.send_response(206 if asked else 200)
+        handler.send_header("ETag", '"1"')
+        if asked:
+            handler.send_header("Content-Range", f"bytes {first}-{last - 1}/{len(BODY)}")
+        handler.send_header("Content-Length", str(last - first if asked else len(BODY)))
+        handler.end_headers()
+        handler.wfile.write(BODY[first:last])
+
+    assert fetch(Archive(serve(pieces), "data.zip", ""), tmp_path, lambda done, total: None).read_bytes() == BODY
+
+
+def test_a_partial_file_that_is_whole_already_is_fetched_again(tmp_path, serve):
+    def satisfied(handler):
+        if handler.headers.get("Range"):
+            handler.send_error(416)
+        else:
+            whole(handler)
+
+    (tmp_path / ".data.zip.partial").write_bytes(BODY)
+    (tmp_path / ".data.zip.version").write_text('"1"')
+    archive = Archive(serve(satisfied), "data.zip", "")
+    assert fetch(archive, tmp_path, lambda done, total: None).read_bytes() == BODY
+
+
+def test_a_server_that_gives_a_byte_at_a_time_is_given_up(tmp_path, serve, user_error):
+    server = Flaky(1)
+    with user_error("of 300000 bytes came"):
+        fetch(Archive(serve(server), "data.zip", ""), tmp_path, lambda done, total: None)
+    assert len(server.asked) <= 10
+
+
+def test_a_second_fetch_into_the_same_folder_is_refused(tmp_path, serve, user_error):
+    folder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    with user_error(tmp_path, "another process"):
+        fetch(Archive(serve(whole), "data.zip", ""), tmp_path, lambda done, total: None)
+    os.close(folder)
+
+
+@pytest.mark.parametrize("error", [EOFError, lzma.LZMAError])
+def test_any_error_of_a_damaged_member_is_one_line(error, tiny_zip, user_error, monkeypatch):
+    source = TinyImageNet(tiny_zip)
+    _ = source.splits
+
+    def read(name):
+        raise error("Corrupt input data")
+
+    monkeypatch.setattr(source._archive, "read", read)
+    with user_error(tiny_zip, "Corrupt input data"):
+        source.read("train", 0)
 
 
 def test_a_download_of_another_checksum_leaves_nothing_and_names_both(tmp_path, serve, user_error):

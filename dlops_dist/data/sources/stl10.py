@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from dlops_dist.data.codec import encode
+from dlops_dist.data.locks import held
 from dlops_dist.data.shards import UNLABELED
 from dlops_dist.data.sources.source import Listing
 from dlops_dist.errors import UserError
@@ -38,7 +39,8 @@ class STL10:
             raise UserError(f"{path} is not STL-10: no train_X.bin in it")
 
     def __getstate__(self) -> dict[str, object]:
-        return {"path": self.path, "num_classes": self.num_classes}
+        """Everything found out so far, but no open file."""
+        return {name: value for name, value in self.__dict__.items() if name != "_pixels"}
 
     @cached_property
     def _all_classes(self) -> list[str]:
@@ -128,33 +130,47 @@ class STL10:
 
 
 def unpack_stl10(archive: Path, folder: Path) -> Path:
-    """The wanted members of stl10_binary.tar.gz, written into folder/stl10_binary. Nothing else is extracted.
+    """The wanted members of stl10_binary.tar.gz, in folder/ARCHIVE.unpacked; nothing else is extracted.
 
-    Files get their names only once the whole archive was read and its checksum was found right.
+    Unpacked once: files get their names only when the whole archive was read and its checksum was found right.
     """
-    out = folder / "stl10_binary"
+    out = folder / f"{archive.name}.unpacked"
     out.mkdir(parents=True, exist_ok=True)
-    partials: dict[Path, Path] = {}
-    try:
-        with gzip.open(archive) as unzipped, tarfile.open(fileobj=unzipped, mode="r|") as tar:
-            for member in tar:
-                name = Path(member.name).name
-                stream = tar.extractfile(member) if _is_wanted(member) else None
-                if stream is not None:
-                    partials[out / name] = out / f".{name}.partial"
-                    with partials[out / name].open("wb") as file:
-                        shutil.copyfileobj(stream, file, 1 << 22)
-            while unzipped.read(1 << 22):  # to the end, where the checksum stands
-                pass
-    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-        for partial in partials.values():
-            partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise UserError(f"{out}: no space left to unpack {archive} to; make room or unpack it elsewhere") from None
-        raise UserError(f"{archive} is not a whole tar.gz file ({_first_line(error)}); fetch it again") from None
-    for path, partial in partials.items():
-        partial.rename(path)
+    stat, marker = archive.stat(), out / ".whole"
+    facts = f"{stat.st_size} {stat.st_mtime_ns}"
+    with held(out, "unpacked"):
+        if marker.is_file() and marker.read_text() == facts:
+            return out
+        partials: dict[Path, Path] = {}
+        try:
+            _unpack(archive, out, partials)
+        except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+            for partial in partials.values():
+                partial.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise UserError(f"{out}: no space left to unpack {archive} to; make room or move it") from None
+            raise UserError(f"{archive} is not a whole tar.gz file ({_first_line(error)}); fetch it again") from None
+        for stale in out.iterdir():
+            if stale not in partials.values():
+                stale.unlink()
+        for path, partial in partials.items():
+            partial.rename(path)
+        marker.write_text(facts)
     return out
+
+
+def _unpack(archive: Path, out: Path, partials: dict[Path, Path]) -> None:
+    """Write the members under the names of `partials`, which are added to it."""
+    with gzip.open(archive) as unzipped, tarfile.open(fileobj=unzipped, mode="r|") as tar:
+        for member in tar:
+            name = Path(member.name).name
+            stream = tar.extractfile(member) if _is_wanted(member) else None
+            if stream is not None:
+                partials[out / name] = out / f".{name}.partial"
+                with partials[out / name].open("wb") as file:
+                    shutil.copyfileobj(stream, file, 1 << 22)
+        while unzipped.read(1 << 22):  # to the end, where the checksum stands
+            pass
 
 
 def _is_wanted(member: tarfile.TarInfo) -> bool:

@@ -1,6 +1,7 @@
 """Tiny ImageNet-200 as it is published: tiny-imagenet-200.zip, or the folder it unpacks to."""
 
 import hashlib
+import lzma
 import zipfile
 import zlib
 from functools import cached_property
@@ -10,6 +11,11 @@ import numpy as np
 
 from dlops_dist.data.sources.source import MAX_BYTES, Listing
 from dlops_dist.errors import UserError
+
+DAMAGE = (
+    OSError, KeyError, EOFError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
+)  # fmt: skip
+"""What reading a member of a damaged archive raises."""
 
 
 class TinyImageNet:
@@ -58,7 +64,7 @@ class TinyImageNet:
             if self._archive is None:
                 return Path(self._root + name).read_bytes()
             return self._archive.read(self._root + name)
-        except (OSError, KeyError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        except DAMAGE as error:
             raise UserError(f"{self.path}: cannot read {name} ({error}); fetch the dataset again") from None
 
     def _text(self, name: str) -> str:
@@ -121,10 +127,11 @@ class TinyImageNet:
 
     def stamp(self) -> str:
         if self._archive is not None:  # checksums of every member
-            facts = [f"{m.filename} {m.file_size} {m.CRC}" for m in self._archive.infolist()]
+            facts = [f"{m.filename!r} {m.file_size} {m.CRC}" for m in self._archive.infolist()]
+            facts.append(str(self.path.stat().st_mtime_ns))
         else:
             stats = ((name, Path(self._root + name).stat()) for name in sorted(self._names))
-            facts = [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats]
+            facts = [f"{name!r} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats]
         return hashlib.sha256("\n".join(facts).encode()).hexdigest()
 
 
