@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Literal
 
 import numpy as np
+import simplejpeg
 
 MAX_PIXELS = 2**26
 """Of one image: more is taken for a decompression bomb."""
@@ -41,8 +42,6 @@ def decode(data: bytes, extension: str, out: np.ndarray | None = None) -> np.nda
 def encode(image: np.ndarray, extension: str) -> bytes:
     """The inverse of `decode`, of uint8 (height, width, 3); a jpg loses a little."""
     if extension == "jpg":
-        import simplejpeg
-
         return simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality=JPEG_QUALITY)
     return _npy_header(*image.shape[:2]) + image.tobytes()
 
@@ -54,11 +53,10 @@ def check_size(height: int, width: int) -> None:
 
 
 def _decode_jpeg(data: bytes, out: np.ndarray | None) -> np.ndarray:
-    import simplejpeg
-
     height, width = simplejpeg.decode_jpeg_header(data)[:2]
-    check_size(height, width)
-    if out is not None and (height, width, 3) != out.shape:  # the decoder's own check of a buffer can overflow
+    if out is None:
+        check_size(height, width)
+    elif (height, width, 3) != out.shape:  # the decoder's own check of a buffer can overflow
         raise ValueError(f"the image is {(height, width, 3)}, the manifest says {out.shape}")
     image = simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=out)
     return image if out is None else out
