@@ -99,10 +99,17 @@ def _check_keys(split: str, keys: list[str]) -> None:
 
 def _refuse_strangers(out: Path) -> None:
     """A folder with shards that no packing of ours has left there."""
-    ours = (out / PLAN).is_file() or ((out / MANIFEST).is_file() and read_manifest(out).packing)
     found = sorted(path.name for path in out.glob("*.tar") if OWN_FILE.fullmatch(path.name))
-    if found and not ours:
+    if found and not (out / PLAN).is_file() and not _has_our_manifest(out):
         raise UserError(f"{out} holds shards that were not packed here, such as {found[0]}; choose another --out")
+
+
+def _has_our_manifest(out: Path) -> bool:
+    """Also one that is damaged, or of another version: its own error says to pack again."""
+    try:
+        return (out / MANIFEST).is_file() and bool(read_manifest(out).packing)
+    except UserError:
+        return True
 
 
 def _begin(out: Path, dataset: str, packing: dict[str, int | None], source: Source, stamp: str) -> None:

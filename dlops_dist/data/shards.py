@@ -101,14 +101,16 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         values = json.loads(path.read_bytes())
         if values["format"] != FORMAT:
-            raise UserError(f"{path} has format {values['format']}, this version reads {FORMAT}; pack the shards again")
+            raise UserError(
+                f"{path} has format {values['format']}, this version reads {FORMAT}; pack the shards --again"
+            )
         return Manifest(**values)
     except ValidationError as error:
         problem = error.errors()[0]
         why = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}".removeprefix(": ")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         why = f"{type(error).__name__}: {error}"
-    raise UserError(f"{path} is damaged ({why}); pack the shards again")
+    raise UserError(f"{path} is damaged ({why}); pack the shards --again")
 
 
 class Split:

@@ -297,6 +297,14 @@ def test_a_strangers_shards_are_not_touched(source, tmp_path, user_error):
     assert files(out) == {"train-000777.tar": b"somebody's"}
 
 
+@pytest.mark.parametrize("content", [b"{", b'{"format": 1}'])
+def test_shards_whose_manifest_cannot_be_read_can_be_packed_again(content, source, packed, tmp_path):
+    expected = files(packed)
+    (packed / "manifest.json").write_bytes(content)
+    pack(source, packed, "tiny", shard_size=5, workers=1)
+    assert files(packed) == expected
+
+
 @pytest.mark.parametrize("kept", [0, 1, 2, 3, 4])
 def test_a_packing_of_something_else_that_is_killed_at_its_beginning_loses_nothing(kept, source, tmp_path, monkeypatch):
     """Killed at each of its first changes to the folder, then called again, either way round."""
