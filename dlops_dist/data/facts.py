@@ -15,8 +15,6 @@ from dlops_dist.data.shards import COLUMNS, INDEX, MANIFEST, Manifest, Shard
 from dlops_dist.errors import UserError
 
 SPLITS = ("train", "test", "unlabeled")
-PIXEL_SUMS = (3, 3)
-"""Exact integers: count, sum, sum of squares x channels."""
 
 
 class Facts(NamedTuple):
@@ -26,7 +24,7 @@ class Facts(NamedTuple):
     shape: tuple[int, ...]
     """(height, width, 3) of each image."""
     pixel_sums: list[list[int]]
-    """PIXEL_SUMS of a training shard; zeros for others."""
+    """(3, 3) exact integers, count, sum and sum of squares by channel, of a training shard; zeros for others."""
     columns: dict[str, list]
     """key, offset, size, crc32, label, folds of each sample."""
 
@@ -37,7 +35,7 @@ class FactsOfSamples:
     def __init__(self, split: str) -> None:
         self.shape: tuple[int, ...] = ()
         self._split = split
-        self._sums = np.zeros(PIXEL_SUMS, np.int64)
+        self._sums = np.zeros((3, 3), np.int64)
         self._columns: dict[str, list] = {name: [] for name in COLUMNS if name != "shard"}
 
     def add(self, key: str, offset: int, data: bytes, image: np.ndarray, label: int, folds: int) -> None:

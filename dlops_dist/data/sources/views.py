@@ -4,7 +4,7 @@ from functools import cached_property
 
 import numpy as np
 
-from dlops_dist.data.codec import encode
+from dlops_dist.data.codec import decode, encode
 from dlops_dist.data.keys import key
 from dlops_dist.data.order import shuffled
 from dlops_dist.data.sources.image_folder import to_rgb
@@ -71,18 +71,13 @@ class Resized:
         from PIL import Image, ImageOps
 
         data = self.source.read(split, index)
-        pixels = self._pixels(data, self.splits[split].keys[index])
+        # Pillow decodes what simplejpeg does not, such as CMYK
+        is_jpeg, name = self.extension == "jpg", self.splits[split].keys[index]
+        pixels = to_rgb(data, name) if is_jpeg else decode(data, self.extension)
         if pixels.shape[:2] == (self.size, self.size):
             return data
         fitted = ImageOps.fit(Image.fromarray(pixels), (self.size, self.size), Image.Resampling.BICUBIC)
         return encode(np.asarray(fitted), self.extension)
-
-    def _pixels(self, data: bytes, name: str) -> np.ndarray:
-        if self.extension == "jpg":
-            return to_rgb(data, name)  # decodes what simplejpeg does not, such as CMYK
-        from dlops_dist.data.codec import decode
-
-        return decode(data, self.extension)
 
     def stamp(self) -> str:
         return self.source.stamp()
