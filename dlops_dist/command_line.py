@@ -11,28 +11,40 @@ from unittest import mock
 
 import yaml
 
-from dlops_dist.config import SMOKE, TASKS, Settings
+from dlops_dist.config import SMOKE, SWEEPS, TASKS, Settings, Sweep
+from dlops_dist.config.section import setting_names, unknown_setting
 from dlops_dist.errors import OneLineParser, UserError
-from dlops_dist.section import setting_names, unknown_setting
 
 CONFIG_FOLDERS = [Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs"]  # wheel, checkout
 
 
 def read_settings(task: str, arguments: Sequence[str]) -> Settings:
     """Settings of a task: its YAML file (or --config), then --smoke, then the other command-line overrides."""
+    return _read(TASKS[task], task, arguments, f"{task}.yaml", SMOKE[task], f"python -m dlops_dist.train {task}")
+
+
+def read_sweep(task: str, arguments: Sequence[str]) -> Sweep:
+    """Settings of a sweep over a task, in the same way; of a trial, --smoke keeps all but that it needs no Ray."""
+    held_out = {**SMOKE[task]["data"], "val_fraction": 0.25}
+    smoke = {**SMOKE[task], "local": False, "workers": 1, "num_samples": 2, "data": held_out}
+    packaged = "tune.yaml" if task == "q1" else f"tune-{task}.yaml"
+    return _read(SWEEPS[task], task, arguments, packaged, smoke, f"python -m dlops_dist.tune {task}")
+
+
+def _read(kind: type[Any], task: str, arguments: Sequence[str], packaged: str, smoke: dict[str, Any], prog: str) -> Any:
     first = OneLineParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     first.add_argument("--smoke", action="store_true")
     known, _ = first.parse_known_args(arguments)
-    values = read_yaml(Path(known.config) if known.config else _packaged_config(f"{task}.yaml"))
+    values = read_yaml(Path(known.config) if known.config else _packaged_config(packaged))
     if (written_for := values.pop("task", task)) != task:
         raise UserError(f"--config {known.config} is for the task {written_for}, not {task}")
     if known.smoke or values.get("smoke"):
-        values = _merged(values, SMOKE[task])
-    return _override(TASKS[task](**values), arguments, prog=f"python -m dlops_dist.train {task}")
+        values = _merged(values, smoke)
+    return _override(kind(**values), arguments, prog)
 
 
-def _override(defaults: Settings, arguments: Sequence[str], prog: str) -> Settings:
+def _override(defaults: Any, arguments: Sequence[str], prog: str) -> Any:
     import tyro
 
     box = io.StringIO()
@@ -77,24 +89,30 @@ def _packaged_config(name: str) -> Path:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The settings in a file, as they stand there."""
     try:
-        values = yaml.load(path.read_text(), _Yaml12Loader)
+        return parse_yaml(str(path), path.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
+
+
+def parse_yaml(name: str, content: bytes) -> dict[str, Any]:
+    """The settings in the content of a file of that name."""
+    try:
+        values = yaml.load(content, _Yaml12Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"{path} must hold settings as 'name: value', not a {type(values).__name__}")
-    return _with_text_names(path, values)
+        raise UserError(f"{name} must hold settings as 'name: value', not a {type(values).__name__}")
+    return _with_text_names(name, values)
 
 
-def _with_text_names(path: Path, values: dict[Any, Any]) -> dict[str, Any]:
+def _with_text_names(file: str, values: dict[Any, Any]) -> dict[str, Any]:
     for name, value in values.items():
         if not isinstance(name, str):
-            raise UserError(f"{path}: {name!r} is not the name of a setting; quote it if it is meant as text")
+            raise UserError(f"{file}: {name!r} is not the name of a setting; quote it if it is meant as text")
         if isinstance(value, dict):
-            _with_text_names(path, value)
+            _with_text_names(file, value)
     return values
 
 

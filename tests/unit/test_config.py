@@ -4,6 +4,7 @@ import pytest
 
 from dlops_dist.command_line import read_settings
 from dlops_dist.config import Q1, default_name, result_settings
+from dlops_dist.engine import prepare
 from dlops_dist.engine.run_folder import RunFolder
 from dlops_dist.errors import RunError, UserError, exit_code_of
 
@@ -60,6 +61,16 @@ def test_the_command_line_wins_over_smoke_and_smoke_over_yaml(read):
 
 def test_smoke_in_a_file_implies_local_too(read):
     assert read("smoke: true").local
+
+
+def test_smoke_takes_one_process_whatever_the_file_says(read):
+    assert read("workers: 2", "--smoke").workers is None
+
+
+def test_paths_are_resolved_where_the_command_runs(shapes_shards, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepared = prepare("q1", Q1(data={"shards": str(shapes_shards), "cache_dir": "cache"}))
+    assert (prepared.data.cache_dir, prepared.runs_dir) == (str(tmp_path / "cache"), str(tmp_path / "runs"))
 
 
 @pytest.mark.parametrize(
@@ -272,11 +283,13 @@ def test_nesterov_without_momentum_names_the_three_settings(other, user_error):
 
 MAY_DIFFER = {
     "config": "other.yaml", "name": "other", "runs_dir": "elsewhere", "local": True, "smoke": True, "workers": 7,
-    "wandb": "offline", "checkpoint_every": 5, "data.shards": "elsewhere", "data.threads": 9, "data.prefetch": 9,
+    "wandb": "offline", "checkpoint_every": 5, "keep_checkpoints": 3, "min_workers": 1,
+    "data.shards": "elsewhere", "data.threads": 9, "data.prefetch": 9,
     "data.reader": "decode", "data.cache_dir": "elsewhere",
 }  # fmt: skip
 CHANGES_THE_RESULT = {
-    "epochs": 11, "global_batch_size": 64, "micro_batch_size": 32, "seed": 1, "precision": "float64",
+    "epochs": 11, "global_batch_size": 64, "micro_batch_size": 32, "seed": 1, "precision": "float64", "ema_decay": 0.9,
+    "flip_test": True,
     "compile": True, "deterministic": False, "loss": "center",
     "data.order": "balanced", "data.samples_per_class": 8, "data.drop_last": False, "data.val_fraction": 0.1,
     "augment.crop_padding": 1, "augment.flip": False, "augment.resized_crop": 0.5, "augment.brightness": 0.1,

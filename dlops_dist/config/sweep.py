@@ -1,0 +1,196 @@
+"""Settings of a sweep: those of its runs, which of them to search, and how."""
+
+import importlib.util
+import math
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+from pydantic import AfterValidator, Field
+
+from dlops_dist.config.section import Section
+from dlops_dist.config.tasks import MAY_CHANGE, Q1, Q2, Settings
+from dlops_dist.errors import UserError
+
+Value = bool | int | float | str
+Point = dict[str, Value]
+"""{dotted setting: value}"""
+Kind = Literal["grid", "choice", "uniform", "log-uniform"]
+ACCURACY = "val/top1"
+"""What trials are compared by: the accuracy on samples that were held out of train."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A setting to search, written as 'optimizer.lr log-uniform 0.003 0.3'."""
+
+    name: str
+    kind: Kind
+    values: tuple[Value, ...]
+    """All there are; of uniform and log-uniform the two ends."""
+
+    @classmethod
+    def parse(cls, text: str) -> "Parameter":
+        words, kinds = text.split(), get_args(Kind)
+        if len(words) < 3 or words[1] not in kinds:
+            raise ValueError(f"must read 'SETTING {'|'.join(kinds)} VALUE ...'")
+        name, kind, *values = words
+        parameter = cls(name.replace("-", "_"), kind, tuple(map(_value, values)))  # type: ignore[arg-type]
+        if parameter.is_interval:
+            ends = [v for v in parameter.values if not isinstance(v, bool | str) and math.isfinite(v)]
+            least = 0.0 if kind == "log-uniform" else -math.inf
+            if len(values) != 2 or len(ends) != 2 or not least < ends[0] < ends[1]:
+                raise ValueError(f"needs two numbers{' above 0' * (kind == 'log-uniform')}, the lesser first")
+        return parameter
+
+    @property
+    def is_interval(self) -> bool:
+        return self.kind in ("uniform", "log-uniform")
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Of an interval."""
+        low, high = self.values
+        return float(low), float(high)
+
+    def at(self, part: float) -> Value:
+        """The value at a part in [0, 1) of the way through."""
+        if not self.is_interval:
+            return self.values[int(part * len(self.values))]
+        low, high = self.ends
+        return self.rounded(low * (high / low) ** part if self.kind == "log-uniform" else low + (high - low) * part)
+
+    def rounded(self, value: float) -> float:
+        """A value of an interval, to three digits."""
+        low, high = self.ends
+        return min(max(float(f"{value:.3g}"), low), high)
+
+
+def _readable(text: str) -> str:
+    Parameter.parse(text)
+    return text
+
+
+class Search(Section):
+    """What a sweep adds to the settings of its runs."""
+
+    place: ClassVar[str | None] = ""
+    task: ClassVar[type[Q1] | type[Q2]]
+    space: tuple[Annotated[str, AfterValidator(_readable)], ...] = ()
+    """Settings to search, each as 'SETTING KIND VALUE ...': 'optimizer.lr log-uniform 0.003 0.3' (or uniform) draws
+    from an interval, 'optimizer.momentum choice 0.8 0.9' from a list; every combination of the lists given as grid is
+    tried with each draw."""
+    search: Literal["random", "optuna"] = "random"
+    """random: draws keyed by --seed, known beforehand. optuna: each depends on what came of those before (needs
+    'dlops_dist[optuna]'), so only --concurrency 1 gives the same ones again."""
+    num_samples: int = Field(12, ge=1)
+    """Draws; more of them later go on from the same ones."""
+    seeds: int = Field(1, ge=1)
+    """Runs of each point, with --seed, --seed + 1 and so on."""
+    concurrency: int | None = Field(None, ge=1)
+    """Trials at a time; by default as many as the cluster can hold."""
+    workers: int | None = Field(None, ge=1)
+    """Ray workers of each trial; by default 1."""
+    smoke: bool = False
+    """Two trials of a few seconds on generated images."""
+    scheduler: Literal["none", "asha"] = "none"
+    """asha ends the trials that do worst after 1, 3, 9 ... epochs: it saves time, and which trials those are depends on
+    timing. (Population based training is not offered: it copies weights past Ray Train's checkpoints.)"""
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        return [Parameter.parse(text) for text in self.space]
+
+
+class Q1Sweep(Search, Q1):
+    """Search settings of ResNet-18 under cross-entropy, triplet or centre loss."""
+
+    task: ClassVar[type[Q1] | type[Q2]] = Q1
+
+
+class Q2Sweep(Search, Q2):
+    """Search settings of the stacked autoencoder and its classifier."""
+
+    task: ClassVar[type[Q1] | type[Q2]] = Q2
+
+
+Sweep = Q1Sweep | Q2Sweep
+SWEEPS: dict[str, type[Q1Sweep] | type[Q2Sweep]] = {"q1": Q1Sweep, "q2": Q2Sweep}
+
+
+def trial_settings(sweep: Sweep, point: Point, seed: int) -> Settings:
+    """The settings of the run of a point; refuses what `train` refuses."""
+    values: dict[str, Any] = sweep.model_dump(include=set(sweep.task.model_fields)) | {"name": None, "seed": seed}
+    for name, value in point.items():
+        *sections, last = name.split(".")
+        section = values
+        for part in sections:
+            section = section.setdefault(part, {})
+            if not isinstance(section, dict):
+                raise UserError(f"space: {name}: there is no such setting")
+        section[last] = round(value) if isinstance(value, float) and _is_whole(sweep.task, name) else value
+    return sweep.task(**values)
+
+
+def _is_whole(task: type[Section], name: str) -> bool:
+    """Whether a setting takes whole numbers alone."""
+    *sections, last = name.split(".")
+    fields = task.model_fields
+    for section in sections:
+        fields = getattr(fields[section].annotation, "model_fields", {}) if section in fields else {}
+    annotation = fields[last].annotation if last in fields else None
+    return int in (annotation, *get_args(annotation))
+
+
+def check_sweep(sweep: Sweep) -> None:
+    """Refuse, before anything is started, what would make a sweep useless or some of its trials mistakes."""
+    _check_space(sweep)
+    if sweep.search == "optuna":
+        _check_optuna(sweep)
+    if sweep.scheduler == "asha" and sweep.epochs < 2:
+        raise UserError(f"scheduler: asha has nothing to end in trials of {sweep.epochs} epoch")
+    if not sweep.data.val_fraction:
+        raise UserError("data.val_fraction: 0 holds nothing of train out to choose on; pass --data.val-fraction 0.1")
+    if "://" in sweep.runs_dir:
+        raise UserError(f"runs_dir: {sweep.runs_dir}: a sweep needs a folder that every node sees, not a URL")
+    if sweep.local:
+        raise UserError("local: a sweep runs on Ray, which starts on this machine by itself; leave out --local")
+    if sweep.min_workers is not None and sweep.min_workers > (sweep.workers or 1):
+        raise UserError(f"min_workers: {sweep.min_workers} is more than the {sweep.workers or 1} workers of a trial")
+    if isinstance(sweep, Q2) and sweep.folds:
+        raise UserError("folds: a sweep chooses on data.val_fraction; leave out --folds")
+
+
+def _check_space(sweep: Sweep) -> None:
+    names = [parameter.name for parameter in sweep.parameters]
+    if not names:
+        raise UserError("space: nothing to search; pass --space 'optimizer.lr log-uniform 0.003 0.3' ...")
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"space: {name} is there twice")
+        if name in MAY_CHANGE | Search.model_fields.keys() | {"seed", "data.val_fraction"}:
+            raise UserError(f"space: {name} cannot be searched: it does not make one point better than another")
+        owner = name.partition(".")[0]
+        if isinstance(sweep, Q1) and owner in ("triplet", "center") and owner != sweep.loss and "loss" not in names:
+            raise UserError(f"space: {name} changes nothing with --loss {sweep.loss}; name others by --space")
+    for parameter in sweep.parameters:
+        for value in parameter.values:
+            trial_settings(sweep, {parameter.name: value}, sweep.seed)
+
+
+def _check_optuna(sweep: Sweep) -> None:
+    if importlib.util.find_spec("optuna") is None:
+        raise UserError("search: optuna is not installed; run pip install 'dlops_dist[optuna]'")
+    grids = [parameter.name for parameter in sweep.parameters if parameter.kind == "grid"]
+    if grids:
+        raise UserError(f"space: {grids[0]} grid: optuna chooses each point itself; write choice for grid")
+
+
+def _value(word: str) -> Value:
+    if word in ("true", "false"):
+        return word == "true"
+    for number in (int, float):
+        try:
+            return number(word)
+        except ValueError:
+            pass
+    return word

@@ -1,0 +1,147 @@
+"""The tasks with all their settings, and which of them change the result."""
+
+import hashlib
+import json
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from dlops_dist.config.autoencoders import Autoencoders, Pretrain, StlData
+from dlops_dist.config.section import Section
+from dlops_dist.config.training import Augment, Ce, Center, Data, Model, Optimizer, Triplet
+
+
+class Run(Section):
+    """What every task has in common: where, how long, on what."""
+
+    place: ClassVar[str | None] = ""
+    config: str | None = None
+    """YAML file of settings; by default the task's own in configs/."""
+    name: str | None = Field(None, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._=-]*$")
+    """Folder of the run under --runs-dir; by default task, loss and a hash of the settings that change the result."""
+    runs_dir: str = "runs"
+    """Folder of all runs; one that every node sees, or a URL (s3://, gs:// ...)."""
+    local: bool = False
+    """Train in this one process, without Ray."""
+    smoke: bool = False
+    """A trial of a few seconds on generated images; implies --local."""
+    workers: int | None = Field(None, ge=1)
+    """Ray workers; by default the number of GPUs of the cluster, else 1."""
+    min_workers: int | None = Field(None, ge=1)
+    """Go on with as few Ray workers as this where nodes are lost, and with all again once they are back; by default
+    wait for as many."""
+    wandb: Literal["online", "offline", "off"] = "off"
+    """Log to Weights & Biases; offline needs neither key nor network."""
+    checkpoint_every: int | None = Field(None, ge=1)
+    """Save a checkpoint every so many steps too, besides the end of each epoch."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """How many of the latest checkpoints to keep, besides the best where data.val_fraction holds samples out."""
+    epochs: int = Field(10, ge=1)
+    """Passes over the training data."""
+    global_batch_size: int = Field(128, ge=1)
+    """Samples in one step, over all workers together."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Samples that go through the model at once, over all workers together; by default all of the step's."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Seed of the initial weights, the order and the augmentation."""
+    ema_decay: float = Field(0.0, ge=0, lt=1)
+    """Evaluate an exponential moving average of the classifier's weights, which keeps this part of itself in each
+    step (0.999, say); 0 for the weights themselves."""
+    flip_test: bool = False
+    """Evaluate each image and its mirror image, and take the mean of their embeddings and logits."""
+    precision: Literal["auto", "float32", "bf16", "float64"] = "auto"
+    """auto: bf16 on GPUs that have it, else float32."""
+    compile: bool | None = None
+    """Use torch.compile; by default on GPUs."""
+    deterministic: bool = True
+    """Only kernels that give the same bits each time."""
+
+
+class Q1(Run):
+    """ResNet-18 classification under cross-entropy, triplet or centre loss."""
+
+    loss: Literal["ce", "triplet", "center"] = "ce"
+    """ce: cross-entropy. triplet: metric learning. center: cross-entropy plus centre loss."""
+    data: Data = Data()
+    augment: Augment = Augment()
+    model: Model = Model()
+    optimizer: Optimizer = Optimizer()
+    ce: Ce = Ce()
+    triplet: Triplet = Triplet()
+    center: Center = Center()
+
+    @property
+    def variant(self) -> str:
+        """What a run's name and result say of its settings."""
+        return self.loss
+
+    def total_epochs(self, num_folds: int) -> int:
+        """Of all stages, on data with so many folds."""
+        return self.epochs
+
+
+class Q2(Run):
+    """A stacked autoencoder, pretrained layer by layer, and a classifier on its code."""
+
+    finetune: bool = False
+    """Train the whole network on the labels; else only the linear classifier, on the frozen code."""
+    folds: bool = False
+    """After pretraining, train a classifier on each of the folds that the shards name."""
+    data: StlData = StlData()
+    augment: Augment = Augment()
+    model: Autoencoders = Autoencoders()
+    pretrain: Pretrain = Pretrain()
+    optimizer: Optimizer = Optimizer()
+    ce: Ce = Ce()
+
+    @property
+    def variant(self) -> str:
+        return ("finetuned" if self.finetune else "frozen") + ("-folds" if self.folds else "")
+
+    def total_epochs(self, num_folds: int) -> int:
+        pretraining = len(self.model.layers) * self.pretrain.epochs + self.pretrain.joint_epochs
+        return pretraining + self.epochs * (num_folds if self.folds else 1)
+
+
+Settings = Q1 | Q2
+TASKS: dict[str, type[Q1] | type[Q2]] = {"q1": Q1, "q2": Q2}
+
+SMOKE: dict[str, dict[str, Any]] = {
+    "q1": {
+        "smoke": True, "local": True, "workers": None, "epochs": 2, "global_batch_size": 40,
+        "data": {"reader": "decode"}, "model": {"width": 8, "stem": "imagenet"}, "augment": {"crop_padding": 2},
+    },
+    "q2": {
+        "smoke": True, "local": True, "workers": None, "epochs": 4, "global_batch_size": 40,
+        "data": {"reader": "decode"}, "model": {"layers": (64, 48, 32), "code_layer": 48},
+        "pretrain": {"epochs": 2, "joint_epochs": 1},
+    },
+}  # fmt: skip
+"""What --smoke changes for each task; its shards are made by the command line."""
+
+MAY_CHANGE = frozenset({
+    "config", "name", "runs_dir", "local", "smoke", "workers", "min_workers", "wandb",
+    "checkpoint_every", "keep_checkpoints",
+    "data.shards", "data.reader", "data.cache_dir", "data.threads", "data.prefetch",
+    "num_samples", "seeds", "concurrency", "scheduler",
+})  # fmt: skip
+"""Settings that may differ when a run, or a sweep, goes on; all others change the result and are refused."""
+
+
+def result_settings(settings: Run) -> dict[str, Any]:
+    """The settings that change the result, as a flat {dotted name: value}."""
+    return {name: value for name, value in flat(settings.model_dump()).items() if name not in MAY_CHANGE}
+
+
+def default_name(task: str, settings: Settings, dataset_id: str) -> str:
+    """task-variant-hash: equal for two runs whose results must be equal."""
+    content = json.dumps([result_settings(settings), dataset_id], sort_keys=True)
+    return f"{task}-{settings.variant}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as {dotted name: value}."""
+    result: dict[str, Any] = {}
+    for name, value in values.items():
+        result |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return result
