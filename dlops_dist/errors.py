@@ -22,6 +22,11 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists what there is")
 
 
+def first_line(error: BaseException) -> str:
+    """Of what an error says; its kind where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def exit_code_of(command: Callable[[], None]) -> int:
     """Run a command; print a known error as one line on stderr. Returns the exit code (130 for Ctrl-C)."""
     try:
@@ -41,6 +46,6 @@ def exit_code_of(command: Callable[[], None]) -> int:
         print(f"failed: {error.filename}: {error.strerror}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted; the same command goes on where it can", file=sys.stderr)
         return 130
     return 0

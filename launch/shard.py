@@ -115,7 +115,7 @@ def parse_folder(command: str, description: str) -> Path:
 
 def pack_all() -> None:
     arguments = parse()
-    from dlops_dist.data.shards import MANIFEST, read_manifest
+    from dlops_dist.data.pack import packed_before
 
     if arguments.source and (len(arguments.datasets) != 1 or arguments.datasets[0] not in WITH_SOURCE):
         raise UserError(f"--source goes with exactly one of {', '.join(WITH_SOURCE)}: name it")
@@ -123,12 +123,8 @@ def pack_all() -> None:
     for dataset in arguments.datasets or STUDY:
         name = folder_name(arguments.source) if dataset == "folder" else dataset
         out = arguments.out / name
-        if (out / MANIFEST).is_file() and not arguments.again:
-            manifest = read_manifest(out)
-            there = ", ".join(f"--{n.replace('_', '-')} {v}" for n, v in manifest.packing.items() if v != asked_for[n])
-            if there or not manifest.packing:
-                was = f"with {there}" if there else "by others"
-                raise UserError(f"{out} was packed {was}; choose another --out, or pass --again")
+        manifest = None if arguments.again else packed_before(out, asked_for)
+        if manifest is not None:
             held = f"{describe(manifest.splits)}, {len(manifest.classes)} classes"
             unread = "; --source was not looked at" if arguments.source else ""
             print(f"{out}: already packed, {held}{unread} (--again packs anew)")
@@ -151,7 +147,7 @@ def pack_one(
         started = time.monotonic()
         manifest = pack(
             source, out, name, arguments.seed, arguments.shard_size, arguments.workers,
-            progress(f"packing {name}", "images"), asked_for,
+            progress(f"packing {name}", "images"), asked_for, arguments.again,
         )  # fmt: skip
     seconds = time.monotonic() - started
     images = sum(manifest.splits.values())

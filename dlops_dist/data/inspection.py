@@ -13,6 +13,8 @@ GRID_COLUMNS, GRID_ROWS = 10, 20
 def damages(folder: Path, manifest: Manifest, on_progress: Callable[[int, int], None]) -> list[str]:
     """What differs from the manifest, file by file; empty where every byte is as it was packed.
 
+    Hidden files are passed over: a packing that was killed in its last moment leaves some, and so do file systems.
+
     Args:
         on_progress: called with (bytes read, bytes in all).
     """
@@ -29,7 +31,7 @@ def damages(folder: Path, manifest: Manifest, on_progress: Callable[[int, int], 
             found.append(f"{name} has changed")
         done += sizes.get(name, 0)
         on_progress(done, sum(sizes.values()))
-    names = {path.name for path in folder.iterdir()}
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     strangers = names - {MANIFEST, *expected} if manifest.packing else set()  # others may keep there what they like
     return found + [f"{name} does not belong there" for name in sorted(strangers)]
 

@@ -15,6 +15,7 @@ class Joined:
     def __init__(self, readers: Sequence[Reader]) -> None:
         self._readers = readers
         self._ends = np.cumsum([len(reader) for reader in readers])
+        self.in_memory = all(reader.in_memory for reader in readers)
         self.labels = np.concatenate([reader.labels for reader in readers])
 
     def __len__(self) -> int:

@@ -62,21 +62,29 @@ class TrainingOrder:
 def read_ahead(
     reader: Reader, parts: Iterable[tuple[Ids, slice]], device: torch.device, threads: int, prefetch: int
 ) -> Iterator[Batch]:
-    """Batches in order; for each, the global ids and this rank's part of them. `prefetch` more are under way."""
+    """Batches in order; for each, the global ids and this rank's part of them. `prefetch` more are under way.
+
+    What lies in memory is read when it is asked for: a thread would take longer to hand it over than to copy it.
+    """
     pin = device.type == "cuda"
 
     def load(global_ids: Ids, part: slice) -> list[Tensor]:
-        ids = global_ids[part]
+        ids = np.ascontiguousarray(global_ids[part])
         tensors = [torch.as_tensor(a) for a in (reader.read(ids), ids, reader.labels[global_ids])]
         return [t.pin_memory() if pin and not t.is_cuda else t for t in tensors]
 
+    if reader.in_memory and device.type == "cpu":
+        for ids, part in parts:
+            images, own_ids, labels = load(ids, part)
+            yield Batch(images, own_ids, labels, part)
+        return
     with ThreadPoolExecutor(threads, thread_name_prefix="reader") as pool:
         remaining = iter(parts)
         flying: deque[tuple[slice, Future[list[Tensor]]]] = deque()
         try:
             while True:
                 for ids, part in islice(remaining, prefetch + 1 - len(flying)):
-                    flying.append((part, pool.submit(load, np.ascontiguousarray(ids), part)))
+                    flying.append((part, pool.submit(load, ids, part)))
                 if not flying:
                     return
                 part, future = flying.popleft()

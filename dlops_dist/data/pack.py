@@ -47,6 +47,7 @@ def pack(
     workers: int | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     asked_for: dict[str, int | None] | None = None,
+    again: bool = True,
 ) -> Manifest:
     """Write a source as shards into `out`. Each shard is a pure function of (sorted source, seed, its number).
 
@@ -55,11 +56,14 @@ def pack(
         workers: packing processes; by default one for each core.
         on_progress: called with (samples done, samples in all).
         asked_for: whatever else the manifest is to tell of the packing.
+        again: pack anew what is complete, perhaps since a moment ago.
     """
     plan = _plan(source, seed, shard_size)
     packing = {"seed": seed, "shard_size": shard_size, **(asked_for or {})}
     out.mkdir(parents=True, exist_ok=True)
     with held(out, "packed"):
+        if not again and (manifest := packed_before(out, packing)) is not None:
+            return manifest
         _refuse_strangers(out)
         stamp = source.stamp()
         _begin(out, dataset, packing, source, stamp)
@@ -72,6 +76,18 @@ def pack(
             raise UserError(f"the files of {dataset} changed while they were packed; pack them again")
         manifest = write_index_and_manifest(out, dataset, packing, source.extension, source.classes, facts)
         _clear(out, keep={shard.name for shard in manifest.shards})
+    return manifest
+
+
+def packed_before(out: Path, packing: dict[str, int | None]) -> Manifest | None:
+    """The manifest of a complete folder, None where there is none. Refuses what was packed otherwise."""
+    if not (out / MANIFEST).is_file():
+        return None
+    manifest = read_manifest(out)
+    there = ", ".join(f"--{n.replace('_', '-')} {v}" for n, v in manifest.packing.items() if v != packing.get(n))
+    if there or not manifest.packing:
+        was = f"with {there}" if there else "by others"
+        raise UserError(f"{out} was packed {was}; choose another --out, or pass --again")
     return manifest
 
 

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from dlops_dist.data.cache import decoded_pixels, pixels_file
+from dlops_dist.data.memory import available_memory
 from dlops_dist.data.shards import Split
 
 Kind = Literal["auto", "decode", "decoded", "device"]
 LARGEST_PART = 4
-"""auto: pixels may fill a quarter of a GPU's free memory, or of this node's memory and of the disk's free space."""
+"""auto: pixels may fill a quarter of a GPU's free memory, or of a container's memory and of the disk's free space."""
 LOADED_AT_ONCE = 4096
 
 
@@ -30,6 +31,8 @@ class Reader(Protocol):
 
     labels: np.ndarray
     """(N,) int64."""
+    in_memory: bool
+    """Whether nothing is waited for, and nothing computed, to read."""
 
     def __len__(self) -> int: ...
 
@@ -39,7 +42,9 @@ class Reader(Protocol):
 
 
 class DecodedReader:
-    """Reads from all the pixels of a split, in a map or in memory."""
+    """Reads from all the pixels of a split, in a map, whose pages may have to come from the disk."""
+
+    in_memory = False
 
     def __init__(self, split: Split, pixels: np.ndarray) -> None:
         self.labels, self.pixels = split.labels, np.asarray(pixels)
@@ -53,6 +58,8 @@ class DecodedReader:
 
 class DeviceReader:
     """Holds all the pixels of a split on a device."""
+
+    in_memory = True
 
     def __init__(self, source: Reader, device: torch.device) -> None:
         self.labels = source.labels
@@ -125,7 +132,7 @@ def _choose(size: int, size_to_write: int, folder: Path, device: torch.device) -
         free, _ = torch.cuda.mem_get_info(device)
         if size * LARGEST_PART <= free:
             return "device", f"{pixels} fit {free / 1e9:.0f} GB of free GPU memory"
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = available_memory()
     existing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
     disk = shutil.disk_usage(existing).free
     if size * LARGEST_PART > memory:

@@ -12,6 +12,7 @@ import os
 import re
 import resource
 import zlib
+from functools import lru_cache
 from io import FileIO
 from pathlib import Path
 from threading import Lock
@@ -116,12 +117,16 @@ def read_manifest(folder: Path) -> Manifest:
 class Split:
     """The samples of one split: sample id i is the i-th row of the index that belongs to the split."""
 
+    in_memory = False
+
     def __init__(self, folder: Path, manifest: Manifest, name: str) -> None:
         if name not in manifest.splits:
             raise UserError(f"{folder} has no split {name!r}, only {', '.join(manifest.splits)}")
         self.name, self.manifest, self._folder = name, manifest, folder
         table = read_index(folder, manifest)
-        rows = np.isin(table["shard"], [i for i, shard in enumerate(manifest.shards) if shard.split == name])
+        rows = _slice_where_possible(
+            np.isin(table["shard"], [i for i, s in enumerate(manifest.shards) if s.split == name])
+        )
         self._shards, self._offsets, self._sizes = (table[c][rows] for c in ("shard", "offset", "size"))
         self.keys, self._checksums = table["key"][rows], table["crc32"][rows]
         self.labels = table["label"][rows].astype(np.int64)
@@ -168,6 +173,14 @@ class Split:
         return images
 
 
+def _slice_where_possible(chosen: np.ndarray) -> np.ndarray | slice:
+    """Splits that stand together in the index, as in all that we pack, share its memory."""
+    rows = np.flatnonzero(chosen)
+    if len(rows) and len(rows) == rows[-1] - rows[0] + 1:
+        return slice(rows[0], rows[-1] + 1)
+    return rows
+
+
 def _open(path: Path) -> FileIO:
     """Takes as many descriptors as the system grants where the usual thousand are gone: one for each shard."""
     try:
@@ -183,20 +196,27 @@ def _open(path: Path) -> FileIO:
 def read_index(folder: Path, manifest: Manifest) -> dict[str, np.ndarray]:
     """The columns of the index, checked against the manifest."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     path = folder / INDEX
     if not path.is_file() or sha256_of(path) != manifest.index_sha256:
         raise UserError(f"{path} is missing or does not match {MANIFEST}; pack the shards again")
     try:
-        table = pq.read_table(path)
-        columns = {name: table[name].to_numpy() for name in COLUMNS}
+        columns = _read_columns(path, manifest.index_sha256)
         problem = _index_problem(columns, manifest)
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         problem = str(error).splitlines()[0]
     if problem:
         raise UserError(f"{path} is damaged ({problem}); pack the shards again")
     return columns
+
+
+@lru_cache(maxsize=1)
+def _read_columns(path: Path, _sha256: str) -> dict[str, np.ndarray]:
+    """Read once for all splits of a run: with ten million samples it takes seconds, and gigabytes each time."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path)
+    return {name: table[name].to_numpy() for name in COLUMNS}
 
 
 def _index_problem(columns: dict[str, np.ndarray], manifest: Manifest) -> str | None:

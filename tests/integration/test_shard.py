@@ -44,6 +44,11 @@ def test_verify_finds_nothing_in_what_was_packed(shards):
     assert output.splitlines()[-1].startswith(f"{shards}: 4 shards, every byte as it was packed; dataset id ")
 
 
+def test_verify_passes_over_what_a_packing_left_that_was_killed_in_its_last_moment(shards):
+    (shards / ".packing.json").write_text("{}")
+    assert run("shard", "verify", shards)[0] == 0
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_verify_names_what_is_damaged(damage, shards):
     DAMAGES[damage](shards)
@@ -82,12 +87,12 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-OPTIONS = ("--shard-size", "10", "--limit", "1500")
+OPTIONS = ("--shard-size", "5", "--limit", "1500")
 
 
 @pytest.fixture(scope="module")
 def packing(tmp_path_factory):
-    """The command that packs 1,500 of 2,000 small images, in 190 shards with those of test; --out is still to come."""
+    """The command that packs 1,500 of 2,000 small images, in 380 shards with those of test; --out is still to come."""
     archive = tmp_path_factory.mktemp("archive") / "shapes.zip"
     write_tiny_imagenet(archive, train_per_class=200, test_per_class=40, size=16)
     return "shard", "tiny-imagenet", "--source", archive, *OPTIONS
@@ -99,7 +104,7 @@ def undisturbed(packing, tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed")
     code, output = run(*packing, "--out", out, "--workers", "1")
     assert code == 0, output
-    assert "1,500 train, 400 test, 10 classes, 190 shards" in output
+    assert "1,500 train, 400 test, 10 classes, 380 shards" in output
     return contents(out / "tiny-imagenet")
 
 
@@ -107,24 +112,58 @@ def finished(out):
     return len(list(out.glob(".*.done")))
 
 
+def is_empty(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
 def test_a_packing_that_is_killed_again_and_again_ends_with_the_same_bytes(packing, undisturbed, tmp_path):
-    out, rng, seen, kills = tmp_path / "tiny-imagenet", np.random.default_rng(), [0], 0
+    """Of 380 shards, at most some ten more are done at each of twelve kills: each falls into the packing."""
+    out, rng, seen = tmp_path / "tiny-imagenet", np.random.default_rng(), [0]
     for _ in range(12):
-        process = start(*packing, "--out", tmp_path, "--workers", "2")
-        wanted = seen[-1] + int(rng.integers(0, 20))
-        wait_until(lambda running=process, wanted=wanted: running.poll() is not None or finished(out) >= wanted, 30)
-        time.sleep(rng.uniform(0, 0.05))
-        children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        process = start(*packing, "--out", tmp_path, "--workers", "2", start_new_session=True)
+        wanted = seen[-1] + int(rng.integers(0, 10))
+        assert wait_until(lambda wanted=wanted: finished(out) >= wanted, 30, every_s=0.001)
+        time.sleep(rng.uniform(0, 0.01))
         process.send_signal(signal.SIGKILL)
-        if process.wait() != -signal.SIGKILL:
-            break  # it was done before
-        kills += 1
+        assert process.wait() == -signal.SIGKILL
         assert not (out / "manifest.json").exists()
-        _, alive = psutil.wait_procs(children, timeout=5)
-        assert alive == [], "packing processes outlived the one that started them"
+        assert wait_until(lambda group=process.pid: is_empty(group), 5), "packing processes outlived their parent"
         seen.append(finished(out))
-    assert kills >= 3
     assert seen == sorted(seen), "finished shards were forgotten"
+    code, output = run(*packing, "--out", tmp_path)
+    assert code == 0, output
+    assert contents(out) == undisturbed
+
+
+def sharers(process):
+    """The processes that share a packing's work."""
+    children = psutil.Process(process.pid).children()
+    return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+
+
+@pytest.mark.parametrize("whom", ["one that shares the work", "all, by Ctrl-C"])
+@pytest.mark.parametrize("when", ["starting", "packing"])
+def test_a_packing_that_loses_its_processes_says_so_and_goes_on(when, whom, packing, undisturbed, tmp_path):
+    out = tmp_path / "tiny-imagenet"
+    process = start(*packing, "--out", tmp_path, "--workers", "2", start_new_session=True)
+    assert wait_until(lambda: len(sharers(process)) == 2, 30, every_s=0.001)
+    assert when == "starting" or wait_until(lambda: finished(out) >= 5, 30, every_s=0.001)
+    if whom == "all, by Ctrl-C":
+        os.killpg(process.pid, signal.SIGINT)
+        expected = 130, "interrupted; the same command goes on where it can"
+    else:
+        sharers(process)[0].kill()
+        expected = 1, "failed: a process that shared the work was killed, for memory perhaps; the same command goes on"
+    output, _ = process.communicate(timeout=30)
+    *progress, last = output.splitlines()
+    assert (process.returncode, last[: len(expected[1])]) == expected, output
+    assert all(line.startswith("packing") for line in progress), output
+    assert wait_until(lambda: is_empty(process.pid), 5), "packing processes outlived the command"
+    assert finished(out) < 380
     code, output = run(*packing, "--out", tmp_path)
     assert code == 0, output
     assert contents(out) == undisturbed
@@ -148,7 +187,7 @@ def test_what_is_packed_otherwise_is_refused_by_name(packing, undisturbed, tmp_p
         (tmp_path / "tiny-imagenet" / name).write_bytes(content)
     code, output = run("shard", "tiny-imagenet", "--out", tmp_path)
     assert (code, len(output.splitlines())) == (2, 1), output
-    assert "--shard-size 10, --limit 1500" in output
+    assert "--shard-size 5, --limit 1500" in output
     code, output = run(*packing, "--out", tmp_path)
     assert (code, "already packed" in output) == (0, True)
 

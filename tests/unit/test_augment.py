@@ -103,11 +103,11 @@ def test_the_largest_draw_still_crops_inside_the_padded_image(padding, monkeypat
         assert np.array_equal(after, changed(before, padding, 2 * padding, 2 * padding, False))
 
 
-def test_on_a_gpu_one_gather_cuts_what_a_cpu_cuts_one_by_one():
+def test_on_a_gpu_one_gather_cuts_what_a_cpu_cuts_by_windows():
     images, generator = random_images(50, 12, 14), torch.Generator().manual_seed(0)
     offset = torch.randint(0, 5, (50, 2), generator=generator)
     mirrored = torch.rand(50, generator=generator) < 0.5
-    expected = module._cut_one_by_one(images, offset, mirrored, 8, 10)
+    expected = module._cut_by_windows(images, offset, mirrored, 8, 10)
     assert torch.equal(module._cut_by_gather(images, offset, mirrored, 8, 10), expected)
 
 

@@ -10,6 +10,8 @@ from dlops_dist.data.joined import Joined
 class Numbered:
     """Images whose every pixel is `first` plus their id."""
 
+    in_memory = False
+
     def __init__(self, size, first):
         self.labels, self._first = np.full(size, first), first
 

@@ -35,6 +35,8 @@ def split(tmp_path_factory) -> Split:
 class Images:
     """Images that hold their id. Reading one of the slow ids takes a while, reading the bad one fails."""
 
+    in_memory = False
+
     def __init__(self, size: int, slow: frozenset[int] = frozenset(), bad: int = -1) -> None:
         self.labels = np.arange(size) % 7
         self.slow, self.bad = slow, bad
@@ -151,6 +153,16 @@ def test_no_more_than_prefetch_batches_are_read_before_they_are_wanted(prefetch)
         time.sleep(0.02)
         assert given + prefetch - 1 <= len(images.started) / 2 <= given + prefetch
     read.close()
+
+
+def test_what_lies_in_memory_is_read_when_it_is_wanted_without_a_thread():
+    images = Images(20)
+    images.in_memory = True
+    read = read_ahead(images, whole(np.arange(20).reshape(10, 2)), CPU, threads=2, prefetch=2)
+    for first in range(0, 20, 2):
+        assert next(read).ids.tolist() == images.started[first:] == [first, first + 1]
+        assert reader_threads() == []
+    assert list(read) == []
 
 
 def test_batches_are_asked_for_only_as_they_are_read():

@@ -282,6 +282,16 @@ def test_packing_something_else_into_the_same_folder_leaves_nothing_of_the_first
     assert files(packed) == files(tmp_path / "fresh")
 
 
+def test_what_another_completed_a_moment_ago_is_not_packed_again(source, packed, user_error):
+    for name in SHARDS:
+        os.utime(packed / name, (0, 0))
+    manifest = pack(source, packed, "tiny", shard_size=5, workers=1, again=False)
+    assert manifest == read_manifest(packed)
+    with user_error(packed, "--shard-size 5", "--again"):
+        pack(source, packed, "tiny", shard_size=7, workers=1, again=False)
+    assert not any((packed / name).stat().st_mtime for name in SHARDS)
+
+
 def test_a_packing_that_fails_over_a_complete_one_leaves_no_manifest(source, packed):
     with pytest.raises(KilledError):
         pack(source, packed, "tiny", shard_size=5, workers=1, on_progress=kill_after(1))
@@ -472,6 +482,14 @@ def test_a_shard_that_is_not_whole_is_named(length, packed, user_error):
         path.write_bytes(content[:length])
     with user_error(path):
         read_all(packed)
+
+
+def test_splits_share_one_reading_of_the_index(packed, monkeypatch):
+    read, read_table = [], pq.read_table
+    monkeypatch.setattr(pq, "read_table", lambda path: read.append(path) or read_table(path))
+    splits = [Split(packed, read_manifest(packed), name) for name in ("train", "test", "train")]
+    assert read == [packed / "index.parquet"]
+    assert np.shares_memory(splits[0].folds, splits[2].folds)
 
 
 def test_an_index_that_is_not_the_manifests_is_named(packed, user_error):

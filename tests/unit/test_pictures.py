@@ -15,6 +15,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (12, 4, 5, 3), np.uint8)
 
 
 class Reader:
+    in_memory = False
     labels = np.zeros(12, np.int64)
 
     def __len__(self):

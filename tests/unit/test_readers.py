@@ -227,7 +227,7 @@ def test_a_damaged_sample_is_named_while_decoding_and_leaves_no_file(shapes_shar
 def test_auto_decodes_once_where_a_quarter_of_memory_and_disk_holds_it(
     size, missing, memory, disk, expected, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(readers.os, "sysconf", {"SC_PHYS_PAGES": memory, "SC_PAGE_SIZE": 1}.__getitem__)
+    monkeypatch.setattr(readers, "available_memory", lambda: memory)
     monkeypatch.setattr(readers.shutil, "disk_usage", lambda path: SimpleNamespace(free=disk))
     kind, why = readers._choose(size, missing, tmp_path / "not" / "yet", CPU)
     assert kind == expected

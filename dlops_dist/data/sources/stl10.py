@@ -14,7 +14,7 @@ from dlops_dist.data.codec import encode
 from dlops_dist.data.locks import held
 from dlops_dist.data.shards import UNLABELED
 from dlops_dist.data.sources.source import Listing
-from dlops_dist.errors import UserError
+from dlops_dist.errors import UserError, first_line
 
 MAX_FOLDS = 31
 LARGEST = {"_X.bin": 2**33, ".bin": 2**24, ".txt": 2**24}
@@ -149,7 +149,7 @@ def unpack_stl10(archive: Path, folder: Path) -> Path:
                 partial.unlink(missing_ok=True)
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise UserError(f"{out}: no space left to unpack {archive} to; make room or move it") from None
-            raise UserError(f"{archive} is not a whole tar.gz file ({_first_line(error)}); fetch it again") from None
+            raise UserError(f"{archive} is not a whole tar.gz file ({first_line(error)}); fetch it again") from None
         for stale in out.iterdir():
             if stale not in partials.values():
                 stale.unlink()
@@ -181,7 +181,3 @@ def _is_wanted(member: tarfile.TarInfo) -> bool:
     if member.size > allowed:
         raise tarfile.TarError(f"{member.name} claims {member.size:,} bytes, more than {allowed:,}")
     return True
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
