@@ -3,8 +3,9 @@
     python benchmarks/autoencoder.py [--batch 128] [--steps 2] [--runs 7] [--only "layer 1"]
 
 Ours counts everything that a step of a run does: crop, flip and normalise on uint8 images (where a phase sees pixels),
-the loss, the schedule and the metrics. The bare loop has torch's own modules, loss and SGD, without augmentation and
-metrics. It too starts from uint8 (105,000 images of STL-10 would fill 11.6 GB as floats), or from codes.
+the loss, the schedule and the metrics. The bare loop has torch's own modules, loss and SGD (momentum and weight decay
+of the phase), without augmentation and metrics. It too starts from uint8 (105,000 images of STL-10 would fill 11.6 GB
+as floats), or from codes. As in training, the process keeps the memory that it frees, for both.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 
 from dlops_dist.config import Q2
 from dlops_dist.data.loader import Batch
+from dlops_dist.data.memory import keep_freed_memory
 from dlops_dist.engine.codes import Codes
 from dlops_dist.engine.learner import Inputs, Learner
 from dlops_dist.engine.reconstruction import ReconstructionLearner
@@ -37,17 +39,25 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--only", choices=PHASES, action="append")
     arguments = parser.parse_args()
+    keep_freed_memory()
     print(f"threads {torch.get_num_threads()}, batch {arguments.batch}")
+    pretraining = []
     for phase in arguments.only or PHASES:
         on_codes = phase.startswith("layer") and phase != "layer 1"
         steps = arguments.steps * (50 if on_codes else 1)
         ours, bare = ours_of(phase, arguments.batch, steps), bare_of(phase, arguments.batch, steps)
         ours_s, bare_s = alternate(ours, bare, arguments.runs)
-        images = arguments.batch * steps
-        print(
-            f"{phase}: ours {images / ours_s:,.0f} images/s, bare loop {images / bare_s:,.0f}, "
-            f"ratio {bare_s / ours_s:.3f}", flush=True,
-        )  # fmt: skip
+        tell(phase, arguments.batch * steps, ours_s, bare_s)
+        if phase.startswith("layer"):
+            pretraining.append((ours_s / steps, bare_s / steps))
+    if len(pretraining) > 1:
+        ours_s, bare_s = map(sum, zip(*pretraining, strict=True))
+        tell(f"these {len(pretraining)} layers, one after the other", arguments.batch, ours_s, bare_s)
+
+
+def tell(phase: str, images: int, ours_s: float, bare_s: float) -> None:
+    rates = f"ours {images / ours_s:,.0f} images/s, bare loop {images / bare_s:,.0f}"
+    print(f"{phase}: {rates}, ratio {bare_s / ours_s:.3f}", flush=True)
 
 
 def ours_of(phase: str, batch_size: int, steps: int) -> Callable[[], None]:
@@ -76,7 +86,8 @@ def bare_of(phase: str, batch_size: int, steps: int) -> Callable[[], None]:
     labels = torch.randint(10, (batch_size,))
     data = data_of(phase, batch_size)
     mean, std = (torch.tensor(v).view(1, 1, 1, 3) for v in (INPUTS.mean, INPUTS.std))
-    if phase in ("frozen", "finetuned"):
+    classified = phase in ("frozen", "finetuned")
+    if classified:
         used = pairs[: widths.index(CODE)]
         encoder = nn.Sequential(*(m for below, above in used for m in (nn.Linear(below, above), nn.ReLU())))
         encoder.requires_grad_(phase == "finetuned")
@@ -87,7 +98,11 @@ def bare_of(phase: str, batch_size: int, steps: int) -> Callable[[], None]:
         up = [m for below, above in chosen for m in (nn.Linear(below, above), nn.ReLU())]
         down = [m for below, above in reversed(chosen) for m in (nn.Linear(above, below), nn.ReLU())]
         model = nn.Sequential(*up, *down[:-1])
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-6, momentum=0.9)
+    chosen_sgd = Q2().optimizer if classified else Q2().pretrain.optimizer
+    optimizer = torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad],
+        1e-6, momentum=chosen_sgd.momentum, weight_decay=chosen_sgd.weight_decay,
+    )  # fmt: skip
 
     def run() -> None:
         for _ in range(steps):
@@ -95,7 +110,6 @@ def bare_of(phase: str, batch_size: int, steps: int) -> Callable[[], None]:
             if data.dtype == torch.uint8:
                 x = data.float().div_(255).sub_(mean).div_(std).flatten(1)
             optimizer.zero_grad()
-            classified = phase in ("frozen", "finetuned")
             loss = F.cross_entropy(model(x), labels) if classified else F.mse_loss(model(x), x)
             loss.backward()
             optimizer.step()

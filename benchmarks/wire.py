@@ -6,7 +6,7 @@ For W ranks, P parameters, batch norms of c channels each, G samples of D embedd
 a ring sends over all ranks together
 
     gradients (DDP)      all-reduce of P:                          2 (W-1) P
-    sync batch norm      all-gather of 2c+1, all-reduce of 2c:     sum_c  W (W-1) (2c+1) + 2 (W-1) 2c
+    sync batch norm      all-gathers of 2c+1 and of 2c:            sum_c  W (W-1) (4c+1)
     triplets             all-gather and all-reduce of G D:         W (W-1) ceil(G/W) D + 2 (W-1) G D
     centres              all-reduce of C (D+1):                    2 (W-1) C (D+1)
 
@@ -61,7 +61,7 @@ def formulas(workers: int, batch: int) -> dict[str, float]:
     dim, reduce, gather = model.embedding_dim, 2 * (workers - 1), workers * (workers - 1)
     return {
         "gradients": 4 * reduce * sum(p.numel() for p in model.parameters()),
-        "sync batch norm": 4 * sum(gather * (2 * c + 1) + reduce * 2 * c for c in channels),
+        "sync batch norm": 4 * sum(gather * (4 * c + 1) for c in channels),
         "triplets": 4 * (gather * ceil(batch / workers) * dim + reduce * batch * dim),
         "centres": 4 * reduce * CLASSES * (dim + 1),
     }

@@ -28,13 +28,14 @@ def confusion_counts(logits: Tensor, labels: Tensor) -> Tensor:
     return places.bincount(minlength=num_classes**2).view(num_classes, num_classes)
 
 
-def class_sums(values: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """For each class its number of samples and the sum of their values (N, D): (C, 1 + D). Deterministic."""
+def add_class_sums(sums: Tensor, values: Tensor, labels: Tensor) -> None:
+    """Add to the rows (C, 1 + D) of the labels' classes their number of samples and the sum of their values (N, D).
+
+    Deterministic; rows of other classes are not touched.
+    """
     classes, place = labels.unique(return_inverse=True)
     member = (place == torch.arange(len(classes), device=labels.device)[:, None]).to(values.dtype)
-    sums = values.new_zeros(num_classes, 1 + values.shape[1])
-    sums[classes] = torch.cat([member.sum(dim=1, keepdim=True), member @ values], dim=1)
-    return sums
+    sums[classes] += torch.cat([member.sum(dim=1, keepdim=True), member @ values], dim=1)
 
 
 def nearest_center_correct(embeddings: Tensor, labels: Tensor, centers: Tensor) -> Tensor:

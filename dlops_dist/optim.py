@@ -1,7 +1,7 @@
 """Stochastic gradient descent, and the learning rate as a pure function of the step."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor
 Schedule = Literal["cosine", "one-cycle", "step", "constant"]
 PIECE = 2**20
 """Values of a large tensor that are updated together: those of weight, gradient and momentum fit into 12 MB."""
-LARGE = 4 * PIECE
 ONE_CYCLE_START, ONE_CYCLE_END = 1 / 25, 1e-4
 
 
@@ -45,35 +44,44 @@ class SGD(torch.optim.Optimizer):
         }  # fmt: skip
         super().__init__(params, defaults)
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Move every parameter that has a gradient. Returns what `closure` returns."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.update()
+        return loss
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """What `step` does between torch's hooks, which take longer than the update of a small layer."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if any(p.grad.is_sparse for p in params):
                 raise ValueError("SGD takes dense gradients only; build the embedding with sparse=False")
             for same_kind in _by_device_and_dtype(params):
-                self._update(same_kind, group)
-        return loss
+                self._update_alike(same_kind, group)
 
-    def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+    def _update_alike(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """Move parameters of one device and type. A new momentum buffer starts as a copy of its gradient."""
         if not group["momentum"]:
             for some, gradients in _pieces(params, _gradients_of(params)):
                 _move(some, gradients, [], group)
             return
-        new = [param for param in params if "momentum_buffer" not in self.state[param]]
-        known = [param for param in params if "momentum_buffer" in self.state[param]]
-        for param in new:
-            self.state[param]["momentum_buffer"] = torch.empty_like(param)
-        for chosen, first in ((new, True), (known, False)):
-            momenta = [self.state[param]["momentum_buffer"] for param in chosen]
+        known: list[tuple[Tensor, Tensor]] = []
+        new: list[tuple[Tensor, Tensor]] = []
+        for param in params:
+            state = self.state[param]
+            if (momentum := state.get("momentum_buffer")) is not None:
+                known.append((param, momentum))
+            else:
+                state["momentum_buffer"] = torch.empty_like(param)
+                new.append((param, state["momentum_buffer"]))
+        for pairs in filter(None, (new, known)):
+            chosen, momenta = map(list, zip(*pairs, strict=True))
             for some, gradients, buffers in _pieces(chosen, _gradients_of(chosen), momenta):
-                _move(some, gradients, buffers, group, first)
+                _move(some, gradients, buffers, group, first=pairs is new)
 
 
 def _move(
@@ -110,18 +118,28 @@ def _gradients_of(params: list[Tensor]) -> list[Tensor]:
 def _pieces(*lists: list[Tensor]) -> Iterable[list[list[Tensor]]]:
     """Lists of tensors that belong together: all small ones at once, then each large one of a CPU in flat pieces.
 
-    What is done to a piece finds it in the cache: a quarter less time for layers of many million weights.
+    What is done to a piece finds it in the cache: a tenth to a third less time for ResNet-18.
     """
+    if all(tensor.numel() <= PIECE for tensor in lists[0]):
+        yield list(lists)
+        return
     whole: list[tuple[Tensor, ...]] = []
     large: list[tuple[Tensor, ...]] = []
     for own in zip(*lists, strict=True):
-        on_cpu = own[0].device.type == "cpu" and all(tensor.is_contiguous() for tensor in own)
-        (large if on_cpu and own[0].numel() > LARGE else whole).append(own)
+        (large if own[0].numel() > PIECE and _can_be_cut(own) else whole).append(own)
     if whole:
         yield [list(tensors) for tensors in zip(*whole, strict=True)]
     for own in large:
-        for pieces in zip(*(tensor.view(-1).split(PIECE) for tensor in own), strict=True):
+        flat = (tensor.as_strided((tensor.numel(),), (1,)) for tensor in own)
+        for pieces in zip(*(tensor.split(PIECE) for tensor in flat), strict=True):
             yield [[piece] for piece in pieces]
+
+
+def _can_be_cut(own: Sequence[Tensor]) -> bool:
+    """Whether the values of these tensors lie on the CPU without gaps, in the same order."""
+    first = own[0]
+    dense = first.is_contiguous() or (first.ndim == 4 and first.is_contiguous(memory_format=torch.channels_last))
+    return first.is_cpu and dense and all(tensor.stride() == first.stride() for tensor in own)
 
 
 def _by_device_and_dtype(params: list[Tensor]) -> Iterable[list[Tensor]]:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dlops_dist.distributed.collectives import gather, world_size
+from dlops_dist.distributed.collectives import of_all_ranks, world_size
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 ODD = 0x9E3779B97F4A7C15 - 2**64
@@ -28,7 +28,7 @@ def describe_divergence(tensors: Mapping[str, Tensor]) -> str | None:
     """
     if world_size() == 1:
         return None
-    hashes = gather(torch.stack([bits_hash(x) for x in tensors.values()])[None], [1] * world_size())
+    hashes = of_all_ranks(torch.stack([bits_hash(x) for x in tensors.values()]))
     by_rank = [tuple(row) for row in hashes.tolist()]
     usual, _ = Counter(by_rank).most_common(1)[0]
     odd = [rank for rank, row in enumerate(by_rank) if row != usual]

@@ -9,15 +9,23 @@ from torch import Tensor
 from dlops_dist.distributed.collectives import all_sum, gather, world_size
 from dlops_dist.losses import CenterLoss, Terms
 from dlops_dist.losses.center import CenterSums
+from dlops_dist.losses.terms import Count, at_least_one
 
 
 class Objective(NamedTuple):
     """A step's loss, seen from one rank."""
 
-    backward: Tensor
-    """What this rank back-propagates; DDP averages the gradients of all ranks."""
+    sums: list[Tensor]
+    """Of this rank's terms, with gradient."""
+    scales: list[Tensor]
+    """Gradient of the step's loss with respect to each sum, times W: DDP averages over all ranks."""
     values: dict[str, Tensor]
     """Each loss over the global batch, float64, the same bits on every rank, without gradient."""
+
+    def backward(self, *others: tuple[Tensor, Tensor]) -> None:
+        """Back-propagate the sums, and with them other tensors by gradients that are known already."""
+        tensors, gradients = zip(*zip(self.sums, self.scales, strict=True), *others, strict=True)
+        torch.autograd.backward(tensors, gradients)
 
 
 def global_objective(terms: Mapping[str, Terms], weights: Mapping[str, float], share: float = 1.0) -> Objective:
@@ -33,14 +41,26 @@ def global_objective(terms: Mapping[str, Terms], weights: Mapping[str, float], s
     `share` is 1, or this micro-batch's part of a step's samples: objectives then add up to that of the step, for
     losses that count samples. (Triplets do not: mine them over the whole step.)
     """
-    own = torch.stack([torch.stack([t.sum.detach().double(), t.count]) for t in terms.values()])
-    sums, counts = all_sum(own).unbind(dim=1)
-    counts = counts.clamp(min=1)
-    scaled = [
-        t.sum * (weights[name] * world_size() * share / count).to(t.sum.dtype)
-        for (name, t), count in zip(terms.items(), counts, strict=True)
-    ]
-    return Objective(torch.stack(scaled).sum(), dict(zip(terms, share * sums / counts, strict=True)))
+    sums, scales, values = [], [], {}
+    for (name, t), (total, count) in zip(terms.items(), _over_all_ranks(terms), strict=True):
+        part = share / at_least_one(count)
+        sums.append(t.sum)
+        scales.append(_filled_like(t.sum, weights[name] * world_size() * part))
+        values[name] = total * part
+    return Objective(sums, scales, values)
+
+
+def _filled_like(x: Tensor, value: float | Tensor) -> Tensor:
+    return value.to(x) if isinstance(value, Tensor) else torch.full_like(x, value)
+
+
+def _over_all_ranks(terms: Mapping[str, Terms]) -> list[tuple[Tensor, Count]]:
+    """Sum, float64, and count of each loss."""
+    own: list[tuple[Tensor, Count]] = [(t.sum.detach().double(), t.count) for t in terms.values()]
+    if world_size() == 1:
+        return own
+    pairs = [torch.stack([total, torch.as_tensor(count).to(total)]) for total, count in own]
+    return [(total, count) for total, count in all_sum(torch.stack(pairs))]
 
 
 def update_centers(loss: CenterLoss, embeddings: Tensor, labels: Tensor, num_samples: int) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dlops_dist.losses.terms import Terms, at_least_float32, count_of
+from dlops_dist.losses.terms import Terms, at_least_float32
 
 
 class CenterSums(NamedTuple):
@@ -39,7 +39,7 @@ class CenterLoss(nn.Module):
     def terms(self, embeddings: Tensor, labels: Tensor) -> Terms:
         """Sum of 1/2 ||x_i - c_yi||^2 and N."""
         squares = F.mse_loss(at_least_float32(embeddings), self.centers[labels], reduction="sum")
-        return Terms(squares / 2, count_of(len(labels), embeddings))
+        return Terms(squares / 2, len(labels))
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         return self.terms(embeddings, labels).mean()

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+Count = int | Tensor
+
 
 @dataclass(frozen=True)
 class Terms:
@@ -12,19 +14,18 @@ class Terms:
 
     sum: Tensor
     """Scalar, with gradient, at least float32."""
-    count: Tensor
-    """Scalar float64, without gradient."""
+    count: Count
+    """A number where it is known beforehand, else a scalar float64 without gradient."""
 
     def mean(self) -> Tensor:
         """The single-process loss."""
-        return self.sum / self.count.clamp(min=1).to(self.sum.dtype)
+        return (self.sum / at_least_one(self.count)).to(self.sum.dtype)
 
 
-def count_of(number: int, like: Tensor) -> Tensor:
-    """A count as Terms holds it, on the device of `like`."""
-    return torch.tensor(float(number), dtype=torch.float64, device=like.device)
+def at_least_one(count: Count) -> Count:
+    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
     """Losses are computed in float32 under mixed precision, and in float64 with a float64 model."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -55,7 +55,7 @@ class TripletLoss(nn.Module):
     def from_triplets(self, anchors: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
         """The loss of given triplets, the study's form: three tensors (T, D), row by row."""
         anchors, positives, negatives = (self._prepared(x) for x in (anchors, positives, negatives))
-        return self._hinge_terms(self._distance(anchors, positives) - self._distance(anchors, negatives)).mean()
+        return Terms(*self._hinges(self._distance(anchors, positives) - self._distance(anchors, negatives))).mean()
 
     def terms(self, embeddings: Tensor, labels: Tensor, anchors: slice | None = None) -> Terms:
         """Sum and number of the triplets whose anchor is in `anchors` (default all), mined among all N samples.
@@ -77,10 +77,10 @@ class TripletLoss(nn.Module):
         squared = (a - b).square().sum(dim=1)
         return squared if self.squared else _safe_sqrt(squared)
 
-    def _hinge_terms(self, differences: Tensor) -> Terms:
+    def _hinges(self, differences: Tensor) -> tuple[Tensor, Tensor]:
         losses = F.relu(differences + self.margin)
         chosen = losses > 0 if self.average == "active" else torch.ones_like(losses, dtype=torch.bool)
-        return Terms(losses.sum(), chosen.sum(dtype=torch.float64))
+        return losses.sum(), chosen.sum(dtype=torch.float64)
 
     def _pieces(self, x: Tensor, labels: Tensor, first: int, last: int) -> Iterator[Piece]:
         """Parts of the sum, each a function of the embeddings."""
@@ -96,8 +96,7 @@ class TripletLoss(nn.Module):
 
     def _of_triplets(self, x: Tensor, triplets: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         anchors, positives, negatives = (F.embedding(index, x) for index in triplets)  # x[index], its gradient faster
-        terms = self._hinge_terms(self._distance(anchors, positives) - self._distance(anchors, negatives))
-        return terms.sum, terms.count
+        return self._hinges(self._distance(anchors, positives) - self._distance(anchors, negatives))
 
     def _all_of_rows(self, x: Tensor, mates: "_ClassMates") -> tuple[Tensor, Tensor]:
         """Every triplet of some anchors, without a cube: sort the negatives, then add up prefix sums."""

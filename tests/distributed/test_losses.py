@@ -50,7 +50,7 @@ def gradients(sizes, dtype=torch.float64):
             own = x[part].to(dtype).requires_grad_()
             arguments = (gather(own, sizes), labels, part) if "," in name else (own, labels[part])
             objective = global_objective({name: loss.terms(*arguments)}, {name: 1.0})
-            objective.backward.backward()
+            objective.backward()
             results[name, batch] = objective.values[name], gather(own.grad, sizes) / world_size()
     return results
 

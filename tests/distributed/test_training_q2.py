@@ -23,6 +23,7 @@ KINDS = {
     "tied, masked": {"model": {"tied": True}, "pretrain": {"corruption": "masking"}},
     "batch norm, noise, dropout": {
         "model": {"norm": "batch", "dropout": 0.3}, "pretrain": {"corruption": "gaussian"}, "finetune": True,
+        "ema_decay": 0.9, "flip_test": True,
     },
     "layer norm, codes not kept": {"model": {"norm": "layer"}, "pretrain": {"codes_gb": 0}, "finetune": True},
 }  # fmt: skip
@@ -138,7 +139,7 @@ def trained(kind, shards, runs, **changes):
 
 def left(runs):
     if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+        torch.distributed.barrier()  # the first rank ends once its last checkpoint is written
     checkpoint = torch.load(sorted(Path(runs).glob("run/checkpoints/*.pt"))[-1], weights_only=True)
     return checkpoint, [json.loads(line) for line in (Path(runs) / "run/metrics.jsonl").read_text().splitlines()]
 
@@ -168,15 +169,16 @@ class StoppedError(Exception):
     """What stands for a machine that goes down."""
 
 
-def stopped(shards, runs, after):
+def stopped(shards, runs, after, precision="float64"):
     """Train until a checkpoint was written after so many steps."""
-    settings = settings_of("batch norm, noise, dropout", shards, runs, checkpoint_every=1)
+    settings = settings_of("batch norm, noise, dropout", shards, runs, checkpoint_every=1, precision=precision)
     fit_run = _Fit(with_folder(settings), CPU, [])
     save = fit_run._save
 
     def save_then_stop(step):
         save(step)
         if step == after:
+            fit_run.folder.checkpoints.wait()
             raise StoppedError
 
     fit_run._save = save_then_stop
@@ -224,8 +226,17 @@ def test_a_run_that_stops_on_two_ranks_goes_on_on_three(whole, stl_shards, tmp_p
     compare(run_ranks(resumed, 3, stl_shards, tmp_path)[0], whole, "moved")
 
 
-def resumed(shards, runs):
-    return trained("batch norm, noise, dropout", shards, runs, checkpoint_every=1)
+def resumed(shards, runs, precision="float64"):
+    return trained("batch norm, noise, dropout", shards, runs, checkpoint_every=1, precision=precision)
+
+
+@pytest.mark.parametrize("ranks", [3, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+def test_a_run_that_stops_in_any_stage_goes_on_to_the_same_bits_on_as_many_ranks(ranks, stl_shards, tmp_path):
+    whole = run_ranks(resumed, ranks, stl_shards, tmp_path / "whole", "float32")[0]
+    for after in (7, 21) if ranks == 3 else (3, 9, 12, 16, 23):
+        runs = tmp_path / str(after)
+        run_ranks(stopped, ranks, stl_shards, runs, after, "float32")
+        same_bits(run_ranks(resumed, ranks, stl_shards, runs, "float32")[0], whole)
 
 
 def test_folds_start_from_the_same_encoders_and_see_their_own_samples(stl_shards, tmp_path):

@@ -78,12 +78,12 @@ def test_every_step_gives_the_bits_of_torch(setting):
 
 @each_setting
 def test_tensors_that_are_updated_in_pieces_give_the_bits_of_torch_too(setting, monkeypatch):
-    """Transposed ones cannot be cut, and are not; a remainder of one value is a piece."""
+    """Channels-last ones too; transposed ones cannot be cut, and are not; a remainder of one value is a piece."""
     monkeypatch.setattr(optim, "PIECE", 2**14)
-    monkeypatch.setattr(optim, "LARGE", 2**14)
     generator = torch.Generator().manual_seed(0)
     sizes = [(100, 513), (2**14 + 1,), (3, 5)]
-    starts = [torch.randn(size, generator=generator) for size in sizes] + [torch.randn(513, 100).t()]
+    starts = [torch.randn(size, generator=generator) for size in sizes]
+    starts += [torch.randn(513, 100).t(), torch.randn(60, 40, 3, 3).contiguous(memory_format=torch.channels_last)]
     our_parameters, their_parameters = ([torch.nn.Parameter(x.clone()) for x in starts] for _ in range(2))
     ours = SGD(our_parameters, lr=0.1, **setting)
     theirs = torch.optim.SGD(their_parameters, lr=0.1, foreach=True, **setting)

@@ -21,3 +21,17 @@ def distance(ours, theirs):
 def with_total_sums(state):
     """A state whose sums, kept for each rank, are added up: those alone depend on the number of ranks."""
     return {**state, "sums": {name: value.sum(dim=0) for name, value in state["sums"].items()}}
+
+
+def same_checkpoint(ours, theirs):
+    """Whether two files hold the same bits: weights, centres, momenta, sums, settings."""
+    ours, theirs = (torch.load(path, weights_only=True) for path in (ours, theirs))
+    return same_state(ours, theirs)
+
+
+def same_state(ours, theirs):
+    """Whether two states hold the same bits."""
+    first, second = tensors(ours), tensors(theirs)
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name].nan_to_num(), second[name].nan_to_num()) for name in first
+    )
