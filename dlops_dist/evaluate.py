@@ -1,4 +1,6 @@
-"""Evaluate the last checkpoint of a run: the same test figures again, or those on other shards.
+"""Evaluate the result of a run: the same test figures again, or those on other shards.
+
+The result is the checkpoint that was best on the held-out part of train, where there is one, else the last.
 
 python -m dlops_dist.evaluate runs/NAME
 python -m dlops_dist.evaluate runs/NAME --data.shards shards/other
@@ -6,7 +8,7 @@ python -m dlops_dist.evaluate runs/NAME --data.shards shards/other
 
 import argparse
 import sys
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from dlops_dist.errors import OneLineParser, UserError, exit_code_of
@@ -16,7 +18,7 @@ def main() -> None:
     parser = OneLineParser(
         prog="python -m dlops_dist.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, help="folder of the run")
+    parser.add_argument("run", help="folder of the run, or its URL")
     parser.add_argument("--data.shards", dest="shards", type=Path, help="other shards with as many classes")
     parser.add_argument("--split", default="test", help="which split (default: test)")
     arguments = parser.parse_args()
@@ -33,32 +35,34 @@ def main() -> None:
         else:
             print(f"{name}: {value!r}")
     row = {f"test/{name}": value for name, value in figures.items()}
-    print(f"result: {arguments.run.name} at epoch {epoch:g}, {arguments.split}: {test_figures(row)}")
+    print(f"result: {PurePath(arguments.run).name} at epoch {epoch:g}, {arguments.split}: {test_figures(row)}")
 
 
-def evaluate_run(run: Path, shards: Path | None = None, split_name: str = "test") -> tuple[dict[str, Any], float]:
-    """Figures of the run's last checkpoint on a split, and the epoch it was taken at."""
+def evaluate_run(run: str, shards: Path | None = None, split_name: str = "test") -> tuple[dict[str, Any], float]:
+    """Figures of the run's result on a split, and the epoch it was taken at."""
     import numpy as np
     import torch
 
     from dlops_dist.config import Q2
+    from dlops_dist.data.memory import keep_freed_memory
     from dlops_dist.data.shards import Split, read_manifest
     from dlops_dist.engine.evaluation import evaluate
     from dlops_dist.engine.fit import default_device
     from dlops_dist.engine.learner import Inputs, Learner
+    from dlops_dist.engine.precision import set_numerics
     from dlops_dist.engine.run_folder import RunFolder
     from dlops_dist.engine.stacked import build_classifier, build_stack
 
+    keep_freed_memory()
     folder, device = RunFolder(run), default_device()
     _, settings = folder.settings()
-    state = folder.load(settings, None, device)
-    if state is None:
-        raise UserError(f"{run} has no checkpoint yet; train it first")
+    state = folder.result(device, warn=lambda text: print(f"warning: {text}"))
     shards = shards or Path(settings.data.shards)
     manifest, inputs = read_manifest(shards), Inputs(**state["inputs"])
     if len(manifest.classes) != inputs.num_classes:
         raise UserError(f"data.shards: {shards} has {len(manifest.classes)} classes, the run has {inputs.num_classes}")
     torch.set_num_threads(state["threads"])  # sums are rounded alike
+    set_numerics(settings, device)
     model = None
     if isinstance(settings, Q2):
         if "fc.weight" not in state["model"]:

@@ -8,7 +8,11 @@
 The same command again goes on where it stopped. `TASK --help` lists every setting.
 """
 
+import signal
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +37,14 @@ def main() -> None:
     if settings.local and settings.workers not in (None, 1):
         raise UserError(f"workers: {settings.workers} processes need Ray; leave out --local")
 
-    from dlops_dist.tracking import Console, check_wandb, fold_figures, test_figures
+    from dlops_dist.tracking import Console, check_wandb
 
     check_wandb(settings.wandb)
     if settings.smoke:
         settings = with_smoke_shards(task, settings)
     with Console() as console:
         rows = run(task, settings, console)
-    figures = fold_figures(rows) or test_figures(rows[-1])
-    print(f"result: {task} {settings.variant} after {rows[-1]['epoch']} epochs: test {figures}")
+    print(f"result: {task} {settings.variant} after {rows[-1]['epoch']} epochs{result_figures(rows)}")
 
 
 def run(task: str, settings: Settings, console: Any) -> list[dict[str, Any]]:
@@ -50,22 +53,64 @@ def run(task: str, settings: Settings, console: Any) -> list[dict[str, Any]]:
     from dlops_dist.engine import fit, prepare
     from dlops_dist.engine.run_folder import RunFolder
 
+    if not settings.local:
+        from dlops_dist.ray_cluster import refuse_uploaded_folder
+
+        refuse_uploaded_folder(settings)
     settings = prepare(task, settings)
-    folder = RunFolder(Path(settings.runs_dir) / str(settings.name))
+    folder = RunFolder.of(settings)
     with folder.held():
         folder.create(task, settings)
         if folder.finished_row(settings, read_manifest(Path(settings.data.shards))) is not None:
-            console.say(f"run {folder.path} is complete; another --name trains anew")
+            console.say(f"run {folder} is complete; another --name trains anew")
         elif settings.local:
+            from dlops_dist.data.memory import keep_freed_memory
             from dlops_dist.tracking import Wandb
 
-            wandb = [] if settings.wandb == "off" else [Wandb(settings.wandb, folder.path)]
-            fit(settings, task=task, listeners=[console, *wandb])
+            keep_freed_memory()
+            wandb = [] if settings.wandb == "off" else [Wandb(settings, warn=console.warn)]
+            with stop_signals(console.say) as stop:
+                fit(settings, task=task, listeners=[console, *wandb], stop=stop)
         else:
             from dlops_dist.ray_backend import train_on_ray
 
             train_on_ray(task, settings, console)
         return folder.rows()
+
+
+@contextmanager
+def stop_signals(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
+    """Take the first Ctrl-C or SIGTERM as a wish to stop once the step is saved, the second as one to stop at once.
+
+    Yields whether there is such a wish.
+    """
+    wished = threading.Event()
+
+    def wish(*_: object) -> None:
+        if wished.is_set():
+            raise KeyboardInterrupt
+        wished.set()
+        say("stopping as soon as the step is saved; once more stops at once")
+
+    before = {number: signal.signal(number, wish) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield wished.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def result_figures(rows: list[dict[str, Any]]) -> str:
+    """What the last line says of a run's rows."""
+    from dlops_dist.engine.run_folder import best_row
+    from dlops_dist.tracking import fold_figures, test_figures
+
+    if (folds := fold_figures(rows)) is not None:
+        return f": test {folds}"
+    best = best_row(rows)
+    if best is None:
+        return f": test {test_figures(rows[-1])}"
+    return f", best on the held-out part of train after {best['epoch']}: test {test_figures(best)}"
 
 
 def with_smoke_shards(task: str, settings: Settings) -> Settings:
@@ -76,8 +121,9 @@ def with_smoke_shards(task: str, settings: Settings) -> Settings:
     from dlops_dist.data.shapes import write_stl10, write_tiny_imagenet
     from dlops_dist.data.shards import MANIFEST
     from dlops_dist.data.sources import STL10, Source, TinyImageNet
+    from dlops_dist.files import Folder
 
-    out = Path(settings.runs_dir) / f".smoke-shards-{task}"
+    out = (Folder(settings.runs_dir).local or Path(tempfile.gettempdir())) / f".smoke-shards-{task}"
     if not (out / MANIFEST).is_file():
         with tempfile.TemporaryDirectory() as scratch:
             source: Source
@@ -88,7 +134,7 @@ def with_smoke_shards(task: str, settings: Settings) -> Settings:
                 archive = Path(scratch) / "shapes.zip"
                 write_tiny_imagenet(archive, **SMOKE_SHARDS[task])
                 source = TinyImageNet(archive)
-            pack(source, out, "shapes-stl10" if task == "q2" else "shapes", workers=1)
+            pack(source, out, "shapes-stl10" if task == "q2" else "shapes", workers=1, again=False)
     data = settings.data.model_copy(update={"shards": str(out)})
     return settings.model_copy(update={"data": data})
 

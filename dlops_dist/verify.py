@@ -63,7 +63,7 @@ def measure() -> dict[tuple[str, str], Any]:
         (ce, "each worker's batch norm"): _our_gradient("ce", norm="local"),
         (triplet, OURS): _our_gradient("triplet"),
         (triplet, "mined in each worker's part"): _gradient("triplet", _mined_locally),
-        (triplet, "others without gradient"): _gradient("triplet", _remotes_detached),
+        (triplet, "others' embeddings without gradient"): _gradient("triplet", _remotes_detached),
         (triplet, "whole loss on each worker"): _gradient("triplet", _whole_loss_averaged),
         (center, OURS): _our_gradient("center"),
         (center, "mean of each worker's mean"): _gradient("center", _local_means),
@@ -143,7 +143,8 @@ def _remotes_detached(loss: Any, embeddings: Any, _: Any, batch: Any) -> Any:
     from dlops_dist.distributed.objective import global_objective
 
     terms = loss.triplet.terms(_everyone_detached(embeddings, batch), batch.labels, batch.part)
-    return global_objective({"triplet": terms}, {"triplet": 1.0}).backward
+    objective = global_objective({"triplet": terms}, {"triplet": 1.0})
+    return objective.sums[0] * objective.scales[0]
 
 
 def _whole_loss_averaged(loss: Any, embeddings: Any, _: Any, batch: Any) -> Any:

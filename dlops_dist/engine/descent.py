@@ -1,9 +1,10 @@
 """What every learner does with its gradients: average them over ranks, clip them, step at the scheduled rate."""
 
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dlops_dist.config import Optimizer, Settings
@@ -38,6 +39,7 @@ class Descent:
             module = DistributedDataParallel(module, forward_sync_buffers=False, gradient_as_bucket_view=True)
         self.network = module
         """The module whose backward pass averages gradients over ranks."""
+        self._settled = world_size() == 1
 
     def lr(self, step: int) -> float:
         """Learning rate of a step, counted from 0 over all epochs of the stage."""
@@ -47,11 +49,33 @@ class Descent:
         decay = chosen.step_epochs * per_epoch
         return chosen.lr * lr_factor(step, total, chosen.schedule, warmup, decay, chosen.step_gamma)
 
+    def settle(self, forward: Callable[[], Iterable[Tensor]]) -> None:
+        """Before the first step after a start: let DDP choose its buckets, by a pass that trains nothing.
+
+        It rebuilds them in the order of the first backward pass, and sums over three or more ranks are rounded by
+        where a gradient lies in them. Now every step finds the same buckets, that after a resume too.
+
+        Args:
+            forward: through `network`, in training; all of its parameters must take part.
+        """
+        if self._settled:
+            return
+        before = [buffer.clone() for buffer in self.network.buffers()]
+        sum(output.sum() for output in forward()).backward()  # type: ignore[union-attr]
+        self.forget_gradients()
+        for buffer, value in zip(self.network.buffers(), before, strict=True):
+            buffer.copy_(value)
+        self._settled = True
+
     def exchanged(self, now: bool) -> AbstractContextManager[None]:
         """DDP averages the gradients that all micro-batches have added up, with the last of them."""
         if now or not isinstance(self.network, DistributedDataParallel):
             return nullcontext()
         return self.network.no_sync()  # type: ignore[no-any-return]
+
+    def forget_gradients(self) -> None:
+        for parameter in self._parameters:  # the optimizer's own zero_grad takes five times as long
+            parameter.grad = None
 
     def step(self, step: int) -> None:
         """Move the parameters by their gradients."""
@@ -59,4 +83,4 @@ class Descent:
             nn.utils.clip_grad_norm_(self._parameters, self._chosen.clip_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr(step)
-        self.optimizer.step()
+        self.optimizer.update()

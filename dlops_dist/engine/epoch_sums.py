@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from dlops_dist.distributed.collectives import all_sum, gather, rank, world_size
-from dlops_dist.metrics import class_sums, rank_of_label, unit_length
+from dlops_dist.distributed.collectives import all_sum, of_all_ranks, rank, world_size
+from dlops_dist.metrics import add_class_sums, rank_of_label, unit_length
 
 
 class RankSums:
@@ -18,7 +18,7 @@ class RankSums:
 
     def of_each_rank(self) -> dict[str, Tensor]:
         """Every rank's sums, stacked in rank order: what a checkpoint holds."""
-        return {name: gather(own[None], [1] * world_size()) for name, own in self._own.items()}
+        return {name: of_all_ranks(own) for name, own in self._own.items()}
 
     def load(self, of_each_rank: dict[str, Tensor]) -> None:
         """Go on from a checkpoint: each rank from its own sums, or, where their number changed, one from the total."""
@@ -59,7 +59,7 @@ class EpochSums(RankSums):
         self.counts[1] += (place < 1).sum()
         self.counts[2] += (place < 5).sum()
         self.counts[3:] += torch.stack([values[name] for name in self._losses]) * number
-        self.by_class += class_sums(embeddings.to(self.by_class.dtype), labels, len(self.by_class))
+        add_class_sums(self.by_class, embeddings.to(self.by_class.dtype), labels)
         self.unit += unit_length(embeddings).sum(dim=0)
 
     def top1(self) -> float:

@@ -12,7 +12,6 @@ from dlops_dist.data.order import Ids, rank_part
 from dlops_dist.data.readers import Reader
 from dlops_dist.distributed.collectives import all_sum, gather, rank, world_size
 from dlops_dist.engine.learner import Learner
-from dlops_dist.losses.terms import at_least_float32
 from dlops_dist.metrics import confusion_counts, nearest_center_correct, rank_of_label, recall_at_1, unit_length
 
 BLOCK = 256
@@ -45,10 +44,8 @@ def evaluate(learner: Learner, reader: Reader, ids: Ids, with_confusion: bool = 
     confusion = all_sum(confusion).cpu()
 
     embeddings = torch.cat([e for _, e, _ in own]) if own else _no_embeddings(learner)
-    starts = [sum(map(len, blocks[: rank_part(len(blocks), r, world_size()).start])) for r in range(world_size())]
-    sizes = np.diff([*starts, len(ids)]).tolist()
     labels = reader.labels[ids]
-    recalled = _count_recalled(gather(embeddings, sizes), torch.from_numpy(labels).to(learner.device))
+    recalled = _count_recalled(gather(embeddings), torch.from_numpy(labels).to(learner.device))
 
     numbers = torch.from_numpy(np.bincount(labels, minlength=num_classes))
     losses = {name: totals[3 + 2 * i] / max(totals[4 + 2 * i], 1) for i, name in enumerate(learner.loss.weights)}
@@ -87,10 +84,7 @@ def read_blocks(learner: Evaluated, reader: Reader, blocks: list[Ids]) -> Iterat
 
 def _block_result(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Of one block: counts of hits with sum and count of each loss, the embeddings, the confusion."""
-    learner.network.eval()
-    with torch.autocast(learner.device.type, torch.bfloat16, enabled=learner.autocast):
-        embeddings, logits = learner.network(learner.prepare(batch.images))
-    embeddings = at_least_float32(embeddings)
+    embeddings, logits = learner.judge(batch.images)
     labels = batch.labels
     terms = learner.loss.terms(embeddings, logits, embeddings, labels, slice(0, len(labels)))
     centers = learner.class_means
@@ -98,9 +92,9 @@ def _block_result(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor, Tenso
         embeddings, centers = unit_length(embeddings), unit_length(centers)
     place = rank_of_label(logits, labels)
     nearest = nearest_center_correct(embeddings, labels, centers)
-    figures = [(place < 1).sum(), (place < 5).sum(), nearest.sum()]
+    figures: list[int | Tensor] = [(place < 1).sum(), (place < 5).sum(), nearest.sum()]
     figures += [f for name in learner.loss.weights for f in (terms[name].sum, terms[name].count)]
-    row = torch.stack([figure.double() for figure in figures])
+    row = torch.stack([torch.as_tensor(f, dtype=torch.float64, device=learner.device) for f in figures])
     return row, embeddings, confusion_counts(logits, labels)
 
 

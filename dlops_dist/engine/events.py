@@ -1,4 +1,4 @@
-"""What a run tells while it goes on. Listeners (console, metrics file, W&B) take what they need."""
+"""What a run tells while it goes on. Listeners (console, W&B, a sweep) take what they need."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,9 +62,6 @@ class Warned:
 @dataclass(frozen=True)
 class Finished:
     """The run is complete."""
-
-    row: dict[str, Any]
-    """The last epoch's."""
 
 
 Event = Started | Stepped | EpochEnded | Told | Warned | Finished

@@ -1,11 +1,12 @@
 """A run from its first step, or the last checkpoint, to its last."""
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -15,24 +16,28 @@ from dlops_dist.data.order import micro_batches, rank_part
 from dlops_dist.data.readers import Reader, open_readers
 from dlops_dist.data.shards import REMOTE, Split, read_manifest
 from dlops_dist.distributed.agreement import describe_divergence
-from dlops_dist.distributed.collectives import rank, world_size
+from dlops_dist.distributed.collectives import of_all_ranks, rank, world_size
 from dlops_dist.engine.events import EpochEnded, Event, Finished, Listener, Started, Stepped, Told, Warned
 from dlops_dist.engine.precision import set_numerics
 from dlops_dist.engine.q2 import q2_stages
-from dlops_dist.engine.run_folder import RunFolder
+from dlops_dist.engine.run_folder import METRICS, RunFolder
 from dlops_dist.engine.stages import Classification, Samples, Span, Stage, StageLearner, named, spans_of
 from dlops_dist.errors import RunError, UserError
+from dlops_dist.files import is_url
 
 TELL_EVERY_S = 1.0
 CHECK_EVERY = {"cpu": 1, "cuda": 20}
 """Steps between looks at the loss, which make a GPU wait."""
+STATE_SIZE = 3
+"""A checkpoint is so many times its weights at most: momenta and an average come with them."""
 COMPARE_RANKS_EVERY = 100
 """Steps between looks at whether all ranks hold the same weights, besides those at each checkpoint."""
 
 
 def fit(
-    settings: Settings, *, task: str = "q1", device: torch.device | None = None, listeners: Sequence[Listener] = ()
-) -> dict[str, Any]:
+    settings: Settings, *, task: str = "q1", device: torch.device | None = None, listeners: Sequence[Listener] = (),
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:  # fmt: skip
     """Train to the end, from the last checkpoint of the run where there is one.
 
     Call it in one process, or in every worker of a torch.distributed group; settings.runs_dir and data.shards must
@@ -42,6 +47,7 @@ def fit(
         settings: of the run; name and paths are filled in.
         device: of this worker; by default the first GPU, else the CPU.
         listeners: called on rank 0 with each event.
+        stop: asked before each step whether to save and stop; by one process alone, others cannot know of it.
 
     Returns:
         The last row of metrics.
@@ -49,22 +55,22 @@ def fit(
     Raises:
         UserError: settings or data that do not fit together.
         RunError: the loss became infinite or NaN.
+        KeyboardInterrupt: stopped, and saved.
     """
     settings = prepare(task, settings)
     if rank() == 0:
-        RunFolder(Path(settings.runs_dir) / str(settings.name)).create(task, settings)
-    return _Fit(settings, device or default_device(), listeners).run()
+        RunFolder.of(settings).create(task, settings)
+    return _Fit(settings, device or default_device(), listeners, stop).run()
 
 
 def prepare(task: str, settings: Settings) -> Settings:
     """Settings with name and paths filled in. Refuses what does not fit together; writes nothing."""
-    if "://" in settings.runs_dir:
-        raise UserError(f"runs_dir: {settings.runs_dir} must be a folder that every node sees, not a URL")
     shards = resolved(settings.data.shards)
     manifest = read_manifest(shards)
     name = settings.name or default_name(task, settings, manifest.id)
-    data = settings.data.model_copy(update={"shards": str(shards)})
-    runs_dir = str(Path(settings.runs_dir).absolute())
+    cache = settings.data.cache_dir and str(Path(settings.data.cache_dir).absolute())
+    data = settings.data.model_copy(update={"shards": str(shards), "cache_dir": cache})
+    runs_dir = settings.runs_dir if is_url(settings.runs_dir) else str(Path(settings.runs_dir).absolute())
     stages_of(settings, Samples(shards, manifest, settings), torch.device("cpu"))
     return settings.model_copy(update={"name": name, "runs_dir": runs_dir, "data": data})
 
@@ -90,10 +96,13 @@ def default_device() -> torch.device:
 
 
 class _Fit:
-    def __init__(self, settings: Settings, device: torch.device, listeners: Sequence[Listener]) -> None:
+    def __init__(
+        self, settings: Settings, device: torch.device, listeners: Sequence[Listener] = (),
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:  # fmt: skip
         set_numerics(settings, device)
-        self.settings, self.device, self.listeners = settings, device, listeners
-        self.folder = RunFolder(Path(settings.runs_dir) / str(settings.name))
+        self.settings, self.device, self.listeners, self._stop = settings, device, listeners, stop
+        self.folder = RunFolder.of(settings)
         shards = Path(settings.data.shards)
         self.manifest = read_manifest(shards)
         self.samples = Samples(shards, self.manifest, settings)
@@ -115,15 +124,16 @@ class _Fit:
         return readers
 
     def run(self) -> dict[str, Any]:
-        state = self.folder.load(self.settings, self.manifest.id, self.device)
+        state = self._loaded()
         step = 0 if state is None else state["step"]
         first = next(i for i, span in enumerate(self.spans) if step <= span.end_step)
         self._enter(first, state)
         if rank() == 0:
+            self._check_room()
             self.folder.keep_rows(step)
             finished, rows = int(self.span.epoch_of(step)), len(self.folder.rows())
             if rows != finished:
-                where = f"{self.folder.metrics_file} has {rows} of {finished} finished epochs"
+                where = f"{self.folder}/{METRICS} has {rows} of {finished} finished epochs"
                 raise RunError(f"{where}; put the others back, or choose another --name")
         self._tell(self._started(step))
         row = self.folder.rows()[-1] if step == self.span.end_step else {}
@@ -133,9 +143,22 @@ class _Fit:
             for epoch in range(int(self.span.epoch_of(max(step, self.span.first_step))), self.span.end_epoch):
                 row = self._epoch(epoch, max(step - self.span.first_step_of(epoch), 0))
             if rank() == 0:
-                self.stage.draw(self.folder.path / "report", self.learner, row)
-        self._tell(Finished(row))
+                with (self.folder.folder / "report").as_path() as report:
+                    self.stage.draw(report, self.learner, row)
+        self.folder.checkpoints.wait()
+        self._tell(Finished())
         return row
+
+    def _loaded(self) -> dict[str, Any] | None:
+        """The latest checkpoint that all ranks see: a node's view of a shared folder may lag behind another's."""
+        state = self.folder.load(
+            self.settings, self.manifest.id, self.device, warn=lambda text: self._tell(Warned(text))
+        )
+        step = 0 if state is None else state["step"]
+        seen_by_all = int(of_all_ranks(torch.tensor(step, device=self.device)).min())
+        if step == seen_by_all:
+            return state
+        return self.folder.checkpoints.load(seen_by_all, self.device) if seen_by_all else None
 
     def _enter(self, index: int, state: dict[str, Any] | None) -> None:
         """Begin a stage, or go on in it."""
@@ -149,6 +172,8 @@ class _Fit:
 
     def _epoch(self, epoch: int, first: int) -> dict[str, Any]:
         """Train an epoch from its `first` step on, evaluate, save. Returns its row of metrics."""
+        if self._stop():
+            self._end_here()
         started = time.monotonic()
         self._train_epoch(epoch, first)
         trained_s = time.monotonic() - started
@@ -171,16 +196,23 @@ class _Fit:
                 self._check_finite(loss, epoch, step)
             if step % COMPARE_RANKS_EVERY == 0:
                 self._check_ranks_agree(step)
-            every = self.settings.checkpoint_every
-            if every and step % every == 0 and step_in_epoch < per_epoch:
+            every, stop = self.settings.checkpoint_every, self._stop()
+            if (stop or (every and step % every == 0)) and step_in_epoch < per_epoch:
                 self._check_finite(loss, epoch, step)
                 self._save(step)
+                if stop:
+                    self._end_here()
             now = time.monotonic()
             if rank() == 0 and now - told >= TELL_EVERY_S:
                 rate = (step_in_epoch - told_step) * self.settings.global_batch_size / (now - told)
                 top1 = self.learner.sums.top1()
                 self._tell(Stepped(epoch + 1, step, step_in_epoch, per_epoch, loss.item(), top1, rate))
                 told, told_step = now, step_in_epoch
+
+    def _end_here(self) -> NoReturn:
+        """Where all that was trained is in a checkpoint."""
+        self.folder.checkpoints.wait()
+        raise KeyboardInterrupt
 
     def _batches(self, epoch: int, first: int) -> Iterator[list[Batch]]:
         """This rank's parts of each global batch's micro-batches."""
@@ -221,6 +253,20 @@ class _Fit:
                 f"the same command goes on from the last checkpoint, where all were equal"
             )
 
+    def _check_room(self) -> None:
+        """Refuse a disk that will be full after some checkpoints."""
+        path = self.folder.folder.local
+        if path is None:
+            return
+        weights = sum(p.numel() * p.element_size() for p in self.learner.model.parameters())
+        needed = weights * STATE_SIZE * (self.settings.keep_checkpoints + 2)  # the best, and one being written
+        free = shutil.disk_usage(path).free
+        if free < needed:
+            raise UserError(
+                f"runs_dir: {path} has {free / 1e9:.2f} GB free, its checkpoints need {needed / 1e9:.2f} GB; make "
+                f"room, or choose another --runs-dir"
+            )
+
     def _save(self, step: int) -> None:
         self._check_ranks_agree(step)
         state = self.learner.state_dict()  # every rank takes part in its sums
@@ -241,7 +287,7 @@ class _Fit:
         }  # fmt: skip
         last = self.spans[-1]
         settings = result_settings(self.settings)
-        return Started(str(self.folder.path), settings, facts, last.end_epoch, last.end_step, len(self.spans), step)
+        return Started(str(self.folder), settings, facts, last.end_epoch, last.end_step, len(self.spans), step)
 
     def _tell(self, event: Event) -> None:
         if rank() == 0:

@@ -13,10 +13,17 @@ from dlops_dist.data.keys import key
 from dlops_dist.data.loader import Batch
 from dlops_dist.data.order import part_sizes, rank_part
 from dlops_dist.distributed.collectives import all_sum, gather, rank, world_size
-from dlops_dist.distributed.norm import average_running_statistics, running_statistics_held
+from dlops_dist.distributed.norm import (
+    average_running_statistics,
+    load_local_statistics,
+    local_statistics,
+    running_statistics_held,
+    with_mean_statistics,
+)
 from dlops_dist.distributed.objective import global_objective, update_centers
 from dlops_dist.engine.classification import ClassificationLoss, Classifier, TwoOutputs, build_resnet
 from dlops_dist.engine.descent import Descent
+from dlops_dist.engine.ema import Ema
 from dlops_dist.engine.epoch_sums import EpochSums
 from dlops_dist.engine.precision import precision_of
 from dlops_dist.losses import TripletLoss
@@ -44,8 +51,8 @@ class _Mined(NamedTuple):
 class Learner:
     """Model, losses and optimiser of a run, on this rank.
 
-    Everything that the next step depends on is in `state_dict`, and is the same on every rank, but for
-    `sums`, which hold this rank's share of the epoch so far: of those, every rank's is in it.
+    Everything that the next step depends on is in `state_dict`, and is the same on every rank, but for `sums`, this
+    rank's share of the epoch so far, and the statistics of local norms: of those, every rank's are in it.
 
     Args:
         model: has `embed`, a head `fc`, and `embedding_dim`; by default the ResNet of q1.
@@ -65,7 +72,9 @@ class Learner:
         self.sums = EpochSums(list(self.loss.weights), self.model.fc.weight)
         self.class_means = torch.full_like(self.model.fc.weight, torch.nan, requires_grad=False)
         """Mean training embedding of each class over the last whole epoch, (C, D)."""
-        self.network = TwoOutputs(self.model, self.loss.detach_head)
+        self.ema = Ema(self.model, settings.ema_decay) if settings.ema_decay else None
+        self.network = TwoOutputs(self.model, self.loss.detach_head).train()  # encoders may be copies of evaluated ones
+        self._judged = self.network if self.ema is None else TwoOutputs(self.ema.model, self.loss.detach_head)
         self._descent = Descent(self.network, settings, settings.optimizer, settings.epochs, steps_per_epoch, device)
 
     def lr(self, step: int) -> float:
@@ -82,38 +91,51 @@ class Learner:
         One micro-batch, the usual case, is the global batch. Gradients of several add up to those of the whole;
         triplets are mined among all of it, however little goes through the model at once.
         """
-        self._descent.network.train()
+        if not self.model.training:  # going through all modules takes 0.2 ms
+            self._descent.network.train()
         images = [self._augmented(batch, epoch) for batch in micro_batches]
+        draws = [self._draws(batch, epoch) for batch in micro_batches]
+        self._descent.settle(lambda: self._forward(self._descent.network, images[0], *draws[0]))
         triplet = self.loss.triplet
         mined = self._mine_ahead(triplet, images, micro_batches) if triplet and len(images) > 1 else None
         num_samples = sum(len(batch.labels) for batch in micro_batches)
 
-        self._descent.optimizer.zero_grad()
+        self._descent.forget_gradients()
         values = dict.fromkeys(self.loss.weights, torch.zeros((), dtype=torch.float64, device=self.device))
         outputs = []
         for i, batch in enumerate(micro_batches):
             with self._descent.exchanged(now=i == len(images) - 1):
-                draws = self._draws(batch, epoch)
-                embeddings, logits = self._forward(self._descent.network, images[i], *draws)
+                embeddings, logits = self._forward(self._descent.network, images[i], *draws[i])
                 sizes = part_sizes(len(batch.labels), world_size())
                 everyone = gather(embeddings, sizes) if triplet and mined is None else None
                 terms = self.loss.terms(embeddings, logits, everyone, batch.labels, batch.part)
                 objective = global_objective(terms, self.loss.backward_weights, len(batch.labels) / num_samples)
-                backward = objective.backward
-                if mined is not None:
-                    backward = backward + (embeddings * mined.gradients[i]).sum()
-                backward.backward()
+                objective.backward(*([] if mined is None else [(embeddings, mined.gradients[i])]))
             values |= {name: values[name] + value for name, value in objective.values.items()}
             outputs.append((embeddings.detach(), logits.detach(), batch.labels[batch.part]))
         if mined is not None:
             values["triplet"] = mined.value
 
         self._descent.step(step)
+        if self.ema is not None:
+            self.ema.update(step)
         embeddings, logits, labels = (torch.cat(parts) for parts in zip(*outputs, strict=True))
         if self.loss.center is not None:
             update_centers(self.loss.center, embeddings, labels, num_samples)
         self.sums.add(values, embeddings, logits, labels)
         return torch.stack([values[name] * weight for name, weight in self.loss.weights.items()]).sum()
+
+    def judge(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings (N, D) and logits (N, C) of uint8 images, as they are evaluated.
+
+        By the averaged weights, where `ema_decay` keeps some; with `flip_test` the mean over each image and its
+        mirror image.
+        """
+        self._judged.eval()
+        views = [images, images.flip(2)] if self.settings.flip_test else [images]
+        outputs = [self._forward(self._judged, view) for view in views]
+        embeddings, logits = (torch.stack(parts).mean(dim=0) for parts in zip(*outputs, strict=True))
+        return embeddings, logits
 
     def _augmented(self, batch: Batch, epoch: int) -> Tensor:
         settings = self.settings
@@ -146,7 +168,7 @@ class Learner:
         anchors = rank_part(len(labels), rank(), world_size())
         terms = {"triplet": triplet.terms(everyone, labels, anchors)}
         objective = global_objective(terms, self.loss.backward_weights)
-        (gradient,) = torch.autograd.grad(objective.backward, everyone)
+        (gradient,) = torch.autograd.grad(objective.sums, everyone, objective.scales)
         each = all_sum(gradient).split([len(part) for part in parts])
         return _Mined(
             objective.values["triplet"], [g[batch.part] for g, batch in zip(each, micro_batches, strict=True)]
@@ -155,7 +177,9 @@ class Learner:
     def state_dict(self) -> dict[str, Any]:
         """The state to go on from, as plain tensors and numbers. Every rank must call it."""
         return {
-            "model": self.model.state_dict(),
+            "model": with_mean_statistics(self.model),
+            **({} if self.ema is None else {"ema": with_mean_statistics(self.ema.model)}),
+            "local_statistics": [local_statistics(model) for model in self._models],
             "loss": self.loss.state_dict(),
             "optimizer": self._descent.optimizer.state_dict(),
             "sums": self.sums.of_each_rank(),
@@ -165,10 +189,19 @@ class Learner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
+        if self.ema is not None:
+            self.ema.model.load_state_dict(state["ema"])
+        for model, statistics in zip(self._models, state["local_statistics"], strict=True):
+            load_local_statistics(model, statistics)
         self.loss.load_state_dict(state["loss"])
         self._descent.optimizer.load_state_dict(state["optimizer"])
         self.sums.load(state["sums"])
         self.class_means = state["class_means"]
+
+    @property
+    def _models(self) -> list[nn.Module]:
+        """Each with running statistics of its own."""
+        return [self.model] if self.ema is None else [self.model, self.ema.model]
 
     def equal_on_all_ranks(self) -> dict[str, Tensor]:
         """The tensors that training changes alike on every rank, to the last bit: weights and centres."""
@@ -176,7 +209,8 @@ class Learner:
 
     def end_epoch(self) -> dict[str, float]:
         """Figures of the epoch's training, equal on every rank; the next epoch's sums start at zero."""
-        average_running_statistics(self.model)
+        for model in self._models:
+            average_running_statistics(model)
         total = self.sums.total()
         self.class_means = total["by_class"][:, 1:] / total["by_class"][:, :1]
         self.sums.clear()

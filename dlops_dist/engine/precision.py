@@ -16,9 +16,9 @@ class Precision(NamedTuple):
 
 
 def precision_of(settings: Run, device: torch.device) -> Precision:
-    autocast = settings.precision == "bf16" or (
-        settings.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
-    )
+    autocast = settings.precision == "bf16"
+    if settings.precision == "auto" and device.type == "cuda":
+        autocast = torch.cuda.is_bf16_supported(including_emulation=False)
     return Precision(torch.float64 if settings.precision == "float64" else torch.float32, autocast)
 
 

@@ -64,6 +64,7 @@ class Shared:
         pixels = {"train": pretrained, "test": samples.test}
         return Codes(self.settings, samples.inputs, self.stack, pixels, self.device, self._tell)
 
+    @cached_property
     def order(self) -> TrainingOrder:
         """Of every image that is not held out, labelled or not."""
         settings = self.settings
@@ -78,7 +79,7 @@ class Reconstruction:
 
     def __init__(self, shared: Shared, name: str, layer: int | None, epochs: int) -> None:
         self.name, self.epochs = name, epochs
-        self.order = shared.order()
+        self.order = shared.order
         self._shared, self._layer = shared, layer
 
     def learner(self) -> ReconstructionLearner:

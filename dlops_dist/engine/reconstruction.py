@@ -1,6 +1,8 @@
 """One step of an autoencoder, or of all of them unrolled, and how well they reconstruct."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import reduce
 from typing import Any
 
 import torch
@@ -63,18 +65,22 @@ class ReconstructionLearner:
         """
         if not self._trained.training:  # going through all modules takes longer than a step of a small layer
             self._descent.network.train()
-        self._descent.optimizer.zero_grad()
-        num_samples = sum(len(batch.labels) for batch in micro_batches)
-        value = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._descent.forget_gradients()
+        sizes = [len(batch.labels) for batch in micro_batches]
+        shares = [size / sum(sizes) for size in sizes]
+        values = []
         for i, batch in enumerate(micro_batches):
             inputs = self.inputs_of(self._augmented(batch, epoch))
+            seen = self._corrupted(inputs, batch.ids, epoch)
+            self._descent.settle(lambda seen=seen: [self._forward(self._descent.network, seen)])  # type: ignore[misc]
             with self._descent.exchanged(now=i == len(micro_batches) - 1):
-                reconstructions = self._forward(self._descent.network, self._corrupted(inputs, batch.ids, epoch))
+                reconstructions = self._forward(self._descent.network, seen)
                 terms = {LOSS: self.loss.terms(reconstructions, inputs)}
-                objective = global_objective(terms, {LOSS: 1 / self.power}, len(batch.labels) / num_samples)
-                objective.backward.backward()
-            value += objective.values[LOSS]
+                objective = global_objective(terms, {LOSS: 1 / self.power}, shares[i])
+                objective.backward()
+            values.append(objective.values[LOSS])
         self._descent.step(step)
+        value = reduce(torch.add, values)
         self.sums.add(value, sum(len(batch.ids) for batch in micro_batches))
         return value
 
@@ -97,7 +103,7 @@ class ReconstructionLearner:
         return corrupted(inputs, ids, self.settings.seed, epoch, chosen.corruption, chosen.corruption_level)
 
     def _forward(self, network: nn.Module, inputs: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+        with torch.autocast(self.device.type, torch.bfloat16) if self.autocast else nullcontext():
             return network(inputs)
 
     @torch.no_grad()
@@ -121,7 +127,7 @@ class ReconstructionLearner:
         for place, batch in enumerate(read_blocks(self, reader, blocks[mine]), mine.start):
             inputs = self.inputs_of(batch.images)
             terms = self.loss.terms(self._forward(self._trained, inputs), inputs)
-            rows[place] = torch.stack([terms.sum.double(), terms.count])
+            rows[place, 0], rows[place, 1] = terms.sum, terms.count
         total, count = all_sum(rows).cumsum(dim=0)[-1].tolist()
         return {"loss": total / count, "relative_loss": total / count / self.power}
 
@@ -154,9 +160,10 @@ class ReconstructionSums(RankSums):
     """Samples, and the loss summed over them."""
 
     def __init__(self, device: torch.device) -> None:
-        self.counts = torch.zeros(2, dtype=torch.float64, device=device)
-        super().__init__(counts=self.counts)
+        counts = torch.zeros(2, dtype=torch.float64, device=device)
+        self._samples, self._loss = counts.unbind()  # what is added to them is in `counts`
+        super().__init__(counts=counts)
 
     def add(self, value: Tensor, number: int) -> None:
-        self.counts[0] += number
-        self.counts[1] += value * number
+        self._samples += number
+        self._loss.add_(value, alpha=number)

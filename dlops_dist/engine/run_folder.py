@@ -1,9 +1,7 @@
 """The folder of a run: its settings, its rows of metrics, its checkpoints."""
 
-import fcntl
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,158 +9,180 @@ from typing import Any
 import torch
 import yaml
 
-from dlops_dist.command_line import read_yaml
+from dlops_dist.command_line import parse_yaml
 from dlops_dist.config import TASKS, Settings, result_settings
+from dlops_dist.data.locks import held
 from dlops_dist.data.shards import Manifest
+from dlops_dist.engine.checkpoints import Checkpoints
 from dlops_dist.errors import RunError, UserError
+from dlops_dist.files import Folder
 
-FORMAT = 1
-KEPT_CHECKPOINTS = 2
+FORMAT = 2
+CONFIG, METRICS = "config.yaml", "metrics.jsonl"
 
 
 class RunFolder:
-    """runs/NAME/: config.yaml, metrics.jsonl, checkpoints/, report/."""
+    """RUNS_DIR/NAME/: config.yaml, metrics.jsonl, checkpoints/, report/; here or at a URL.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.metrics_file = path / "metrics.jsonl"
-        self._checkpoints = path / "checkpoints"
+    Args:
+        place: path or URL.
+        kept: how many of the latest checkpoints stay, besides the best.
+    """
+
+    def __init__(self, place: str | Path, kept: int = 2) -> None:
+        self.folder = Folder(place)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", kept)
+
+    @classmethod
+    def of(cls, settings: Settings) -> "RunFolder":
+        """That of a prepared run."""
+        return cls(str(Folder(settings.runs_dir) / str(settings.name)), settings.keep_checkpoints)
+
+    def __str__(self) -> str:
+        return str(self.folder)
 
     def create(self, task: str, settings: Settings) -> None:
         """Make the folder, or check that the one that is there belongs to the same settings."""
-        if self._checkpoint_files() or self.metrics_file.is_file():
+        if METRICS in self.folder.names() or self.checkpoints.steps():
             _, existing = self.settings()
-            _refuse_other_settings(self.path, result_settings(existing), result_settings(settings))
+            refuse_other_settings(self, result_settings(existing), result_settings(settings))
             return
-        self.path.mkdir(parents=True, exist_ok=True)
-        content = yaml.safe_dump({"task": task, **settings.model_dump()}, sort_keys=False)
-        _replace(self.path / "config.yaml", content.encode())
+        self.folder.write_text(CONFIG, yaml.safe_dump({"task": task, **settings.model_dump()}, sort_keys=False))
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keep other processes of this machine from training the same run."""
+        """Keep other processes of this machine from training the same run. At a URL nothing can."""
+        path = self.folder.local
+        if path is None:
+            yield
+            return
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            folder = os.open(self.path, os.O_RDONLY)
+            path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"runs_dir: {error.filename}: {error.strerror}; choose another --runs-dir") from None
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(folder)
-            raise UserError(f"{self.path} is being trained by another process; choose another --name") from None
-        try:
+        with held(path, "trained"):
             yield
-        finally:
-            os.close(folder)
 
     def settings(self) -> tuple[str, Settings]:
         """Task and settings that the run was started with."""
-        file = self.path / "config.yaml"
-        if not file.is_file():
-            raise UserError(f"{self.path} is not a run: no config.yaml in it")
-        values = read_yaml(file)
+        where = self.folder / CONFIG
+        try:
+            with self.folder.open(CONFIG) as file:
+                values = parse_yaml(str(where), file.read())
+        except FileNotFoundError:
+            raise UserError(f"{self} is not a run: no {CONFIG} in it") from None
         task = values.pop("task", None)
         if task not in TASKS:
-            raise UserError(f"{file}: task {task!r} is none of {', '.join(TASKS)}")
+            raise UserError(f"{where}: task {task!r} is none of {', '.join(TASKS)}")
         return task, TASKS[task](**values)
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row of metrics for each epoch; half a last line, left by a machine that went down, is passed over."""
-        if not self.metrics_file.is_file():
+        """One row of metrics for each epoch."""
+        try:
+            with self.folder.open(METRICS) as file:
+                lines = file.read().splitlines()
+        except FileNotFoundError:
             return []
-        lines = self.metrics_file.read_text().splitlines()
         rows = []
         for number, line in enumerate(lines, 1):
             try:
                 rows.append(json.loads(line))
             except ValueError:
-                if number < len(lines):
-                    raise RunError(f"{self.metrics_file}: line {number} is damaged; choose another --name") from None
+                where = f"{self.folder / METRICS}: line {number}"
+                raise RunError(f"{where} is damaged; choose another --name") from None
         return rows
 
     def finished_row(self, settings: Settings, manifest: Manifest) -> dict[str, Any] | None:
         """The last row of a run whose last checkpoint is that of its last epoch; refuses what `load` refuses."""
-        rows, checkpoints = self.rows(), self._checkpoint_files()
+        rows, steps = self.rows(), self.checkpoints.steps()
         if (
             not rows
             or rows[-1]["epoch"] < settings.total_epochs(manifest.num_folds)
-            or checkpoints[-1:] != [self._checkpoint_file(rows[-1]["step"])]
+            or steps[-1:] != [rows[-1]["step"]]
         ):
             return None
-        self.load(settings, manifest.id, torch.device("cpu"))
+        try:
+            state = self.checkpoints.load(steps[-1], torch.device("cpu"))
+        except RunError:  # damaged: going on from the one before finishes the run again
+            return None
+        self._check(state, settings, manifest.id)
         return rows[-1]
 
     def keep_rows(self, last_step: int) -> None:
         """Drop the rows that are later than the checkpoint that the run goes on from."""
-        kept = "".join(json.dumps(row) + "\n" for row in self.rows() if row["step"] <= last_step)
-        if self.metrics_file.is_file() and self.metrics_file.read_text() != kept:
-            _replace(self.metrics_file, kept.encode())
+        rows = self.rows()
+        if rows and rows[-1]["step"] > last_step:
+            self._write_rows([row for row in rows if row["step"] <= last_step])
 
     def add_row(self, row: dict[str, Any]) -> None:
-        with self.metrics_file.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self._write_rows([*self.rows(), row])
 
     def save(self, settings: Settings, state: dict[str, Any]) -> None:
-        """Write the checkpoint of state["step"] whole or not at all, and forget older ones."""
-        self._checkpoints.mkdir(exist_ok=True)
-        path = self._checkpoint_file(state["step"])
-        partial = path.with_name(f".{path.name}.partial")
-        threads = torch.get_num_threads()
-        content = {"format": FORMAT, "settings": result_settings(settings), "threads": threads, **state}
-        with partial.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
-        for old in self._checkpoint_files()[:-KEPT_CHECKPOINTS]:
-            old.unlink()
+        """Write the checkpoint of state["step"], beside the steps that follow."""
+        content = {
+            "format": FORMAT, "settings": result_settings(settings), "threads": torch.get_num_threads(), **state,
+        }  # fmt: skip
+        best = best_row(self.rows())
+        self.checkpoints.save(state["step"], content, None if best is None else best["step"])
 
-    def load(self, settings: Settings, dataset_id: str | None, device: torch.device) -> dict[str, Any] | None:
-        """The latest checkpoint, or None. One of other settings, data or format is refused by name."""
-        files = self._checkpoint_files()
-        if not files:
-            return None
-        path = files[-1]
-        try:
-            state = torch.load(path, map_location=device, weights_only=True)
-        except Exception as error:  # torch raises many kinds for a damaged file
-            why = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise RunError(f"{path} cannot be read ({why}); delete it to go on without it") from None
-        if state.get("format") != FORMAT:
-            raise UserError(
-                f"{path} has format {state.get('format')}, this version reads {FORMAT}; choose another --name"
-            )
-        _refuse_other_settings(self.path, state["settings"], result_settings(settings))
-        if dataset_id not in (None, state["dataset_id"]):
-            raise UserError(
-                f"{self.path}: the run was trained on dataset {state['dataset_id'][:12]}, data.shards is now "
-                f"{dataset_id[:12]}; choose another --name"  # type: ignore[index]
-            )
+    def load(
+        self, settings: Settings, dataset_id: str, device: torch.device, warn: Callable[[str], None]
+    ) -> dict[str, Any] | None:
+        """The latest whole checkpoint, or None. One of other settings, data or format is refused by name."""
+        state = self.checkpoints.latest(device, warn)
+        if state is not None:
+            self._check(state, settings, dataset_id)
         return state
 
-    def _checkpoint_file(self, step: int) -> Path:
-        return self._checkpoints / f"step-{step:09d}.pt"
+    def result(self, device: torch.device, warn: Callable[[str], None]) -> dict[str, Any]:
+        """The checkpoint that is the run's result: the best, where a part of train was held out, else the latest."""
+        best = best_row(self.rows())
+        if best is not None and best["step"] in self.checkpoints.steps():
+            state: dict[str, Any] | None = self.checkpoints.load(best["step"], device)
+        else:
+            state = self.checkpoints.latest(device, warn)
+        if state is None:
+            raise UserError(f"{self} has no checkpoint yet; train it first")
+        self._check(state, self.settings()[1])
+        return state
 
-    def _checkpoint_files(self) -> list[Path]:
-        return sorted(self._checkpoints.glob("step-*.pt"))
+    def _check(self, state: dict[str, Any], settings: Settings, dataset_id: str | None = None) -> None:
+        if state.get("format") != FORMAT:
+            where = f"{self}: its checkpoints have format {state.get('format')}"
+            raise UserError(f"{where}, this version reads {FORMAT}; choose another --name")
+        refuse_other_settings(self, state["settings"], result_settings(settings))
+        if dataset_id not in (None, state["dataset_id"]):
+            raise UserError(
+                f"{self}: the run was trained on dataset {state['dataset_id'][:12]}, data.shards is now "
+                f"{str(dataset_id)[:12]}; choose another --name"
+            )
+
+    def _write_rows(self, rows: Sequence[dict[str, Any]]) -> None:
+        self.folder.write_text(METRICS, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _refuse_other_settings(path: Path, existing: dict[str, Any], wanted: dict[str, Any]) -> None:
+def best_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The row of the epoch with the highest val/top1 of a run's last stage, the earliest of equals.
+
+    None where nothing was held out, or nothing is classified yet.
+    """
+    judged = [row for row in rows if "val/top1" in row and row.get("stage") == rows[-1].get("stage")]
+    return max(judged, key=lambda row: row["val/top1"], default=None)
+
+
+def result_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The row that is a run's result: the best on the held-out part of train, where there is one, else the last."""
+    return best_row(rows) or rows[-1]
+
+
+def refuse_other_settings(where: object, existing: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Refuse to go on in a folder whose result comes from settings that are not those wanted."""
     changed = [n for n in wanted if _plain(existing.get(n)) != _plain(wanted[n])]
     if changed:
         shown = ", ".join(f"{n} {existing.get(n)} there, {wanted[n]} here" for n in changed[:3])
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        raise UserError(f"{path} is a run with other settings ({shown}{more}); choose another --name")
+        raise UserError(f"{where} was started with other settings ({shown}{more}); choose another --name")
 
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    partial.rename(path)

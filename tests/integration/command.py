@@ -59,11 +59,11 @@ def rows(run_folder):
     return [{k: v for k, v in json.loads(line).items() if not k.endswith("_s")} for line in lines]
 
 
-def wait_until(condition, timeout_s=60):
+def wait_until(condition, timeout_s=60, every_s=0.05):
     """Whether the condition came true in time."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if condition():
             return True
-        time.sleep(0.05)
+        time.sleep(every_s)
     return False

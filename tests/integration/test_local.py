@@ -1,12 +1,18 @@
 """One process, from the command line: train, stop, go on, evaluate; and every mistake that a user can make."""
 
 import json
+import shutil
 import signal
 
 import pytest
 import torch
 import yaml
 from command import TINY, rows, run, start, wait_until
+from states import same_checkpoint
+
+from dlops_dist.config import Q1
+from dlops_dist.engine import fit
+from dlops_dist.errors import UserError
 
 
 def train(shards, runs, *arguments, **options):
@@ -38,11 +44,12 @@ def two_epochs(loss):
 def test_evaluate_repeats_a_runs_figures_and_a_finished_run_is_left_alone(loss, runs, shapes_shards):
     before = rows(runs / loss)
     assert [row["epoch"] for row in before] == [1, 2]
+    best = max(before, key=lambda row: row["val/top1"])
     code, output = run("evaluate", runs / loss)
     assert code == 0, output
     for name in ("loss", "top1", "top5", "nearest_center", "recall_at_1"):
-        assert f"{name}: {before[-1]['test/' + name]!r}" in output.splitlines()
-    assert output.splitlines()[-1].startswith(f"result: {loss} at epoch 2, test: loss ")
+        assert f"{name}: {best['test/' + name]!r}" in output.splitlines()
+    assert output.splitlines()[-1].startswith(f"result: {loss} at epoch {best['epoch']}, test: loss ")
 
     code, output = train(shapes_shards, runs, *two_epochs(loss))
     assert (code, "is complete" in output) == (0, True)
@@ -67,6 +74,7 @@ def test_a_run_folder_holds_what_it_should_and_its_config_trains_the_same_again(
     assert rows(tmp_path / "again") == rows(folder)
 
 
+LOSSES = {"ce": ("--ema-decay", "0.95", "--flip-test"), "triplet": (), "center": ()}
 EIGHT_EPOCHS = ("--epochs", "8", "--name", "run", "--checkpoint-every", "3")
 
 
@@ -74,37 +82,33 @@ EIGHT_EPOCHS = ("--epochs", "8", "--name", "run", "--checkpoint-every", "3")
 def undisturbed(shapes_shards, tmp_path_factory):
     """{loss: a run of eight epochs that nothing stopped}."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    for loss in ("triplet", "center"):
-        code, output = train(shapes_shards, folder / loss, "--loss", loss, *EIGHT_EPOCHS)
+    for loss, more in LOSSES.items():
+        code, output = train(shapes_shards, folder / loss, "--loss", loss, *more, *EIGHT_EPOCHS)
         assert code == 0, output
-    return {loss: folder / loss / "run" for loss in ("triplet", "center")}
+    return {loss: folder / loss / "run" for loss in LOSSES}
 
 
 @pytest.mark.parametrize(
     ("loss", "how"),
-    [("triplet", signal.SIGKILL), ("center", signal.SIGKILL), ("triplet", signal.SIGINT), ("center", signal.SIGTERM)],
+    [("triplet", signal.SIGKILL), ("center", signal.SIGKILL), ("triplet", signal.SIGINT), ("ce", signal.SIGTERM)],
 )
 def test_a_stopped_run_goes_on_to_the_same_bits(loss, how, undisturbed, shapes_shards, tmp_path):
-    arguments = ("--loss", loss, *EIGHT_EPOCHS)
+    arguments = ("--loss", loss, *LOSSES[loss], *EIGHT_EPOCHS)
     process = start("train", "q1", "--local", "--data.shards", shapes_shards, "--runs-dir", tmp_path, *TINY, *arguments)
     checkpoints = tmp_path / "run/checkpoints"
     assert wait_until(lambda: len(list(checkpoints.glob("step-*.pt"))) >= 2)
     process.send_signal(how)
     output, _ = process.communicate(timeout=30)
-    assert process.returncode != 0, "it finished before it was stopped"
+    assert process.returncode == (-how if how == signal.SIGKILL else 130), "it finished before it was stopped"
     assert "Traceback" not in output
+    assert ("stopping as soon as the step is saved" in output) == (how != signal.SIGKILL)
 
     code, output = train(shapes_shards, tmp_path, *arguments)
     assert code == 0, output
     assert " from step " in output
     assert rows(tmp_path / "run") == rows(undisturbed[loss])
-    ours, theirs = (
-        torch.load(folder / "checkpoints/step-000000096.pt", weights_only=True)["model"]
-        for folder in (tmp_path / "run", undisturbed[loss])
-    )
-    assert ours.keys() == theirs.keys()
-    for name, value in theirs.items():
-        assert torch.equal(ours[name], value), name
+    last = "checkpoints/step-000000096.pt"
+    assert same_checkpoint(tmp_path / "run" / last, undisturbed[loss] / last)
 
 
 MISTAKES = {
@@ -169,13 +173,12 @@ def test_a_second_process_of_a_run_is_refused(shapes_shards, tmp_path):
         first.kill()
 
 
-def test_half_a_last_row_is_passed_over_and_a_lost_row_is_named(shapes_shards, tmp_path):
+def test_a_lost_checkpoint_is_trained_again_and_a_lost_row_is_named(shapes_shards, tmp_path):
     arguments = ("--epochs", "3", "--name", "run", "--checkpoint-every", "4")
     assert train(shapes_shards, tmp_path, *arguments)[0] == 0
     whole, metrics = rows(tmp_path / "run"), tmp_path / "run/metrics.jsonl"
     checkpoints = sorted((tmp_path / "run/checkpoints").iterdir())
-    checkpoints[-1].unlink()  # the machine went down while the last epoch's row was written
-    metrics.write_text(metrics.read_text()[:-40])
+    checkpoints[-1].unlink()  # the machine went down after the last epoch's row was written
     code, output = train(shapes_shards, tmp_path, *arguments)
     assert code == 0, output
     assert rows(tmp_path / "run") == whole
@@ -184,20 +187,17 @@ def test_half_a_last_row_is_passed_over_and_a_lost_row_is_named(shapes_shards, t
     assert (code, "0 of 3 finished epochs" in output) == (1, True)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "task: q9", "task: [", "task: q1\nlr: 1"])
-def test_a_damaged_config_is_one_line(content, tmp_path):
+EXECUTED = "!!python/object/apply:os.system ['touch touched']"
+
+
+@pytest.mark.parametrize("content", ["", "[]", "task: q9", "task: [", "task: q1\nlr: 1", EXECUTED, f"task: {EXECUTED}"])
+def test_a_damaged_config_is_one_line_and_nothing_of_it_is_executed(content, tmp_path):
     (tmp_path / "config.yaml").write_text(content)
-    code, output = run("evaluate", tmp_path)
+    code, output = run("evaluate", tmp_path, cwd=tmp_path)
     assert (code, len(output.splitlines())) == (2, 1), output
-
-
-def test_wandb_offline_needs_no_key_and_writes_the_epochs(shapes_shards, tmp_path):
-    code, output = train(
-        shapes_shards, tmp_path, "--epochs", "2", "--name", "run", "--wandb", "offline", env={"HOME": str(tmp_path)}
-    )
-    assert code == 0, output
-    (log,) = tmp_path.glob("run/wandb/offline-run-*/run-run.wandb")
-    assert b"test/top5" in log.read_bytes()
+    code, output = run("train", "q1", "--local", "--config", tmp_path / "config.yaml", cwd=tmp_path)
+    assert (code, len(output.splitlines())) == (2, 1), output
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
 def test_evaluate_names_what_is_not_a_run(tmp_path):
@@ -211,3 +211,62 @@ def test_report_prints_a_table_and_draws_curves(runs):
     assert code == 0, output
     assert output.count("original study") == 2
     assert (runs / "center/report/curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_damaged_latest_checkpoint_falls_back_to_the_one_before_and_to_the_same_bits(
+    undisturbed, shapes_shards, tmp_path
+):
+    shutil.copytree(undisturbed["center"], tmp_path / "run")
+    latest = max((tmp_path / "run/checkpoints").iterdir())
+    latest.write_bytes(latest.read_bytes()[:-5000])
+    code, output = train(shapes_shards, tmp_path, "--loss", "center", *EIGHT_EPOCHS)
+    assert code == 0, output
+    assert f"warning: {latest} cannot be read" in output
+    assert " from step 93" in output
+    assert rows(tmp_path / "run") == rows(undisturbed["center"])
+    assert same_checkpoint(latest, undisturbed["center"] / "checkpoints" / latest.name)
+    for checkpoint in latest.parent.iterdir():
+        checkpoint.write_bytes(b"")
+    code, output = train(shapes_shards, tmp_path, "--loss", "center", *EIGHT_EPOCHS)
+    assert (code, output.splitlines()[-1].split(": ")[0]) == (1, "failed")
+    assert "none of the checkpoints can be read; delete them to start anew" in output
+
+
+def test_a_run_may_lie_at_a_url(shapes_shards, tmp_path):
+    url = f"file://{tmp_path}/bucket"
+    arguments = ("--epochs", "2", "--name", "run", "--data.val-fraction", "0.25", "--wandb", "offline")
+    arguments += ("--checkpoint-every", "5", "--keep-checkpoints", "3")
+    code, output = train(shapes_shards, url, *arguments, cwd=tmp_path)
+    assert code == 0, output
+    assert list(tmp_path.glob("wandb/offline-run-*-run"))
+    best = max(rows(tmp_path / "bucket/run"), key=lambda row: row["val/top1"])
+    kept = {int(path.stem.removeprefix("step-")) for path in (tmp_path / "bucket/run/checkpoints").iterdir()}
+    assert kept == {10, 15, 18, best["step"]}
+    code, output = train(shapes_shards, url, *arguments, cwd=tmp_path)
+    assert (code, "is complete" in output) == (0, True)
+    code, output = run("evaluate", f"{url}/run")
+    assert code == 0, output
+    assert f"top1: {best['test/top1']!r}" in output.splitlines()
+    code, output = run("report", f"{url}/run")
+    assert (code, (tmp_path / "bucket/run/report/curves.png").is_file()) == (0, True)
+    code, output = train(shapes_shards, "nowhere://bucket", *arguments)
+    assert (code, len(output.splitlines())) == (2, 1)
+    assert "nowhere://bucket" in output
+
+
+def test_checkpoints_of_another_format_are_refused_by_name(undisturbed, shapes_shards, tmp_path):
+    shutil.copytree(undisturbed["ce"], tmp_path / "run")
+    latest = max((tmp_path / "run/checkpoints").iterdir())
+    torch.save(torch.load(latest, weights_only=True) | {"format": 1}, latest)
+    code, output = train(shapes_shards, tmp_path, "--loss", "ce", *LOSSES["ce"], *EIGHT_EPOCHS)
+    assert (code, len(output.splitlines())) == (2, 1), output
+    assert "its checkpoints have format 1, this version reads 2; choose another --name" in output
+
+
+def test_a_disk_without_room_for_checkpoints_is_refused_before_the_first_step(shapes_shards, tmp_path, monkeypatch):
+    model, data = {"width": 8, "stem": "imagenet"}, {"shards": str(shapes_shards), "reader": "decode"}
+    settings = Q1(local=True, runs_dir=str(tmp_path), name="run", model=model, data=data, global_batch_size=20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6))
+    with pytest.raises(UserError, match=r"run has 0\.00 GB free, its checkpoints need 0\.01 GB; make room"):
+        fit(settings)
+    assert not (tmp_path / "run/checkpoints").exists()

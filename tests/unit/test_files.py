@@ -1,0 +1,70 @@
+"""Whole files in a folder, here and at a URL."""
+
+import pytest
+
+from dlops_dist.errors import UserError
+from dlops_dist.files import PARTIAL, Folder
+
+
+@pytest.fixture(params=["path", "file", "memory"])
+def folder(request, tmp_path):
+    place = {"path": tmp_path / "f", "file": f"file://{tmp_path}/f", "memory": f"memory://{tmp_path.name}/f"}
+    return Folder(place[request.param])
+
+
+def put(folder, name, content):
+    folder.write(name, lambda file: file.write(content))
+
+
+def get(folder, name):
+    with folder.open(name) as file:
+        return file.read()
+
+
+def test_what_is_written_is_read_listed_replaced_and_deleted(folder):
+    assert folder.names() == []
+    put(folder, "b", b"one")
+    put(folder, "a", b"two")
+    put(folder / "below", "c", b"three")
+    assert folder.names() == ["a", "b"]
+    assert get(folder / "below", "c") == b"three"
+    put(folder, "b", b"four")
+    assert get(folder, "b") == b"four"
+    folder.delete("a")
+    assert folder.names() == ["b"]
+    with pytest.raises(FileNotFoundError):
+        folder.open("a")
+
+
+def test_a_write_that_fails_leaves_the_file_that_was_there(folder):
+    put(folder, "a", b"whole")
+
+    def half(file):
+        file.write(b"ha")
+        raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"):
+        folder.write("a", half)
+    assert (folder.names(), get(folder, "a")) == (["a"], b"whole")
+    assert folder.local is None or not (folder.local / PARTIAL).exists()
+    put(folder, "a", b"new")
+    assert folder.local is None or not (folder.local / PARTIAL).exists()
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match=r"No space left on device: '.*/a'"):
+        Folder(tmp_path).write("a", full)
+
+
+def test_files_made_by_path_arrive(folder):
+    with folder.as_path() as path:
+        (path / "x.png").write_bytes(b"picture")
+    assert get(folder, "x.png") == b"picture"
+
+
+def test_a_url_that_nothing_knows_is_one_line():
+    with pytest.raises(UserError, match=r"^nowhere://x: .*nowhere"):
+        Folder("nowhere://x")
