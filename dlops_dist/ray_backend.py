@@ -1,29 +1,31 @@
-"""Runs a task on the workers of a Ray cluster. The only importer of ray for training."""
+"""Runs a task on the workers of a Ray cluster."""
 
-import _thread
 import os
-import socket
+import tempfile
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, wait
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dlops_dist.config import Settings
-from dlops_dist.engine.events import Event
+from dlops_dist.engine.events import Event, Warned
+from dlops_dist.engine.run_folder import CONFIG, RunFolder
 from dlops_dist.errors import RunError, UserError
+from dlops_dist.files import Folder
+from dlops_dist.ray_cluster import check_nodes, cluster, resources_for
 from dlops_dist.tracking import Console, Wandb
 
 MAX_RESTARTS = 3
 COLLECTIVE_TIMEOUT_S = 300
-CONNECT_TIMEOUT_S = 10
-QUIET = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
+START_TIMEOUT_S, ELASTIC_START_TIMEOUT_S = 60, 25
+"""How long Ray waits for all workers; for fewer, where that is allowed, it waits less. (15 s was slower.)"""
+FEWER_TIMEOUT_S = 900
+"""How long workers whose node was lost wait for another: without a limit, for ever."""
+LEAVE_S = 10
+"""How long the thread that waits for a killed controller has to notice."""
 
 
 @dataclass(frozen=True)
@@ -33,164 +35,183 @@ class Failed:
     error: UserError | RunError
 
 
-def train_on_ray(task: str, settings: Settings, console: Console) -> dict[str, Any]:
-    """Train a prepared run on the cluster of RAY_ADDRESS, or on one started for it here. Returns the last row.
+@dataclass(frozen=True)
+class Begun:
+    """Ray's controller of the workers has started."""
+
+    controller: Any
+    """Its actor: whoever waits for the trainer waits for this."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A group of workers has begun, or begun again, on what was set aside for it."""
+
+    placement_group: str
+    """Its id."""
+
+
+def train_on_ray(task: str, settings: Settings, console: Console) -> None:
+    """Train a prepared run on the cluster of RAY_ADDRESS, or on one started for it here."""
+    with cluster(console.say):
+        resources, num_workers = resources_for(settings.workers)
+        if settings.min_workers is not None and settings.min_workers > num_workers:
+            raise UserError(f"min_workers: {settings.min_workers} is more than the {num_workers} workers")
+        check_nodes(settings.data.shards, str(RunFolder.of(settings)), CONFIG)
+        console.say(f"starting {num_workers} Ray worker{'s' * (num_workers > 1)} with {resources} each")
+        environment = wandb_environment(settings)
+        with closing(train_group(task, settings, num_workers, resources, environment)) as events:
+            for event in events:
+                if not isinstance(event, Placed):
+                    console(event)
+
+
+def train_group(
+    task: str, settings: Settings, num_workers: int, resources: dict[str, float], environment: dict[str, str]
+) -> Generator[Event | Placed]:
+    """Train a prepared run on a group of workers, and yield what rank 0 tells.
 
     Each worker calls `fit`, which goes on from the run's last checkpoint: so does a group that Ray restarts.
+
+    Args:
+        resources: of each worker.
+        environment: of each worker, beside its node's.
+
+    Raises:
+        UserError, RunError: that of a worker, at once, as a restart would only meet it again; or the group died once
+            more than it may be restarted.
     """
-    with _cluster(console):
-        import ray
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
-        from ray.util.queue import Queue
+    import ray
+    from ray.exceptions import RayError
+    from ray.util.queue import Queue
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        resources, num_workers = _resources(settings.workers)
-        console.say(f"starting {num_workers} Ray worker{'s' * (num_workers > 1)} with {resources} each")
-        events = Queue(actor_options={"num_cpus": 0})
-        listening = _Listening(events, console)
-        trainer = TorchTrainer(
-            _train_on_worker,  # type: ignore[arg-type]
-            train_loop_config={"task": task, "settings": settings.model_dump(), "events": events},
-            torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
-            scaling_config=ScalingConfig(
-                num_workers=num_workers, use_gpu="GPU" in resources, resources_per_worker=resources
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    events = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})  # it outlives the other nodes
+    ended = _in_background(_trainer(task, settings, num_workers, resources, environment, events).fit)
+    left = threading.Event()
+
+    def tell_the_end(_: object) -> None:  # after all that the workers told; to nobody once we have left
+        if not left.is_set():
+            _put(events, None)
+
+    ended.add_done_callback(tell_the_end)
+    controller = None
+    try:
+        while (event := events.get()) is not None:
+            if isinstance(event, Failed):
+                raise event.error
+            if isinstance(event, Begun):
+                controller = event.controller
+            else:
+                yield event
+    except RayError:  # the queue's process is gone, and with it what it held
+        pass
+    except BaseException:  # whoever disconnects while a thread calls Ray may crash
+        left.set()
+        if controller is not None:
+            ray.kill(controller)
+            wait([ended], LEAVE_S)
+        raise
+    try:
+        ended.result()
+    except ray.train.TrainingFailedError as error:
+        raise RunError(_shortened(error)) from error
+
+
+def _trainer(
+    task: str, settings: Settings, num_workers: int, resources: dict[str, float], environment: dict[str, str],
+    events: Any,
+) -> Any:  # fmt: skip
+    """What Ray trains by: how many workers, with what, how often they are started again, how long waited for."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    least = settings.min_workers
+    start_timeout_s = START_TIMEOUT_S if least is None else ELASTIC_START_TIMEOUT_S
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(start_timeout_s)
+    storage = Folder(settings.runs_dir).local or Path(tempfile.gettempdir())
+    return TorchTrainer(
+        _train_on_worker,  # type: ignore[arg-type]
+        train_loop_config={"task": task, "settings": settings.model_dump(), "events": events},
+        torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
+        scaling_config=ScalingConfig(
+            num_workers=num_workers if least is None else (least, num_workers),  # type: ignore[arg-type]
+            use_gpu="GPU" in resources, resources_per_worker=resources,
+        ),
+        run_config=RunConfig(
+            name=settings.name, storage_path=str(storage / ".ray"), callbacks=[_teller(events)],
+            failure_config=FailureConfig(
+                max_failures=MAX_RESTARTS,
+                controller_failure_limit=FEWER_TIMEOUT_S // start_timeout_s,  # type: ignore[call-arg]
             ),
-            run_config=RunConfig(
-                name=settings.name, storage_path=str(Path(settings.runs_dir) / ".ray"),
-                failure_config=FailureConfig(max_failures=MAX_RESTARTS),
-                worker_runtime_env={"env_vars": _wandb_environment(settings)},  # type: ignore[call-arg]
-            ),
-        )  # fmt: skip
+            worker_runtime_env={"env_vars": environment},  # type: ignore[call-arg]
+        ),
+    )  # fmt: skip
+
+
+def _teller(events: Any) -> Any:
+    """Tells who controls the workers."""
+    import ray
+    from ray.train.v2._internal.execution.callback import ControllerCallback
+
+    class Teller(ControllerCallback):
+        def after_controller_start(self, train_run_context: Any) -> None:
+            events.actor.put_nowait.remote(Begun(ray.get_runtime_context().current_actor))
+
+    return Teller()
+
+
+def _in_background(call: Callable[[], Any]) -> Future[Any]:
+    """The outcome of a call in a thread that nobody waits for when the process ends."""
+    outcome: Future[Any] = Future()
+
+    def run() -> None:
         try:
-            return trainer.fit().return_value  # type: ignore[attr-defined]
-        except SystemExit:  # Ray's handler of Ctrl-C, which _Listening also uses
-            raise listening.failure or KeyboardInterrupt from None
-        except ray.train.TrainingFailedError as error:
-            if listening.failure is not None:
-                raise listening.failure from None
-            raise RunError(_shortened(error)) from error
-        finally:
-            listening.stop()
+            outcome.set_result(call())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return outcome
 
 
-def _wandb_environment(settings: Settings) -> dict[str, str]:
+def _put(events: Any, event: object) -> None:
+    """Into a queue, if its process still lives."""
+    from ray.exceptions import RayError
+
+    with suppress(RayError):
+        events.put_nowait(event)
+
+
+def wandb_environment(settings: Settings) -> dict[str, str]:
     """What W&B needs of the environment, its key included: handed on only where it is used."""
     used = settings.wandb != "off"
     return {name: value for name, value in os.environ.items() if used and name.startswith("WANDB_")}
 
 
-@contextmanager
-def _cluster(console: Console) -> Iterator[None]:
-    """Connected to a cluster: never to a stranger's that happens to run here."""
-    os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
-    address = os.environ.get("RAY_ADDRESS", "local")
-    console.say("starting Ray on this machine" if address == "local" else f"connecting to Ray at {address}")
-    import ray
-
-    options = {"include_dashboard": False} if address == "local" else {}
-    _refuse_silence(address)
-    try:
-        ray.init(address, log_to_driver=False, logging_level="ERROR", **options)  # type: ignore[arg-type]
-    except ConnectionError as error:
-        raise _no_cluster(address, error) from None
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _refuse_silence(address: str) -> None:
-    """Ray itself asks an address where nothing listens for minutes."""
-    host, _, port = address.rpartition(":")
-    if host and port.isdigit():
-        try:
-            socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
-        except OSError as error:
-            raise _no_cluster(address, error) from None
-
-
-def _no_cluster(address: str, error: OSError) -> UserError:
-    return UserError(f"RAY_ADDRESS={address}: no cluster answers ({error}); start one with 'ray start --head'")
-
-
-def _resources(workers: int | None) -> tuple[dict[str, float], int]:
-    """What each worker gets, and how many there are: a GPU each where the cluster has GPUs, else CPUs."""
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    gpus = int(sum(node.get("GPU", 0) for node in nodes))
-    num_workers = workers or gpus or 1
-    if gpus and num_workers > gpus:
-        raise UserError(f"workers: {num_workers} is more than the {gpus} GPUs of the cluster; pass --workers {gpus}")
-    cpus = cpus_for_each([(int(n.get("CPU", 0)), int(n.get("GPU", 0))) for n in nodes], num_workers, gpus > 0)
-    return {"CPU": cpus, **({"GPU": 1} if gpus else {})}, num_workers
-
-
-def cpus_for_each(nodes: Sequence[tuple[int, int]], num_workers: int, on_gpus: bool) -> int:
-    """The most CPUs that every worker can have when each must fit on one of the nodes (CPUs, GPUs)."""
-    for cpus in range(max((node for node, _ in nodes), default=0), 0, -1):
-        if sum(min(node // cpus, gpus) if on_gpus else node // cpus for node, gpus in nodes) >= num_workers:
-            return cpus
-    total = sum(node for node, _ in nodes)
-    what = "CPUs of the cluster, beside its GPUs" if on_gpus else "CPUs of the cluster"
-    raise UserError(f"workers: {num_workers} is more than the {total} {what}; pass fewer --workers or start more nodes")
-
-
 def _train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
+    import ray
     import torch
     from ray.train.torch import get_device
 
     from dlops_dist.config import TASKS
+    from dlops_dist.data.memory import keep_freed_memory
     from dlops_dist.engine import fit
 
     settings, events = TASKS[config["task"]](**config["settings"]), config["events"]
+    if ray.train.get_context().get_world_rank() == 0:
+        events.put_nowait(Placed(str(ray.get_runtime_context().get_placement_group_id())))
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    keep_freed_memory()
     listeners = [events.put_nowait]
     if settings.wandb != "off":
-        listeners.append(Wandb(settings.wandb, Path(settings.runs_dir) / str(settings.name)))
+        listeners.append(Wandb(settings, warn=lambda text: events.put_nowait(Warned(text))))
     try:
         return fit(settings, task=config["task"], device=get_device(), listeners=listeners)  # type: ignore[arg-type]
     except (UserError, RunError) as error:
         events.put_nowait(Failed(error))
         raise
-
-
-class _Listening:
-    """A thread that passes the workers' events on to the console, and ends the run at a failure worth no restart."""
-
-    def __init__(self, events: Any, console: Console) -> None:
-        self.failure: UserError | RunError | None = None
-        self._events, self._console = events, console
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._listen, daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Pass on what is still under way, then end."""
-        self._done.set()
-        self._thread.join()
-
-    def _listen(self) -> None:
-        from ray.exceptions import RayError
-        from ray.util.queue import Empty
-
-        while True:
-            last = self._done.is_set()
-            try:
-                while True:
-                    self._handle(self._events.get(timeout=0.2))
-            except Empty:
-                if last:
-                    return
-            except RayError:  # the queue's process is gone, and with it what it held
-                return
-
-    def _handle(self, event: Event | Failed) -> None:
-        if not isinstance(event, Failed):
-            self._console(event)
-        elif self.failure is None:
-            self.failure = event.error
-            _thread.interrupt_main()
 
 
 def _shortened(error: Exception) -> str:

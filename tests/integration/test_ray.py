@@ -1,16 +1,20 @@
 """Under a real Ray cluster on this machine: train, refuse, submit, be killed."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import urllib.error
+import urllib.request
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 import pytest
-import torch
-from command import CACHE, TINY, rows, run, start, wait_until
+from command import CACHE, ROOT, TINY, rows, run, start, wait_until
+from states import same_checkpoint
 
 SETTINGS = [*TINY, "--precision", "float64", "--epochs", "2", "--name", "run"]
 RAY = Path(sys.executable).parent / "ray"
@@ -19,26 +23,55 @@ RAY = Path(sys.executable).parent / "ray"
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     """Environment in which commands reach a cluster of 3 CPUs that was started for these tests."""
+    with head_node(tmp_path_factory.mktemp("ray"), 3) as environment:
+        yield environment
+
+
+@contextmanager
+def head_node(folder, cpus):
+    """Environment in which commands reach a cluster that asks for a token."""
     ports = [free_port() for _ in range(3)]
-    token = tmp_path_factory.mktemp("ray") / "token"
+    token = folder / "token"
     token.write_text("0123456789abcdef" * 4)
     mode = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | mode
-    head = subprocess.Popen(
-        [RAY, "start", "--head", "--block", "--num-cpus", "3", "--port", str(ports[0]), "--disable-usage-stats",
-         "--dashboard-port", str(ports[1]), "--dashboard-agent-listen-port", str(ports[2])],
-        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    try:
-        assert wait_until(lambda: head.poll() is not None or listens(ports[1]), 90)
-        assert head.poll() is None, "ray start ended"
+    options = ["--head", "--port", ports[0], "--dashboard-port", ports[1], "--dashboard-agent-listen-port", ports[2]]
+    with node(mode, *options, "--num-cpus", cpus) as process:
+        assert wait_until(lambda: process.poll() is not None or listens(ports[1]), 120)
+        assert process.poll() is None, "ray start ended"
         dashboard = {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports[1]}"}
         yield {**mode, **dashboard, "RAY_ADDRESS": f"127.0.0.1:{ports[0]}"}
+
+
+@contextmanager
+def node(environment, *options, within=()):
+    """A node of a cluster, under way; in the end it is killed with all that it started."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | environment
+    clean.pop("RAY_ADDRESS", None)
+    process = subprocess.Popen(
+        [*within, RAY, "start", "--block", "--disable-usage-stats", *map(str, options)],
+        env=clean, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        yield process
     finally:
-        started = [head, *psutil.Process(head.pid).children(recursive=True)]
-        for process in reversed(started):
-            process.kill()
-        head.wait(timeout=30)
+        kill_all(process)
+
+
+def kill_all(process):
+    if process.poll() is None:
+        for started in reversed([process, *psutil.Process(process.pid).children(recursive=True)]):
+            with suppress(psutil.NoSuchProcess):  # it ended meanwhile
+                started.kill()
+        process.wait(timeout=30)
+
+
+def nodes_alive(cluster):
+    """How many nodes the cluster has."""
+    script = "import ray; ray.init(logging_level='ERROR'); print('alive', sum(n['Alive'] for n in ray.nodes()))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, **cluster}, capture_output=True, text=True, check=True
+    )
+    return int(done.stdout.split("alive ")[1].split()[0])
 
 
 def free_port():
@@ -88,10 +121,48 @@ def test_q2_on_ray_workers_computes_what_one_process_computes(cluster, stl_shard
     assert (tmp_path / "ray/run/report/confusion.png").is_file()
 
 
+def test_the_dashboard_listens_on_the_loopback_and_asks_for_the_token(cluster):
+    address = cluster["RAY_API_SERVER_ADDRESS"]
+    port = int(address.rpartition(":")[2])
+    sockets = [c for c in psutil.net_connections("tcp") if c.laddr.port == port and c.status == psutil.CONN_LISTEN]
+    assert [c.laddr.ip for c in sockets] == ["127.0.0.1"]
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(f"{address}/api/jobs/", timeout=30)
+    token = Path(cluster["RAY_AUTH_TOKEN_PATH"]).read_text()
+    asked = urllib.request.Request(f"{address}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
+    with urllib.request.urlopen(asked, timeout=30) as answer:
+        assert answer.status == 200
+
+
 def test_more_workers_than_the_cluster_has_is_one_line(cluster, shapes_shards, tmp_path):
     code, output = train(shapes_shards, tmp_path, "--workers", "5", env=cluster)
     assert code == 2
     assert output.splitlines()[-1].startswith("error: workers: 5 is more than the 3 CPUs")
+
+
+OCCUPY = """
+import ray, time
+ray.init(logging_level="ERROR")
+held = ray.remote(num_cpus=2)(lambda: time.sleep(600)).remote()
+while ray.available_resources().get("CPU", 0) > 1: time.sleep(0.2)
+print("occupied", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_a_cluster_whose_cpus_are_in_use_is_one_line_and_no_wait_without_end(cluster, shapes_shards, tmp_path):
+    other = subprocess.Popen(
+        [sys.executable, "-c", OCCUPY], env={**os.environ, **cluster}, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert wait_until(lambda: "occupied" in other.stdout.readline(), 60)
+        code, output = train(shapes_shards, tmp_path, "--workers", "2", env=cluster)
+    finally:
+        other.kill()
+        other.wait()
+    assert code == 2, output
+    assert "workers: 2 do not fit beside what runs on the cluster: 1 of its 3 CPUs are free" in output.splitlines()[-1]
 
 
 def test_no_cluster_at_the_address_is_one_line(shapes_shards, tmp_path):
@@ -109,45 +180,181 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_a_line_and_no_restart(clust
     assert output.count("training and") == 1, "it was started again"
 
 
+KILLED = {
+    "ce": ["--loss", "ce", "--ema-decay", "0.95"],
+    "triplet": ["--loss", "triplet", "--optimizer.lr", "0.002"],
+    "center": ["--loss", "center"],
+}
+
+
 @pytest.mark.slow
-def test_a_killed_worker_changes_no_bit_of_the_result(cluster, shapes_shards, tmp_path):
-    arguments = ["--loss", "center", "--workers", "2", "--epochs", "12", "--checkpoint-every", "4"]
-    arguments += ["--precision", "float32"]
-    process = start(
-        "train", "q1", "--data.shards", shapes_shards, "--runs-dir", tmp_path / "killed", *SETTINGS, *arguments,
-        env=cluster,
-    )  # fmt: skip
+@pytest.mark.parametrize("loss", KILLED)
+def test_a_killed_worker_changes_no_bit_of_the_result(loss, cluster, shapes_shards, tmp_path):
+    arguments = [*KILLED[loss], "--workers", "3", "--epochs", "12", "--checkpoint-every", "4"]
+    command = ["train", "q1", "--data.shards", shapes_shards, *SETTINGS, "--precision", "float32", *arguments]
+    killed_and_whole(command, 2, 12, cluster, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_of_q2_changes_no_bit_of_the_result(cluster, stl_shards, tmp_path):
+    command = ["train", "q2", "--data.shards", stl_shards, "--data.cache-dir", CACHE, "--name", "run", "--workers", "3"]
+    command += ["--global-batch-size", "22", "--epochs", "2", "--model.layers", "12", "9", "5"]
+    command += ["--model.code-layer", "9", "--pretrain.epochs", "20", "--checkpoint-every", "2"]
+    killed_and_whole(command, 25, 62, cluster, tmp_path)
+
+
+def killed_and_whole(command, after, epochs, cluster, tmp_path):
+    """Kill a worker after so many epochs; compare what Ray then makes of the run with one that nothing stopped."""
+    process = start(*command, "--runs-dir", tmp_path / "killed", env=cluster)
     metrics = tmp_path / "killed/run/metrics.jsonl"
-    assert wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 2, 90)
+    assert wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= after, 120)
     workers = subprocess.run(["pgrep", "-f", "ray::RayTrainWorker"], capture_output=True, text=True, check=True)
     os.kill(int(workers.stdout.split()[0]), signal.SIGKILL)
+    assert len(metrics.read_text().splitlines()) < epochs, "it finished before it was stopped"
     output, _ = process.communicate(timeout=180)
     assert process.returncode == 0, output
     assert " from step " in output
-    code, output = train(shapes_shards, tmp_path / "whole", *arguments, env=cluster)
+    code, output = run(*command, "--runs-dir", tmp_path / "whole", env=cluster, timeout_s=180)
     assert code == 0, output
     assert rows(tmp_path / "killed/run") == rows(tmp_path / "whole/run")
-    last = [
-        torch.load(max((tmp_path / runs / "run/checkpoints").iterdir()), weights_only=True)
-        for runs in ("killed", "whole")
-    ]
-    assert all(torch.equal(value, last[1]["model"][name]) for name, value in last[0]["model"].items())
-    assert torch.equal(last[0]["loss"]["center.centers"], last[1]["loss"]["center.centers"])
+    assert same_checkpoint(*(max((tmp_path / runs / "run/checkpoints").iterdir()) for runs in ("killed", "whole")))
+
+
+@pytest.mark.slow
+def test_a_lost_node_leaves_the_others_to_go_on_to_the_same_result(shapes_shards, tmp_path):
+    """Workers 1 to 2: the second node is killed in the middle, the first goes on alone, on the same samples."""
+    arguments = ["--loss", "center", "--epochs", "20", "--checkpoint-every", "4"]
+    with head_node(tmp_path, 1) as cluster, node(cluster, "--address", cluster["RAY_ADDRESS"], "--num-cpus", 1) as lost:
+        assert wait_until(lambda: nodes_alive(cluster) == 2, 90)
+        elastic = [*arguments, "--workers", "2", "--min-workers", "1", "--runs-dir", tmp_path / "lost"]
+        process = start("train", "q1", "--data.shards", shapes_shards, *SETTINGS, *elastic, env=cluster)
+        metrics = tmp_path / "lost/run/metrics.jsonl"
+        assert wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 2, 120)
+        kill_all(lost)
+        output, _ = process.communicate(timeout=280)
+    assert process.returncode == 0, output
+    first, second = [line for line in output.splitlines() if " training and " in line]
+    assert "2 workers on cpu" in first
+    assert "1 worker on cpu" in second
+    assert " from step " in second
+    code, output = train(shapes_shards, tmp_path / "whole", *arguments, "--local")
+    assert code == 0, output
+    for ours, theirs in zip(rows(tmp_path / "lost/run"), rows(tmp_path / "whole/run"), strict=True):
+        assert ours == {name: pytest.approx(value, rel=1e-6) for name, value in theirs.items()}
+
+
+@pytest.mark.root
+def test_a_node_that_sees_other_files_is_refused_before_the_run_begins(cluster, shapes_shards, tmp_path):
+    """In a mount namespace of its own: without the shards and the run, and with other code."""
+    (tmp_path / "runs").mkdir()
+    shutil.copytree(ROOT / "dlops_dist", tmp_path / "other")
+    with (tmp_path / "other/optim.py").open("a") as file:
+        file.write("# another version\n")
+    hide = [f"mount --bind {tmp_path}/other {ROOT}/dlops_dist"]
+    hide += [f"mount -t tmpfs none {folder}" for folder in (shapes_shards, tmp_path / "runs")]
+    within = ["unshare", "--mount", "sh", "-c", " && ".join([*hide, 'exec "$0" "$@"'])]
+    with node(cluster, "--address", cluster["RAY_ADDRESS"], "--num-cpus", 1, within=within):
+        assert wait_until(lambda: nodes_alive(cluster) == 2, 90)
+        code, output = train(shapes_shards, tmp_path / "runs", "--workers", "2", env=cluster)
+    assert wait_until(lambda: nodes_alive(cluster) == 1, 90)
+    assert code == 2, output
+    shards, runs, version = output.splitlines()[-3:]
+    assert shards.startswith(f"error: data.shards: {shapes_shards} are not there on node ")
+    assert runs.startswith(f"error: runs_dir: {tmp_path}/runs/run is not there on node ")
+    assert version.startswith("error: dlops_dist is ")
+    assert version.endswith("; install the same everywhere")
+    assert not (tmp_path / "runs/run/checkpoints").exists()
+
+
+def job(cluster, *arguments, **options):
+    """(exit code, everything printed) of `ray job`."""
+    environment = {k: v for k, v in {**os.environ, **cluster}.items() if k != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [str(part) for part in (RAY, "job", *arguments)], env=environment, capture_output=True, text=True,
+        timeout=180, check=False, **options,
+    )  # fmt: skip
+    return done.returncode, done.stdout + done.stderr
+
+
+def training(shards, runs, *arguments):
+    command = [sys.executable, "-m", "dlops_dist.train", "q1", "--loss", "center", "--data.shards", shards]
+    return [*command, "--runs-dir", runs, "--workers", "2", *SETTINGS, *arguments]
 
 
 @pytest.mark.slow
 def test_a_submitted_job_trains_and_its_exit_code_is_true(cluster, shapes_shards, tmp_path):
-    command = [RAY, "job", "submit", "--", sys.executable, "-m", "dlops_dist.train", "q1", "--loss", "center"]
-    command += ["--data.shards", shapes_shards, "--runs-dir", tmp_path, "--workers", "2", *SETTINGS]
-    environment = {**os.environ, **cluster}
-    del environment["RAY_ADDRESS"]
-    done = subprocess.run(
-        list(map(str, command)), env=environment, capture_output=True, text=True, timeout=180, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "result: q1 center after 2 epochs" in done.stdout
+    command = training(shapes_shards, tmp_path)
+    code, output = job(cluster, "submit", "--", *command)
+    assert code == 0, output
+    assert "result: q1 center after 2 epochs" in output
     assert len(rows(tmp_path / "run")) == 2
-    failing = [*map(str, command), "--seed", "3"]
-    done = subprocess.run(failing, env=environment, capture_output=True, text=True, timeout=180, check=False)
-    assert done.returncode != 0
-    assert "choose another --name" in done.stdout + done.stderr
+    code, output = job(cluster, "submit", "--", *command, "--seed", "3")
+    assert code != 0
+    assert "choose another --name" in output
+
+
+@pytest.mark.slow
+def test_a_job_may_bring_the_code_along_but_not_the_data(cluster, shapes_shards, tmp_path):
+    working_copy = ("submit", "--working-dir", ROOT)
+    code, output = job(cluster, *working_copy, "--", *training(shapes_shards, tmp_path))
+    assert code == 0, output
+    assert len(rows(tmp_path / "run")) == 2
+    for wrong, place in (("runs_dir", (shapes_shards, "runs")), ("data.shards", ("shards/any", tmp_path))):
+        code, output = job(cluster, *working_copy, "--", *training(*place))
+        assert code != 0
+        assert f"error: {wrong}: " in output
+        assert "pass an absolute path that every node sees" in output
+        assert "Traceback" not in output
+
+
+def test_what_still_calls_ray_after_we_left_neither_joins_nor_starts_a_cluster(cluster):
+    """As the thread that waits for the trainer does after a Ctrl-C."""
+    script = """
+from dlops_dist.ray_cluster import cluster
+with cluster(print):
+    import ray
+try:
+    ray.put(1)
+except ray.exceptions.RaySystemError as error:
+    print(error)
+print("connected:", ray.is_initialized())
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, **cluster}, cwd=ROOT, check=True, capture_output=True,
+        text=True, timeout=60,
+    )  # fmt: skip
+    assert result.stdout.splitlines()[-1] == "connected: False"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["ray job stop", "Ctrl-C"])
+def test_a_stopped_job_or_command_goes_on_to_the_same_bits(how, cluster, shapes_shards, tmp_path):
+    arguments = ["--precision", "float32", "--epochs", "12", "--checkpoint-every", "4"]
+    metrics = tmp_path / "stopped/run/metrics.jsonl"
+    if how == "Ctrl-C":
+        process = start("train", *training(shapes_shards, tmp_path / "stopped", *arguments)[3:], env=cluster)
+    else:
+        command = training(shapes_shards, tmp_path / "stopped", *arguments)
+        code, output = job(cluster, "submit", "--no-wait", "--submission-id", tmp_path.name, "--", *command)
+        assert code == 0, output
+    assert wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 2, 120)
+    if how == "Ctrl-C":
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 130, output
+        assert output.splitlines()[-1].startswith("interrupted; the same command goes on")
+        assert "Traceback" not in output
+    else:
+        code, output = job(cluster, "stop", tmp_path.name)
+        assert code == 0, output
+        assert "STOPPED" in job(cluster, "status", tmp_path.name)[1].upper()
+    assert len(metrics.read_text().splitlines()) < 12, "it finished before it was stopped"
+    for runs in ("stopped", "whole"):
+        code, output = run(
+            "train", *training(shapes_shards, tmp_path / runs, *arguments)[3:], env=cluster, timeout_s=180
+        )
+        assert code == 0, output
+        assert (" from step " in output) == (runs == "stopped")
+    assert rows(tmp_path / "stopped/run") == rows(tmp_path / "whole/run")
+    last = [max((tmp_path / runs / "run/checkpoints").iterdir()) for runs in ("stopped", "whole")]
+    assert same_checkpoint(*last)
