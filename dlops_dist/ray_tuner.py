@@ -1,0 +1,224 @@
+"""Runs the trials of a sweep by Ray Tune, each of them a Ray Train run."""
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from dlops_dist.config import TASKS, Settings, Sweep
+from dlops_dist.config.sweep import ACCURACY
+from dlops_dist.engine.events import EpochEnded, Warned
+from dlops_dist.engine.run_folder import RunFolder
+from dlops_dist.errors import RunError, UserError
+from dlops_dist.ray_backend import Placed, train_group, wandb_environment
+from dlops_dist.ray_cluster import check_nodes, cluster, resources_for
+from dlops_dist.sweep.board import Board
+from dlops_dist.sweep.folder import SWEEP, SweepFolder, forget_end, note_end
+from dlops_dist.sweep.plan import create, suggested_trials
+
+QUIET = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_worker_maximum_startup_concurrency": "8",  # a trial is some five processes, at which Ray wonders on few cores
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # q2's epochs of pretraining have no accuracy
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends a sweep as it ends a run
+}
+DRIVER = {"CPU": 0, "node:__internal_head__": 0.001}
+"""What a trial's own process takes: a CPU of its own would be one that its workers wait for, for ever."""
+
+
+def train_trials(task: str, sweep: Sweep, folder: SweepFolder, known: Sequence[Settings], board: Board) -> None:
+    """Train the runs that are known and not over, then those that Optuna suggests."""
+    create(task, known)
+    unfinished = [settings for settings in known if not folder.is_over(settings)]
+    missing = max(0, sweep.num_samples * sweep.seeds - len(known)) if sweep.search == "optuna" else 0
+    if not unfinished and not missing:
+        board.say(f"sweep {folder.path} is complete; it goes on with more --num-samples or --seeds")
+        return
+    trials = chain(unfinished, suggested_trials(task, sweep, folder) if missing else ())
+    _run_trials(task, sweep, trials, len(unfinished) + missing, len(known) + missing, board)
+
+
+def _run_trials(
+    task: str, sweep: Sweep, trials: Iterator[Settings], num_trials: int, num_all: int, board: Board
+) -> None:
+    """Train prepared runs on the cluster of RAY_ADDRESS, or on one started here, some at a time.
+
+    A run that fails has the reason in its folder, and the others go on.
+
+    Args:
+        trials: asked for the next when there is room for it.
+        num_trials: how many they are at most.
+        num_all: trials of the whole sweep: one that goes on gives each worker as many CPUs as before.
+    """
+    os.environ.update(QUIET)
+    with cluster(board.say):
+        import ray
+        from ray import tune
+
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial that fails is told by the board
+        places = ray.cluster_resources()
+        at_once = trials_at_once(sweep, num_all, int(places.get("GPU", 0) or places.get("CPU", 0)))
+        num_workers = sweep.workers or 1
+        resources, _ = resources_for(num_workers * at_once)
+        check_nodes(sweep.data.shards, str(Path(sweep.runs_dir) / str(sweep.name)), SWEEP)
+        board.say(
+            f"{num_trials} of {num_all} trials to train, {at_once} at a time, each on {num_workers} "
+            f"worker{'s' * (num_workers > 1)} with {resources}"
+        )
+        driver = partial(
+            _drive, task=task, num_workers=num_workers, resources=resources, environment=wandb_environment(sweep)
+        )
+        tune.Tuner(
+            tune.with_resources(driver, DRIVER),
+            tune_config=tune.TuneConfig(
+                search_alg=_queue(trials), num_samples=num_trials, max_concurrent_trials=at_once,
+                scheduler=_scheduler(sweep), trial_dirname_creator=lambda trial: trial.trial_id,
+            ),
+            run_config=tune.RunConfig(
+                name="tune", storage_path=str(Path(sweep.runs_dir) / str(sweep.name) / ".ray"), verbose=0,
+                callbacks=[_watcher(board)],
+            ),
+        ).fit()  # fmt: skip
+
+
+def _queue(trials: Iterator[Settings]) -> Any:
+    """Hands the trials to Tune, which need tell it nothing: their folders say what came of them."""
+    from ray.tune.search import Searcher
+
+    class Queue(Searcher):
+        def __init__(self, trials: Iterator[Settings]) -> None:
+            super().__init__()
+            self.trials = trials
+
+        def __reduce__(self) -> Any:  # as that of the watcher
+            return Queue, (iter(()),)
+
+        def suggest(self, trial_id: str) -> Any:
+            settings = next(self.trials, None)
+            return Searcher.FINISHED if settings is None else {"settings": settings.model_dump()}
+
+        def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None: ...
+
+        def save(self, checkpoint_path: str) -> None: ...
+
+    return Queue(trials)
+
+
+def trials_at_once(sweep: Sweep, num_trials: int, cluster_slots: int) -> int:
+    """How many trials have all their workers at the same time, so that none waits for another's.
+
+    Args:
+        cluster_slots: GPUs of the cluster, or its CPUs where it has none: the most workers it can hold.
+    """
+    workers, wanted = sweep.workers or 1, sweep.concurrency
+    fitting = cluster_slots // workers
+    if not fitting:
+        raise UserError(f"workers: a trial of {workers} does not fit on a cluster for {cluster_slots} workers")
+    if wanted is not None and wanted > fitting:
+        raise UserError(
+            f"concurrency: {wanted} trials with {workers} workers each need {wanted * workers} of the "
+            f"{cluster_slots} places that the cluster has for workers; pass --concurrency {fitting}"
+        )
+    return min(wanted or fitting, num_trials)
+
+
+def _scheduler(sweep: Sweep) -> Any:
+    """Of trials: none, or one that gives up the worst of them, judged as the ranking judges, never by test."""
+    if sweep.scheduler == "none":
+        return None
+    from ray.tune.schedulers import ASHAScheduler
+
+    last = max(1, sweep.epochs - 1)  # after the last epoch nothing is saved by giving up
+    return ASHAScheduler("epoch", ACCURACY, "max", max_t=last, reduction_factor=3, stop_last_trials=False)
+
+
+def _drive(
+    config: dict[str, Any], task: str, num_workers: int, resources: dict[str, float], environment: dict[str, str]
+) -> None:
+    """A trial: train its run on a group of workers of its own, and tell Tune of each epoch, without test figures."""
+    from ray import tune
+
+    settings = TASKS[task](**config["settings"])
+    path = Path(settings.runs_dir) / str(settings.name)
+    folder = RunFolder(path)
+    warnings: list[str] = []
+    try:
+        with folder.held():
+            forget_end(path)
+            judged = sum(ACCURACY in row for row in folder.rows())
+            for event in train_group(task, settings, num_workers, resources, environment):
+                if isinstance(event, Placed):
+                    tune.report({"epoch": judged, "placement_group": event.placement_group})
+                if isinstance(event, Warned):
+                    warnings.append(event.text)
+                if isinstance(event, EpochEnded) and ACCURACY in event.row:
+                    judged += 1
+                    tune.report({"epoch": judged, ACCURACY: event.row[ACCURACY], "warnings": warnings})
+                    warnings = []
+            if warnings:
+                tune.report({"epoch": judged, "warnings": warnings})
+    except (UserError, RunError) as error:
+        note_end(path, failed=str(error))
+
+
+def _watcher(board: Board) -> Any:
+    """Tells the board what Tune does with the trials, in the place of Tune's own way to tell."""
+    from ray.tune.progress_reporter import TrialProgressCallback
+
+    class Watcher(TrialProgressCallback):
+        def __init__(self, board: Any) -> None:
+            self.board = board
+            self.placement_groups: dict[str, str] = {}
+
+        def __reduce__(self) -> Any:  # Tune saves itself with its callbacks, to be restored elsewhere: never used here
+            return Watcher, (None,)
+
+        def on_trial_start(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+            self.board.started(_name(trial))
+
+        def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **_: Any) -> None:
+            if "placement_group" in result:
+                self.placement_groups[_name(trial)] = result["placement_group"]
+            for warning in result.get("warnings", []):
+                self.board.warn(f"{_name(trial)}: {warning}")
+            if ACCURACY in result:
+                self.board.judged(_name(trial))
+
+        def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+            _free(self.placement_groups.get(_name(trial)))
+            self.board.ended(_name(trial))
+
+        def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+            _free(self.placement_groups.get(_name(trial)))
+            self.board.ended(_name(trial), died=_why(trial))
+
+    return Watcher(board)
+
+
+def _name(trial: Any) -> str:
+    return str(trial.config["settings"]["name"])
+
+
+def _free(placement_group: str | None) -> None:
+    """Give back what a trial's workers held. Train does so where it ends by itself, not where Tune ends its trial."""
+    import ray
+    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+
+    if placement_group is not None:
+        group = PlacementGroup(ray.PlacementGroupID(bytes.fromhex(placement_group)))
+        if placement_group_table(group).get("state", "REMOVED") != "REMOVED":
+            remove_placement_group(group)
+
+
+def _why(trial: Any) -> str:
+    """Why a trial's own process ended; what it knows of its run, it has written itself."""
+    from ray.exceptions import ActorDiedError
+
+    error = trial.get_pickled_error()
+    if error is None or isinstance(error, ActorDiedError):
+        return "its process died, or was killed for memory"
+    return str(error).strip().splitlines()[-1]

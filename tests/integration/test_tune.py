@@ -1,0 +1,155 @@
+"""A sweep under a Ray of its own: search, be killed, go on, fail, report."""
+
+import re
+import signal
+
+import psutil
+import pytest
+import yaml
+from command import CACHE, TINY, rows, run, start, wait_until
+
+SETTINGS = [*TINY, "--data.val-fraction", "0.25", "--name", "sweep", "--num-samples", "2"]
+
+
+def tune(shards, runs, *arguments, **options):
+    return run("tune", "--data.shards", shards, "--runs-dir", runs, *SETTINGS, *arguments, timeout_s=280, **options)
+
+
+def trials(sweep):
+    """{the searched settings and the seed of a trial: its rows}."""
+    found = {}
+    for file in sweep.glob("*/config.yaml"):
+        settings = yaml.safe_load(file.read_text())
+        point = settings["optimizer"]["lr"], settings["triplet"]["margin"], settings["model"]["width"], settings["seed"]
+        found[point] = rows(file.parent) if (file.parent / "metrics.jsonl").exists() else []
+    return found
+
+
+def test_smoke_ranks_two_trials_and_is_done_once(tmp_path):
+    code, output = run("tune", "--smoke", cwd=tmp_path, timeout_s=170)
+    assert code == 0, output
+    assert output.splitlines()[-1].startswith("result: q1 triplet: triplet.margin ")
+    assert "2 of 2 trials to train, " in output
+    (sweep,) = (tmp_path / "runs").glob("tune-q1-triplet-*")
+    assert {path.name for path in (sweep / "report").iterdir()} == {"parallel.png", "responses.png"}
+
+    (sweep / "report/parallel.png").unlink()
+    code, again = run("tune", "--smoke", cwd=tmp_path)
+    assert (code, "is complete" in again, "Ray" in again) == (0, True, False)
+    assert again.splitlines()[-1] == output.splitlines()[-1]
+    code, report = run("report", sweep)
+    assert code == 0, report
+    assert table_of(report) == table_of(output)
+    assert (sweep / "report/parallel.png").is_file()
+
+    code, output = run("train", "q1", "--local", "--config", sweep / "best.yaml", "--name", "best", cwd=tmp_path)
+    assert code == 0, output
+    assert rows(tmp_path / "runs/best") in [rows(trial) for trial in sweep.glob("q1-triplet-*")]
+
+
+def table_of(output):
+    """The ranking as it was printed."""
+    return re.findall(r"^│ +\d+ │.*$", output, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_to_the_same_figures_and_a_failed_trial_stops_nothing(shapes_shards, tmp_path):
+    space = ["--space", "triplet.margin grid 0.5", "optimizer.lr grid 1e12 0.02 0.05"]
+    arguments = [*space, "--epochs", "8", "--checkpoint-every", "3"]
+    killed, whole = tmp_path / "killed/sweep", tmp_path / "whole/sweep"
+    process = start("tune", "--data.shards", shapes_shards, "--runs-dir", killed.parent, *SETTINGS, *arguments)
+    assert wait_until(lambda: any(2 <= len(epochs) < 8 for epochs in trials(killed).values()), 120)
+    process.kill()
+    process.communicate()
+    code, output = tune(shapes_shards, killed.parent, *arguments)
+    assert code == 0, output
+    assert len(re.findall(r" epoch \d+/8: ", output)) <= 6 + 8, "it began anew"
+    assert "failed: the loss became " in output
+    code, again = tune(shapes_shards, whole.parent, *arguments)
+    assert code == 0, again
+    assert trials(killed) == trials(whole)
+    assert {len(epochs) for epochs in trials(whole).values()} == {8, 0}
+    assert table_of(again) == table_of(output)
+
+
+@pytest.mark.slow
+def test_a_trial_whose_process_dies_or_that_needs_too_much_memory_is_recorded(shapes_shards, tmp_path):
+    space = ["--space", "model.width grid 8 60000", "--concurrency", "1"]
+    arguments = ["--data.shards", shapes_shards, "--runs-dir", tmp_path, *SETTINGS, *space, "--epochs", "40"]
+    process = start("tune", *arguments)
+    assert wait_until(lambda: any(trials(tmp_path / "sweep").values()), 120)
+    children = psutil.Process(process.pid).children(recursive=True)
+    (driver,) = [child for child in children if "ImplicitFunc" in " ".join(child.cmdline())]
+    driver.send_signal(signal.SIGKILL)
+    output, _ = process.communicate(timeout=280)
+    assert process.returncode == 0, output
+    assert output.count("warning: q1-triplet-") == 2
+    assert "can't allocate memory" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.slow
+def test_asha_gives_up_trials_and_a_sweep_that_it_ended_is_complete(shapes_shards, tmp_path):
+    space = ["--space", "optimizer.lr grid 0.05 0.0001 0.00001 0.000001", "triplet.margin grid 0.2"]
+    arguments = [*space, "--epochs", "6", "--scheduler", "asha", "--workers", "2", "--loss", "triplet"]
+    code, output = tune(shapes_shards, tmp_path, *arguments)
+    assert code == 0, output
+    assert "4 of 4 trials to train, 1 at a time, each on 2 workers" in output
+    assert "given up by the scheduler" in output
+    lengths = sorted(len(epochs) for epochs in trials(tmp_path / "sweep").values())
+    assert lengths[0] < lengths[-1] == 6
+    code, output = tune(shapes_shards, tmp_path, *arguments)
+    assert (code, "is complete" in output) == (0, True), output
+
+
+@pytest.mark.slow
+def test_optuna_runs_every_seed_of_each_point_and_goes_on_with_more(shapes_shards, tmp_path):
+    space = ["--space", "optimizer.lr log-uniform 0.01 0.1", "triplet.margin uniform 0.1 0.9"]
+    arguments = [*space, "--epochs", "1", "--search", "optuna", "--seeds", "2", "--wandb", "offline"]
+    code, output = tune(shapes_shards, tmp_path, *arguments)
+    assert code == 0, output
+    before = trials(tmp_path / "sweep")
+    assert len({point[:3] for point in before}) == 2
+    assert sorted(seed for *_, seed in before) == [0, 0, 1, 1]
+    code, output = tune(shapes_shards, tmp_path, *arguments, "--num-samples", "3")
+    assert code == 0, output
+    assert "2 of 6 trials to train" in output
+    after = trials(tmp_path / "sweep")
+    assert (len(after), before.items() <= after.items()) == (6, True)
+    assert len(list(tmp_path.glob("sweep/*/wandb/offline-run-*-sweep-q1-triplet-*"))) == 6
+    assert len(list(tmp_path.glob("sweep/wandb/offline-run-*-sweep-summary"))) == 2
+
+
+@pytest.mark.slow
+def test_q2_is_searched_too(stl_shards, tmp_path):
+    arguments = ["tune", "q2", "--data.shards", stl_shards, "--data.cache-dir", CACHE, "--runs-dir", tmp_path]
+    arguments += ["--global-batch-size", "20", "--model.layers", "12", "9", "5", "--model.code-layer", "9"]
+    arguments += ["--data.val-fraction", "0.25", "--pretrain.epochs", "1", "--epochs", "2", "--num-samples", "2"]
+    code, output = run(*arguments, timeout_s=280)
+    assert code == 0, output
+    assert " epoch 2/2: val top-1 " in output
+    assert output.splitlines()[-1].startswith("result: q2 frozen: pretrain.optimizer.lr ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--workers", "99"], ["workers: ", "99"]),
+    (["--concurrency", "50", "--workers", "2"], ["concurrency: 50", "--concurrency"]),
+])  # fmt: skip
+def test_too_small_a_machine_is_one_line(arguments, words, shapes_shards, tmp_path):
+    code, output = tune(shapes_shards, tmp_path, *arguments)
+    assert code == 2, output
+    assert all(word in output.splitlines()[-1] for word in words), output
+    assert "Traceback" not in output
+
+
+def test_a_sweep_of_other_settings_is_refused_by_name_and_a_mistake_leaves_nothing(shapes_shards, tmp_path):
+    code, output = tune(shapes_shards, tmp_path / "runs", "--space", "global-batch-size grid 20 5000")
+    assert (code, len(output.splitlines())) == (2, 1), output
+    assert "5000" in output
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep/sweep.yaml").write_text("task: q1\nspace: ['optimizer.lr grid 1']\ndata: {val_fraction: 0.25}")
+    code, output = tune(shapes_shards, tmp_path)
+    assert (code, len(output.splitlines())) == (2, 1), output
+    assert "choose another --name" in output
