@@ -1,6 +1,7 @@
-"""Tables and plots of finished runs.
+"""Tables and plots of finished runs and of sweeps.
 
     python -m dlops_dist.report runs/A runs/B      one table of all, and report/curves.png in each run's folder
+    python -m dlops_dist.report runs/SWEEP         its ranking, what each parameter had to do with it, and plots of both
 
 Beside our figures stand those that the original study reported, never adjusted to one another: its metrics are
 loosely defined.
@@ -8,10 +9,11 @@ loosely defined.
 
 import argparse
 import sys
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from dlops_dist.errors import OneLineParser, UserError, exit_code_of
+from dlops_dist.files import Folder
 
 STUDY = {
     "ce": {"train/loss": 0.12, "train/top1": 0.7225, "test/loss": 1.567, "test/top5": 0.5936},
@@ -31,13 +33,25 @@ def main() -> None:
     parser = OneLineParser(
         prog="python -m dlops_dist.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
-    runs = parser.parse_args().runs
-    loaded = {path: load(path) for path in runs}
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run or of a sweep, or its URL")
+    given = parser.parse_args().runs
 
     from rich.console import Console
 
+    from dlops_dist.sweep.folder import SweepFolder
+    from dlops_dist.sweep.summary import summarize
+
     console = Console(width=160 if not sys.stdout.isatty() else None)
+    sweeps = {place: SweepFolder(Path(place)) for place in given if SweepFolder(Path(place)).is_sweep()}
+    for folder in sweeps.values():
+        summarize(folder, console)
+    loaded = {place: load(place) for place in given if place not in sweeps}
+    if loaded:
+        report_runs(loaded, console)
+
+
+def report_runs(loaded: dict[str, tuple[str, list[dict[str, Any]]]], console: Any) -> None:
+    """Print the results of runs side by side, and draw each run's curves."""
     console.print(table(loaded))
     stacked = {path: rows for path, (variant, rows) in loaded.items() if variant not in STUDY}
     if stacked:
@@ -46,7 +60,7 @@ def main() -> None:
         print(f"curves: {plot_curves(path, rows)}")
 
 
-def load(run: Path) -> tuple[str, list[dict[str, Any]]]:
+def load(run: str) -> tuple[str, list[dict[str, Any]]]:
     """Variant and rows of metrics of a run with at least one epoch."""
     from dlops_dist.engine.run_folder import RunFolder
 
@@ -58,25 +72,30 @@ def load(run: Path) -> tuple[str, list[dict[str, Any]]]:
     return settings.variant, rows
 
 
-def table(runs: dict[Path, tuple[str, list[dict[str, Any]]]]) -> Any:
-    """The last epoch of each run, and the study's figures of the losses that occur."""
+def table(runs: dict[str, tuple[str, list[dict[str, Any]]]]) -> Any:
+    """The result of each run, and the study's figures of the losses that occur."""
     from rich.table import Table
 
-    result = Table(title="last epoch")
-    for column in ("run", "loss", "epochs", *COLUMNS.values()):
+    from dlops_dist.engine.run_folder import result_row
+
+    result = Table(title="result of each run")
+    for column in ("run", "loss", "epoch", *COLUMNS.values()):
         result.add_column(column, justify="left" if column in ("run", "loss") else "right")
     for path, (variant, rows) in runs.items():
-        result.add_row(path.name, variant, str(rows[-1]["epoch"]), *(_cell(name, rows[-1]) for name in COLUMNS))
+        row = result_row(rows)
+        result.add_row(PurePath(path).name, variant, str(row["epoch"]), *(_cell(name, row) for name in COLUMNS))
     for task in dict.fromkeys(variant if variant in STUDY else "q2" for variant, _ in runs.values()):
         result.add_row("original study", task, "10", *(_cell(name, STUDY[task]) for name in COLUMNS), style="dim")
     return result
 
 
-def class_table(runs: dict[Path, list[dict[str, Any]]]) -> Any:
+def class_table(runs: dict[str, list[dict[str, Any]]]) -> Any:
     """Class-wise test accuracies of q2's runs, and the study's."""
     from rich.table import Table
 
-    by_class = {path.name: rows[-1].get("test/top1_by_class", []) for path, rows in runs.items()}
+    from dlops_dist.engine.run_folder import result_row
+
+    by_class = {PurePath(path).name: result_row(rows).get("test/top1_by_class", []) for path, rows in runs.items()}
     result = Table("run", title="test top-1 of each class, %")
     for number in range(max(len(STUDY_CLASSES), *map(len, by_class.values()))):
         result.add_column(str(number + 1), justify="right")
@@ -92,7 +111,7 @@ def _cell(name: str, row: dict[str, Any]) -> str:
     return f"{row[name]:.4f}" if name.endswith("loss") else f"{row[name]:.2%}"
 
 
-def plot_curves(run: Path, rows: list[dict[str, Any]]) -> Path:
+def plot_curves(run: str, rows: list[dict[str, Any]]) -> str:
     """Loss and accuracy of each epoch, train and test; each class's test accuracy; q2's reconstruction errors."""
     import matplotlib as mpl
 
@@ -106,12 +125,12 @@ def plot_curves(run: Path, rows: list[dict[str, Any]]) -> Path:
     for panel, plot in zip(axes[0], panels, strict=True):
         plot(panel, pretrained if plot is _plot_errors else classified)
         panel.grid(alpha=0.3)
-    figure.suptitle(run.name)
-    path = run / "report" / "curves.png"
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=100)
+    figure.suptitle(PurePath(run).name)
+    report = Folder(run) / "report"
+    with report.as_path() as folder:
+        figure.savefig(folder / "curves.png", dpi=100)
     plt.close(figure)
-    return path
+    return str(report / "curves.png")
 
 
 def _plot_errors(axes: Any, rows: list[dict[str, Any]]) -> None:
