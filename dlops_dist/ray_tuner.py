@@ -147,7 +147,7 @@ def _drive(
     folder = RunFolder(path)
     warnings: list[str] = []
     try:
-        with folder.held():
+        with folder.locked():
             forget_end(path)
             judged = sum(ACCURACY in row for row in folder.rows())
             for event in train_group(task, settings, num_workers, resources, environment):

@@ -59,7 +59,7 @@ def run(task: str, settings: Settings, console: Any) -> list[dict[str, Any]]:
         refuse_uploaded_folder(settings)
     settings = prepare(task, settings)
     folder = RunFolder.of(settings)
-    with folder.held():
+    with folder.locked():
         folder.create(task, settings)
         if folder.finished_row(settings, read_manifest(Path(settings.data.shards))) is not None:
             console.say(f"run {folder} is complete; another --name trains anew")

@@ -61,7 +61,7 @@ def run_sweep(task: str, sweep: Sweep) -> str:
     os.environ["WANDB_RUN_GROUP"] = str(sweep.name)  # W&B reads it: here, and in the workers
     folder = SweepFolder(Path(sweep.runs_dir) / str(sweep.name))
     known = known_trials(task, sweep, folder)
-    with RunFolder(folder.path).held(), Board(folder) as board:
+    with RunFolder(folder.path).locked(), Board(folder) as board:
         folder.create(task, sweep)
         train_trials(task, sweep, folder, known, board)
     best = summarize(folder, Console(width=None if sys.stdout.isatty() else 160))

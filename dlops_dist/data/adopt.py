@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from dlops_dist.data.codec import decode
 from dlops_dist.data.facts import Facts, FactsOfSamples, write_index_and_manifest
-from dlops_dist.data.locks import held
+from dlops_dist.data.locks import locked
 from dlops_dist.data.pack import PLAN
 from dlops_dist.data.processes import in_processes
 from dlops_dist.data.shards import MANIFEST, SHARD_NAME, UNLABELED, Manifest, read_manifest, sha256_of
@@ -59,7 +59,7 @@ def adopt(
     words = {word for path in paths for word in _split_words(path) if SPLIT_WORDS[word] == "test"}
     if len({"test" if word == "test" else "val" for word in words}) > 1:
         raise UserError(f"{folder} holds shards of val and of test: put those that are not to be tested on elsewhere")
-    with held(folder, "indexed"):
+    with locked(folder, "indexed"):
         return _adopt(folder, paths, dataset, class_names, workers, on_progress)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.error import HTTPError
 
-from dlops_dist.data.locks import held
+from dlops_dist.data.locks import locked
 from dlops_dist.errors import UserError
 
 BLOCK = 1 << 20
@@ -50,7 +50,7 @@ def fetch(archive: Archive, folder: Path, on_progress: Callable[[int, int], None
         return target
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".{archive.name}.partial"
-    with held(folder, "fetched into"):
+    with locked(folder, "fetched into"):
         _download_all(archive, partial, target, on_progress)
         _version_file(partial).unlink(missing_ok=True)
         if archive.md5 and (md5 := _md5_of(partial)) != archive.md5:

@@ -10,7 +10,7 @@ from dlops_dist.errors import UserError
 
 
 @contextmanager
-def held(folder: Path, use: str) -> Iterator[None]:
+def locked(folder: Path, use: str) -> Iterator[None]:
     """Raises UserError where another process of this node holds the folder; `use` says what for, such as "packed"."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:

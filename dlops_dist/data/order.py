@@ -92,13 +92,13 @@ def hold_out(labels: Ids, fraction: float) -> tuple[Ids, Ids]:
     return np.sort(by_class[~held]), np.sort(by_class[held])
 
 
-def micro_batches(global_batch: Ids, size: int | None) -> list[Ids]:
-    """A global batch cut into consecutive parts of `size`, the last one shorter; one part where size is None.
+def blocks(ids: Ids, size: int | None) -> list[Ids]:
+    """Ids cut into consecutive blocks of `size`, the last one shorter; one block where size is None.
 
-    Each is then cut into rank parts: what goes through the model together does not depend on the ranks.
+    Blocks are cut before rank parts are: what goes through the model together does not depend on the ranks.
     """
-    size = size or len(global_batch)
-    return [global_batch[start : start + size] for start in range(0, len(global_batch), size)]
+    size = size or max(len(ids), 1)
+    return [ids[start : start + size] for start in range(0, len(ids), size)]
 
 
 def rank_part(size: int, rank: int, world_size: int) -> slice:

@@ -18,7 +18,7 @@ import numpy as np
 from dlops_dist.data.codec import decode
 from dlops_dist.data.facts import Facts, FactsOfSamples, replace, write_index_and_manifest
 from dlops_dist.data.keys import key
-from dlops_dist.data.locks import held
+from dlops_dist.data.locks import locked
 from dlops_dist.data.order import shuffled
 from dlops_dist.data.processes import in_processes
 from dlops_dist.data.shards import FORMAT, MANIFEST, UNLABELED, Manifest, Shard, read_manifest, sha256_of
@@ -61,7 +61,7 @@ def pack(
     plan = _plan(source, seed, shard_size)
     packing = {"seed": seed, "shard_size": shard_size, **(asked_for or {})}
     out.mkdir(parents=True, exist_ok=True)
-    with held(out, "packed"):
+    with locked(out, "packed"):
         if not again and (manifest := packed_before(out, packing)) is not None:
             return manifest
         _refuse_strangers(out)

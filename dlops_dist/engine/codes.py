@@ -9,6 +9,7 @@ from torch import Tensor
 from dlops_dist.config import Q2
 from dlops_dist.data.augment import normalize
 from dlops_dist.data.loader import read_ahead
+from dlops_dist.data.order import blocks
 from dlops_dist.data.readers import Reader
 from dlops_dist.distributed.collectives import gather, rank, world_size
 from dlops_dist.engine.learner import Inputs
@@ -87,13 +88,13 @@ class Codes:
     def _encoded(self, reader: Reader, depth: int, width: int) -> CodeReader:
         """Codes of all samples of a split. Of each `world_size` blocks every rank computes one, and all get all."""
         self._stack.eval()
-        blocks = [np.arange(i, min(i + BLOCK, len(reader))) for i in range(0, len(reader), BLOCK)]
-        own = ((block, slice(0, len(block))) for block in blocks[rank() :: world_size()])
+        parts = blocks(np.arange(len(reader)), BLOCK)
+        own = ((block, slice(0, len(block))) for block in parts[rank() :: world_size()])
         data = self._settings.data
         batches = read_ahead(reader, own, self._device, data.threads, data.prefetch)
         codes = torch.empty(len(reader), width, dtype=self._dtype)
-        for first in range(0, len(blocks), world_size()):
-            together = blocks[first : first + world_size()]
+        for first in range(0, len(parts), world_size()):
+            together = parts[first : first + world_size()]
             sizes = [len(block) for block in together] + [0] * (world_size() - len(together))
             if sizes[rank()]:
                 part = self.encode(next(batches).images, depth)

@@ -37,7 +37,7 @@ class Descent:
         """The module, perhaps compiled; its gradients stay on this rank."""
         if world_size() > 1:
             module = DistributedDataParallel(module, forward_sync_buffers=False, gradient_as_bucket_view=True)
-        self.network = module
+        self.distributed = module
         """The module whose backward pass averages gradients over ranks."""
         self._settled = world_size() == 1
 
@@ -56,22 +56,22 @@ class Descent:
         where a gradient lies in them. Now every step finds the same buckets, that after a resume too.
 
         Args:
-            forward: through `network`, in training; all of its parameters must take part.
+            forward: through `distributed`, in training; all of its parameters must take part.
         """
         if self._settled:
             return
-        before = [buffer.clone() for buffer in self.network.buffers()]
+        before = [buffer.clone() for buffer in self.distributed.buffers()]
         sum(output.sum() for output in forward()).backward()  # type: ignore[union-attr]
         self.forget_gradients()
-        for buffer, value in zip(self.network.buffers(), before, strict=True):
+        for buffer, value in zip(self.distributed.buffers(), before, strict=True):
             buffer.copy_(value)
         self._settled = True
 
     def exchanged(self, now: bool) -> AbstractContextManager[None]:
         """DDP averages the gradients that all micro-batches have added up, with the last of them."""
-        if now or not isinstance(self.network, DistributedDataParallel):
+        if now or not isinstance(self.distributed, DistributedDataParallel):
             return nullcontext()
-        return self.network.no_sync()  # type: ignore[no-any-return]
+        return self.distributed.no_sync()  # type: ignore[no-any-return]
 
     def forget_gradients(self) -> None:
         for parameter in self._parameters:  # the optimizer's own zero_grad takes five times as long

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dlops_dist.data.loader import Batch, read_ahead
-from dlops_dist.data.order import Ids, rank_part
+from dlops_dist.data.order import Ids, blocks, rank_part
 from dlops_dist.data.readers import Reader
 from dlops_dist.distributed.collectives import all_sum, gather, rank, world_size
 from dlops_dist.engine.learner import Learner
@@ -31,11 +31,11 @@ def evaluate(learner: Learner, reader: Reader, ids: Ids, with_confusion: bool = 
 
     Embeddings have length 1 where the triplet loss normalises them. Sums are float64, added in block order.
     """
-    blocks, mine = blocks_of(ids)
-    own = [_block_result(learner, batch) for batch in read_blocks(learner, reader, blocks[mine])]
+    parts, mine = evaluated_blocks(ids)
+    own = [_block_result(learner, batch) for batch in read_blocks(learner, reader, parts[mine])]
 
     num_classes, num_losses = learner.inputs.num_classes, len(learner.loss.weights)
-    rows = torch.zeros(len(blocks), 3 + 2 * num_losses, dtype=torch.float64, device=learner.device)
+    rows = torch.zeros(len(parts), 3 + 2 * num_losses, dtype=torch.float64, device=learner.device)
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.float64, device=learner.device)
     for place, (row, _, counts) in enumerate(own, mine.start):
         rows[place] = row
@@ -70,15 +70,15 @@ class Evaluated(Protocol):
     device: torch.device
 
 
-def blocks_of(ids: Ids) -> tuple[list[Ids], slice]:
+def evaluated_blocks(ids: Ids) -> tuple[list[Ids], slice]:
     """The blocks in which samples are evaluated, and which of them are this rank's."""
-    blocks = [ids[start : start + BLOCK] for start in range(0, len(ids), BLOCK)]
-    return blocks, rank_part(len(blocks), rank(), world_size())
+    parts = blocks(ids, BLOCK)
+    return parts, rank_part(len(parts), rank(), world_size())
 
 
-def read_blocks(learner: Evaluated, reader: Reader, blocks: list[Ids]) -> Iterator[Batch]:
+def read_blocks(learner: Evaluated, reader: Reader, parts: list[Ids]) -> Iterator[Batch]:
     data = learner.settings.data
-    whole = ((block, slice(0, len(block))) for block in blocks)
+    whole = ((block, slice(0, len(block))) for block in parts)
     return read_ahead(reader, whole, learner.device, data.threads, data.prefetch)
 
 
@@ -104,7 +104,7 @@ def _no_embeddings(learner: Learner) -> Tensor:
 
 def _count_recalled(embeddings: Tensor, labels: Tensor) -> float:
     """Recall@1 hits over all queries; each rank asks for whole blocks of them."""
-    blocks = [slice(start, min(start + BLOCK, len(labels))) for start in range(0, len(labels), BLOCK)]
-    mine = blocks[rank_part(len(blocks), rank(), world_size())]
-    own = sum(int(recall_at_1(embeddings, labels, block).sum()) for block in mine)
+    parts, mine = evaluated_blocks(np.arange(len(labels)))
+    queries = (slice(block[0], block[-1] + 1) for block in parts[mine])
+    own = sum(int(recall_at_1(embeddings, labels, block).sum()) for block in queries)
     return all_sum(torch.tensor(float(own), device=labels.device)).item()

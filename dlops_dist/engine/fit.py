@@ -12,7 +12,7 @@ import torch
 
 from dlops_dist.config import Q2, Settings, default_name, result_settings
 from dlops_dist.data.loader import Batch, read_ahead
-from dlops_dist.data.order import micro_batches, rank_part
+from dlops_dist.data.order import blocks, rank_part
 from dlops_dist.data.readers import Reader, open_readers
 from dlops_dist.data.shards import REMOTE, Split, read_manifest
 from dlops_dist.distributed.agreement import describe_divergence
@@ -217,7 +217,7 @@ class _Fit:
     def _batches(self, epoch: int, first: int) -> Iterator[list[Batch]]:
         """This rank's parts of each global batch's micro-batches."""
         data, size = self.settings.data, self.settings.micro_batch_size
-        steps = [micro_batches(ids, size) for ids in self.stage.order.epoch(epoch)[first:]]
+        steps = [blocks(ids, size) for ids in self.stage.order.epoch(epoch)[first:]]
         parts = ((ids, rank_part(len(ids), rank(), world_size())) for step in steps for ids in step)
         batches = read_ahead(self.reader, parts, self.device, data.threads, data.prefetch)
         return (list(islice(batches, len(step))) for step in steps)

@@ -92,10 +92,10 @@ class Learner:
         triplets are mined among all of it, however little goes through the model at once.
         """
         if not self.model.training:  # going through all modules takes 0.2 ms
-            self._descent.network.train()
+            self._descent.distributed.train()
         images = [self._augmented(batch, epoch) for batch in micro_batches]
         draws = [self._draws(batch, epoch) for batch in micro_batches]
-        self._descent.settle(lambda: self._forward(self._descent.network, images[0], *draws[0]))
+        self._descent.settle(lambda: self._forward(self._descent.distributed, images[0], *draws[0]))
         triplet = self.loss.triplet
         mined = self._mine_ahead(triplet, images, micro_batches) if triplet and len(images) > 1 else None
         num_samples = sum(len(batch.labels) for batch in micro_batches)
@@ -105,7 +105,7 @@ class Learner:
         outputs = []
         for i, batch in enumerate(micro_batches):
             with self._descent.exchanged(now=i == len(images) - 1):
-                embeddings, logits = self._forward(self._descent.network, images[i], *draws[i])
+                embeddings, logits = self._forward(self._descent.distributed, images[i], *draws[i])
                 sizes = part_sizes(len(batch.labels), world_size())
                 everyone = gather(embeddings, sizes) if triplet and mined is None else None
                 terms = self.loss.terms(embeddings, logits, everyone, batch.labels, batch.part)

@@ -19,7 +19,7 @@ from dlops_dist.distributed.objective import global_objective
 from dlops_dist.engine.codes import Codes, flat_pixels
 from dlops_dist.engine.descent import Descent
 from dlops_dist.engine.epoch_sums import RankSums
-from dlops_dist.engine.evaluation import blocks_of, read_blocks
+from dlops_dist.engine.evaluation import evaluated_blocks, read_blocks
 from dlops_dist.engine.learner import Inputs
 from dlops_dist.engine.precision import precision_of
 from dlops_dist.losses import ReconstructionLoss
@@ -64,7 +64,7 @@ class ReconstructionLearner:
         layers of any width and inputs of any size.
         """
         if not self._trained.training:  # going through all modules takes longer than a step of a small layer
-            self._descent.network.train()
+            self._descent.distributed.train()
         self._descent.forget_gradients()
         sizes = [len(batch.labels) for batch in micro_batches]
         shares = [size / sum(sizes) for size in sizes]
@@ -72,9 +72,9 @@ class ReconstructionLearner:
         for i, batch in enumerate(micro_batches):
             inputs = self.inputs_of(self._augmented(batch, epoch))
             seen = self._corrupted(inputs, batch.ids, epoch)
-            self._descent.settle(lambda seen=seen: [self._forward(self._descent.network, seen)])  # type: ignore[misc]
+            self._descent.settle(lambda seen=seen: [self._forward(self._descent.distributed, seen)])  # type: ignore[misc]
             with self._descent.exchanged(now=i == len(micro_batches) - 1):
-                reconstructions = self._forward(self._descent.network, seen)
+                reconstructions = self._forward(self._descent.distributed, seen)
                 terms = {LOSS: self.loss.terms(reconstructions, inputs)}
                 objective = global_objective(terms, {LOSS: 1 / self.power}, shares[i])
                 objective.backward()
@@ -110,8 +110,8 @@ class ReconstructionLearner:
     def measure(self, reader: Reader, ids: Ids) -> None:
         """Find the mean square of some samples' inputs. Every rank reads all of them, and finds the same bits."""
         self.model.eval()
-        blocks, _ = blocks_of(ids)
-        means = [self.inputs_of(batch.images).double().square().mean() for batch in read_blocks(self, reader, blocks)]
+        parts, _ = evaluated_blocks(ids)
+        means = [self.inputs_of(batch.images).double().square().mean() for batch in read_blocks(self, reader, parts)]
         self.power = torch.stack(means).mean().clamp(min=1e-12).item()
 
     @torch.no_grad()
@@ -122,9 +122,9 @@ class ReconstructionLearner:
         relative_loss   the same, as a part of the training inputs' mean square: what layers are compared by
         """
         self.model.eval()
-        blocks, mine = blocks_of(ids)
-        rows = torch.zeros(len(blocks), 2, dtype=torch.float64, device=self.device)
-        for place, batch in enumerate(read_blocks(self, reader, blocks[mine]), mine.start):
+        parts, mine = evaluated_blocks(ids)
+        rows = torch.zeros(len(parts), 2, dtype=torch.float64, device=self.device)
+        for place, batch in enumerate(read_blocks(self, reader, parts[mine]), mine.start):
             inputs = self.inputs_of(batch.images)
             terms = self.loss.terms(self._forward(self._trained, inputs), inputs)
             rows[place, 0], rows[place, 1] = terms.sum, terms.count

@@ -11,7 +11,7 @@ import yaml
 
 from dlops_dist.command_line import parse_yaml
 from dlops_dist.config import TASKS, Settings, result_settings
-from dlops_dist.data.locks import held
+from dlops_dist.data.locks import locked
 from dlops_dist.data.shards import Manifest
 from dlops_dist.engine.checkpoints import Checkpoints
 from dlops_dist.errors import RunError, UserError
@@ -50,7 +50,7 @@ class RunFolder:
         self.folder.write_text(CONFIG, yaml.safe_dump({"task": task, **settings.model_dump()}, sort_keys=False))
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Keep other processes of this machine from training the same run. At a URL nothing can."""
         path = self.folder.local
         if path is None:
@@ -60,7 +60,7 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"runs_dir: {error.filename}: {error.strerror}; choose another --runs-dir") from None
-        with held(path, "trained"):
+        with locked(path, "trained"):
             yield
 
     def settings(self) -> tuple[str, Settings]:

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.live import Live
 
 from dlops_dist.sweep.folder import SweepFolder, note_end
-from dlops_dist.sweep.ranking import rank
+from dlops_dist.sweep.ranking import ranking
 from dlops_dist.sweep.tables import described, ranking_table
 
 SHOWN_POINTS = 30
@@ -60,5 +60,5 @@ class Board:
             self.say(text)
             return
         _, sweep = self._folder.settings()
-        ranked = rank(self._folder.trials())
+        ranked = ranking(self._folder.trials())
         self._live.update(ranking_table(self._folder.path.name, sweep.parameters, ranked, SHOWN_POINTS), refresh=True)

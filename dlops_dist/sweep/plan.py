@@ -7,7 +7,7 @@ from dlops_dist.engine import prepare
 from dlops_dist.engine.run_folder import RunFolder
 from dlops_dist.sweep.folder import SweepFolder
 from dlops_dist.sweep.points import points_of
-from dlops_dist.sweep.ranking import rank
+from dlops_dist.sweep.ranking import ranking
 
 
 def known_trials(task: str, sweep: Sweep, folder: SweepFolder) -> list[Settings]:
@@ -18,7 +18,7 @@ def known_trials(task: str, sweep: Sweep, folder: SweepFolder) -> list[Settings]
     if sweep.search == "random":
         points = points_of(sweep.parameters, sweep.num_samples, sweep.seed)
     else:
-        points = [ranked.point for ranked in rank(folder.trials())] if folder.is_sweep() else []
+        points = [ranked.point for ranked in ranking(folder.trials())] if folder.is_sweep() else []
     runs = [settings for point in points for settings in _runs_of(point, task, sweep, folder)]
     return list({settings.name: settings for settings in runs}.values())
 
@@ -31,7 +31,7 @@ def suggested_trials(task: str, sweep: Sweep, folder: SweepFolder) -> Iterator[S
     from dlops_dist.sweep.suggestions import suggest
 
     for attempt in range(sweep.num_samples * 10):
-        ranked = rank(folder.trials())
+        ranked = ranking(folder.trials())
         if len(ranked) >= sweep.num_samples:
             return
         scored = [(r.point, r.mean or 0.0) for r in ranked if r.finished or any(t.failed for t in r.trials)]

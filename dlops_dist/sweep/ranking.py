@@ -44,7 +44,7 @@ class Ranked:
         return all(trial.finished for trial in self.trials)
 
 
-def rank(trials: Sequence[Trial]) -> list[Ranked]:
+def ranking(trials: Sequence[Trial]) -> list[Ranked]:
     """The points, best first: by the epochs that all their seeds reached, then by mean held-out accuracy."""
     by_point: dict[tuple[Value, ...], list[Trial]] = {}
     for trial in trials:

@@ -8,14 +8,14 @@ from rich.console import Console
 from dlops_dist.engine.run_folder import RunFolder
 from dlops_dist.sweep.folder import SweepFolder
 from dlops_dist.sweep.pictures import draw
-from dlops_dist.sweep.ranking import Ranked, rank
+from dlops_dist.sweep.ranking import Ranked, ranking
 from dlops_dist.sweep.tables import described, importance_table, ranking_table
 
 
 def summarize(folder: SweepFolder, out: Console) -> Ranked | None:
     """Print the ranking and what it says, draw it, and return the best point; None where none has a figure yet."""
     _, sweep = folder.settings()
-    ranked = rank(folder.trials())
+    ranked = ranking(folder.trials())
     out.print(ranking_table(f"{folder.path.name}: points, best first", sweep.parameters, ranked))
     if not ranked or ranked[0].mean is None:
         return None

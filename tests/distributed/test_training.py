@@ -11,7 +11,7 @@ from states import distance, same_state, tensors, with_total_sums
 
 from dlops_dist.config import Q1
 from dlops_dist.data.loader import read_ahead
-from dlops_dist.data.order import micro_batches, rank_part
+from dlops_dist.data.order import blocks, rank_part
 from dlops_dist.data.shards import Split, read_manifest
 from dlops_dist.distributed.collectives import rank, world_size
 from dlops_dist.distributed.ranks import run_ranks
@@ -87,7 +87,7 @@ def micro_step(loss, shards, ids, size, norms_are_fixed=False):
         for module in learner.model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.eval().train = lambda mode=True, module=module: module
-    parts = [(part, rank_part(len(part), rank(), world_size())) for part in micro_batches(ids, size)]
+    parts = [(part, rank_part(len(part), rank(), world_size())) for part in blocks(ids, size)]
     batches = list(read_ahead(Split(shards, manifest, "train"), parts, torch.device("cpu"), 1, len(parts)))
     assert len(batches) == -(-len(ids) // size)
     value = learner.step(batches, epoch=0, step=5)

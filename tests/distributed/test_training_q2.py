@@ -10,7 +10,7 @@ from states import distance, tensors, with_total_sums
 
 from dlops_dist.config import Q2
 from dlops_dist.data.loader import read_ahead
-from dlops_dist.data.order import micro_batches, rank_part
+from dlops_dist.data.order import blocks, rank_part
 from dlops_dist.data.shards import read_manifest
 from dlops_dist.distributed.collectives import rank, world_size
 from dlops_dist.distributed.ranks import run_ranks
@@ -53,7 +53,7 @@ def one_step(stage, ids, size):
     """What a step on one global batch leaves: the state of the stage's learner, gradients, and its figures."""
     learner = stage.learner()
     reader = stage.reader(learner)
-    parts = [(part, rank_part(len(part), rank(), world_size())) for part in micro_batches(np.array(ids), size)]
+    parts = [(part, rank_part(len(part), rank(), world_size())) for part in blocks(np.array(ids), size)]
     value = learner.step(list(read_ahead(reader, parts, CPU, 1, len(parts))), epoch=3, step=5)
     gradients = {n: p.grad for n, p in learner.model.named_parameters() if p.grad is not None}
     figures = {n: torch.tensor([v]) for n, v in stage.figures(learner).items() if isinstance(v, float)}

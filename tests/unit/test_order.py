@@ -317,6 +317,6 @@ def test_more_ranks_than_samples_leave_ranks_empty():
 @pytest.mark.parametrize(("size", "expected"), [(None, [10]), (10, [10]), (4, [4, 4, 2]), (1, [1] * 10), (99, [10])])
 def test_micro_batches_are_consecutive_and_whole(size, expected):
     batch = np.random.default_rng(0).permutation(10)
-    parts = order.micro_batches(batch, size)
+    parts = order.blocks(batch, size)
     assert [len(part) for part in parts] == expected
     assert np.concatenate(parts).tolist() == batch.tolist()

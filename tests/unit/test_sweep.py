@@ -17,7 +17,7 @@ from dlops_dist.ray_tuner import trials_at_once
 from dlops_dist.sweep.folder import SweepFolder, Trial
 from dlops_dist.sweep.plan import known_trials
 from dlops_dist.sweep.points import points_of
-from dlops_dist.sweep.ranking import importance, rank
+from dlops_dist.sweep.ranking import importance, ranking
 from dlops_dist.sweep.suggestions import suggest
 from dlops_dist.tune import run_sweep
 
@@ -187,7 +187,7 @@ def trial(point: Point, *scores: float, seed: int = 0, epochs: int = 3, failed: 
 
 
 def test_points_are_ranked_by_epochs_reached_then_by_the_mean_of_their_seeds() -> None:
-    ranked = rank([
+    ranked = ranking([
         trial({"lr": 1}, 0.1, 0.2, 0.5), trial({"lr": 1}, 0.1, 0.2, 0.3, seed=1),
         trial({"lr": 2}, 0.9, 0.1, 0.42), trial({"lr": 2}, 0.1, 0.1, 0.42, seed=1),
         trial({"lr": 3}, 0.9, 0.9), trial({"lr": 3}, 0.9, 0.9, 0.9, seed=1),
@@ -210,22 +210,24 @@ def test_importance_finds_a_hidden_optimum_and_what_does_not_matter() -> None:
     def score(point: Point) -> float:
         return 0.5 - 0.1 * math.log10(point["optimizer.lr"] / 0.03) ** 2 + 0.01 * noise.normal()
 
-    ranked = rank(scored([LR, MARGIN, MOMENTUM], 40, score))
+    ranked = ranking(scored([LR, MARGIN, MOMENTUM], 40, score))
     assert importance(LR, ranked) > 0.8
     assert importance(MARGIN, ranked) < 0.2
     assert importance(MOMENTUM, ranked) < 0.3
 
 
 def test_importance_of_a_list_is_that_of_its_groups_means() -> None:
-    ranked = rank(scored([LR, MOMENTUM], 40, lambda point: {0.0: 0.1, 0.5: 0.9, 0.9: 0.1}[point["optimizer.momentum"]]))
+    ranked = ranking(
+        scored([LR, MOMENTUM], 40, lambda point: {0.0: 0.1, 0.5: 0.9, 0.9: 0.1}[point["optimizer.momentum"]])
+    )
     assert importance(MOMENTUM, ranked) == pytest.approx(1.0)
 
 
 def test_importance_says_nothing_of_few_or_equal_points() -> None:
     assert importance(LR, []) is None
-    assert importance(LR, rank(scored([LR], 4, lambda point: point["optimizer.lr"]))) is None
-    assert importance(LR, rank(scored([LR], 20, lambda point: 0.5))) is None
-    assert importance(MOMENTUM, rank(scored([LR, MOMENTUM], 6, lambda p: p["optimizer.lr"]))) is not None
+    assert importance(LR, ranking(scored([LR], 4, lambda point: point["optimizer.lr"]))) is None
+    assert importance(LR, ranking(scored([LR], 20, lambda point: 0.5))) is None
+    assert importance(MOMENTUM, ranking(scored([LR, MOMENTUM], 6, lambda p: p["optimizer.lr"]))) is not None
 
 
 def test_optuna_suggests_the_same_again_and_comes_closer_to_the_optimum() -> None:

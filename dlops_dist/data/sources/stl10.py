@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from dlops_dist.data.codec import encode
-from dlops_dist.data.locks import held
+from dlops_dist.data.locks import locked
 from dlops_dist.data.shards import UNLABELED
 from dlops_dist.data.sources.source import Listing
 from dlops_dist.errors import UserError, first_line
@@ -138,7 +138,7 @@ def unpack_stl10(archive: Path, folder: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     stat, marker = archive.stat(), out / ".whole"
     facts = f"{stat.st_size} {stat.st_mtime_ns}"
-    with held(out, "unpacked"):
+    with locked(out, "unpacked"):
         if marker.is_file() and marker.read_text() == facts:
             return out
         partials: dict[Path, Path] = {}
