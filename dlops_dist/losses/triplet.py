@@ -224,7 +224,6 @@ def _first_equal(x: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     factors = torch.randint(-(2**62), 2**62, (x.shape[1],), generator=generator).to(x.device) | 1
     hashes = (bits * factors).sum(dim=1)  # integers: no order of summation matters
-    _, group = hashes.unique(return_inverse=True)
-    index = torch.arange(len(x), device=x.device)
-    lowest = torch.full_like(index, len(x)).scatter_reduce(0, group, index, "amin")[group]
-    return torch.where((bits == bits[lowest]).all(dim=1), lowest, index)
+    ordered, index = hashes.sort(stable=True)
+    lowest = index[torch.searchsorted(ordered, hashes)]  # the first of equal hashes
+    return torch.where((bits == bits[lowest]).all(dim=1), lowest, torch.arange(len(x), device=x.device))
