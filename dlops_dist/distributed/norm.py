@@ -13,7 +13,7 @@ from dlops_dist.distributed.collectives import of_all_ranks, rank, world_size
 class _SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm whose statistics are those of all ranks' samples, on any backend, for parts of any size.
 
-    Each rank's (count, mean, M2) are merged in rank order (Chan et al. 1979, eq. 2.1), never E[x^2] - E[x]^2.
+    Each rank's (count, mean, M2) are merged (after Chan et al. 1979, eq. 2.1), never E[x^2] - E[x]^2.
     In evaluation, and in a world of one, it is torch's own (but takes a single value in a channel, as several
     ranks do).
     """
@@ -116,13 +116,13 @@ class _SyncNormalize(torch.autograd.Function):
         x, weight, mean, variance, count = ctx.saved_tensors
         wide = x if x.dtype == torch.float64 else x.float()
         dy = gradient.to(wide.dtype)
+        inverse_std = (variance + ctx.eps).rsqrt()
         sum_dy_xhat, sum_dy = torch.zeros_like(mean), torch.zeros_like(mean)
-        if len(x):
+        if len(x):  # CPUs take mean and variance, GPUs mean and 1 / std
             _, sum_dy_xhat, sum_dy = torch.ops.aten.native_batch_norm_backward(
-                dy, wide, weight, mean, variance, None, None, False, ctx.eps, [False, True, True]
+                dy, wide, weight, mean, variance, mean, inverse_std, False, ctx.eps, [False, True, True]
             )
         totals = of_all_ranks(torch.stack([sum_dy, sum_dy_xhat])).sum(dim=0) / count  # sooner there than a reduction
-        inverse_std = (variance + ctx.eps).rsqrt()
         scale = weight * inverse_std
         slope = -scale * totals[1] * inverse_std
         offset = -scale * totals[0] - slope * mean
@@ -131,22 +131,23 @@ class _SyncNormalize(torch.autograd.Function):
 
 
 def _global_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and biased variance (C,) of x (N, C, ...) over all ranks, and the number of values in each channel."""
-    local_count = x.numel() // x.shape[1]
-    channels = x.shape[1]
+    """Mean and biased variance (C,) of x (N, C, ...) over all ranks, and the number of values in each channel.
+
+        mean = m_0 + sum_r n_r (m_r - m_0) / n,    n variance = sum_r M2_r + n_r (m_r - mean)^2
+
+    of each rank's n_r values, their mean m_r and M2_r, the sum of their squared distances from it.
+    """
+    local_count, channels = x.numel() // x.shape[1], x.shape[1]
     own = x.new_zeros(2 * channels + 1)
     if local_count:
         mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)  # var_mean takes 35 times as long
         own[:channels], own[channels : 2 * channels], own[-1] = mean, variance * local_count, local_count
-    mean, m2, count = (own.new_zeros(n) for n in (channels, channels, 1))
-    for part in of_all_ranks(own):
-        part_mean, part_m2, part_count = part[:channels], part[channels:-1], part[-1:]
-        total = (count + part_count).clamp(min=1)
-        delta = part_mean - mean
-        mean = mean + delta * (part_count / total)
-        m2 = m2 + part_m2 + delta.square() * (count * part_count / total)
-        count = count + part_count
-    return mean, m2 / count.clamp(min=1), count
+    means, m2s, counts = of_all_ranks(own).split([channels, channels, 1], dim=1)
+    count = counts.sum(dim=0)
+    shares = counts / count.clamp(min=1)
+    mean = means[0] + (shares * (means - means[0])).sum(dim=0)
+    variance = (m2s / count.clamp(min=1) + shares * (means - mean).square()).sum(dim=0)
+    return mean, variance, count
 
 
 def _per_channel(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
