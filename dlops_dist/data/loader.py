@@ -78,7 +78,7 @@ def read_ahead(
             images, own_ids, labels = load(ids, part)
             yield Batch(images, own_ids, labels, part)
         return
-    with ThreadPoolExecutor(threads, thread_name_prefix="reader") as pool:
+    with ThreadPoolExecutor(threads, "reader", _use, (device,)) as pool:
         remaining = iter(parts)
         flying: deque[tuple[slice, Future[list[Tensor]]]] = deque()
         try:
@@ -92,3 +92,9 @@ def read_ahead(
                 yield Batch(images, own_ids, labels, part)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _use(device: torch.device) -> None:
+    """Make a GPU this thread's own: it would register its pinned memory with the first one."""
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
