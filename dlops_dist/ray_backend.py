@@ -25,7 +25,7 @@ START_TIMEOUT_S, ELASTIC_START_TIMEOUT_S = 60, 25
 FEWER_TIMEOUT_S = 900
 """How long workers whose node was lost wait for another: without a limit, for ever."""
 LEAVE_S = 10
-"""How long the thread that waits for a killed controller has to notice."""
+"""How long a controller has to start that is to be killed, and the thread that waits for it to notice."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def train_group(
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    events = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})  # it outlives the other nodes
+    events: Any = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})  # it outlives the other nodes
     ended = _in_background(_trainer(task, settings, num_workers, resources, environment, events).fit)
     left = threading.Event()
 
@@ -97,8 +97,10 @@ def train_group(
 
     ended.add_done_callback(tell_the_end)
     controller = None
+    asked = events.actor.get.remote()  # an event that an interrupt keeps from us can still be had
     try:
-        while (event := events.get()) is not None:
+        while (event := ray.get(asked)) is not None:
+            asked = events.actor.get.remote()
             if isinstance(event, Failed):
                 raise event.error
             if isinstance(event, Begun):
@@ -109,6 +111,7 @@ def train_group(
         pass
     except BaseException:  # whoever disconnects while a thread calls Ray may crash
         left.set()
+        controller = controller or _begun(asked)
         if controller is not None:
             ray.kill(controller)
             wait([ended], LEAVE_S)
@@ -160,6 +163,16 @@ def _teller(events: Any) -> Any:
             events.actor.put_nowait.remote(Begun(ray.get_runtime_context().current_actor))
 
     return Teller()
+
+
+def _begun(asked: Any) -> Any:
+    """The controller that the next event, the first of all, tells of; None where it does not start in time."""
+    import ray
+
+    with suppress(ray.exceptions.RayError):
+        event = ray.get(asked, timeout=LEAVE_S)
+        return event.controller if isinstance(event, Begun) else None
+    return None
 
 
 def _in_background(call: Callable[[], Any]) -> Future[Any]:

@@ -327,6 +327,20 @@ print("connected:", ray.is_initialized())
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("after", ["connecting to Ray", "starting 2 Ray workers", "data.reader: "])
+def test_ctrl_c_while_ray_starts_what_is_needed_is_one_line(after, cluster, shapes_shards, tmp_path):
+    process = start("train", *training(shapes_shards, tmp_path)[3:], env=cluster)
+    assert any(line.startswith(after) for line in process.stdout)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert (process.returncode, output.splitlines()[-1:]) == (
+        130,
+        ["interrupted; the same command goes on where it can"],
+    )
+    assert "Traceback" not in output
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["ray job stop", "Ctrl-C"])
 def test_a_stopped_job_or_command_goes_on_to_the_same_bits(how, cluster, shapes_shards, tmp_path):
     arguments = ["--precision", "float32", "--epochs", "12", "--checkpoint-every", "4"]
