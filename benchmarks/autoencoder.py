@@ -71,7 +71,7 @@ def ours_of(phase: str, batch_size: int, steps: int) -> Callable[[], None]:
         codes = Codes(settings, INPUTS, stack, {}, CPU, print)
         learner = ReconstructionLearner(settings, INPUTS, stack, codes, layer, STEPS_PER_EPOCH, CPU)
     ids, labels = torch.arange(batch_size), torch.randint(10, (batch_size,))
-    batch = Batch(data_of(phase, batch_size), ids, labels, slice(0, batch_size))
+    batch = Batch(data_of(phase, batch_size), ids, labels, slice(0, batch_size), labels.numpy())
 
     def run() -> None:
         for step in range(steps):

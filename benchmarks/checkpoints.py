@@ -34,7 +34,8 @@ def main() -> None:
     settings = Q1(model={"stem": "imagenet"}, optimizer={"lr": 0.01}, global_batch_size=BATCH)
     learner = Learner(settings, Inputs(20, (0.5,) * 3, (0.25,) * 3), 1000, CPU)
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (BATCH, 64, 64, 3), dtype=np.uint8))
-    batch = Batch(images, torch.arange(BATCH), torch.arange(BATCH) % 20, slice(0, BATCH))
+    labels = torch.arange(BATCH) % 20
+    batch = Batch(images, torch.arange(BATCH), labels, slice(0, BATCH), labels.numpy())
     held: dict[str, list[float]] = {"ours": [], "waiting": []}
     with tempfile.TemporaryDirectory() as scratch:
         checkpoints = Checkpoints(Folder(arguments.url or scratch), 2)

@@ -47,7 +47,7 @@ def our_steps(arguments: argparse.Namespace):
     learner = Learner(settings, Inputs(200, (0.48, 0.45, 0.4), (0.28, 0.27, 0.28)), 1000, torch.device("cpu"))
     ids, labels = torch.arange(arguments.batch), torch.randint(200, (arguments.batch,))
     images = torch.randint(256, (arguments.batch, 64, 64, 3), dtype=torch.uint8)
-    batch = Batch(images, ids, labels, slice(0, arguments.batch))
+    batch = Batch(images, ids, labels, slice(0, arguments.batch), labels.numpy())
 
     def run() -> None:
         for step in range(arguments.steps):

@@ -81,7 +81,7 @@ def count(changes: dict, batch: int, steps: int) -> float:
     part = rank_part(batch, rank(), world_size())
     labels = torch.arange(batch) % CLASSES
     images = torch.randint(256, (part.stop - part.start, 32, 32, 3), dtype=torch.uint8)
-    own = Batch(images, torch.arange(batch)[part], labels, part)
+    own = Batch(images, torch.arange(batch)[part], labels, part, labels.numpy())
     learner.step([own], 0, 0)
     torch.distributed.barrier()
     before = loopback_bytes()

@@ -46,15 +46,16 @@ def evaluate_run(run: str, shards: Path | None = None, split_name: str = "test")
     from dlops_dist.config import Q2
     from dlops_dist.data.memory import keep_freed_memory
     from dlops_dist.data.shards import Split, read_manifest
+    from dlops_dist.engine.device import default_device, memory_errors_explained, use
     from dlops_dist.engine.evaluation import evaluate
-    from dlops_dist.engine.fit import default_device
     from dlops_dist.engine.learner import Inputs, Learner
-    from dlops_dist.engine.precision import set_numerics
+    from dlops_dist.engine.numerics import set_numerics
     from dlops_dist.engine.run_folder import RunFolder
     from dlops_dist.engine.stacked import build_classifier, build_stack
 
     keep_freed_memory()
     folder, device = RunFolder(run), default_device()
+    use(device)
     _, settings = folder.settings()
     state = folder.result(device, warn=lambda text: print(f"warning: {text}"))
     shards = shards or Path(settings.data.shards)
@@ -77,7 +78,8 @@ def evaluate_run(run: str, shards: Path | None = None, split_name: str = "test")
     split = Split(shards, manifest, split_name)
     if (split.labels < 0).any():
         raise UserError(f"--split {split_name}: {shards} has samples without a label in it")
-    return evaluate(learner, split, np.arange(len(split)), isinstance(settings, Q2)), state["epoch"]
+    with memory_errors_explained(device):
+        return evaluate(learner, split, np.arange(len(split)), isinstance(settings, Q2)), state["epoch"]
 
 
 if __name__ == "__main__":

@@ -22,20 +22,18 @@ def confusion_counts(logits: Tensor, labels: Tensor) -> Tensor:
 
     Its diagonal counts the top-1 hits of `rank_of_label`; rows of logits with a NaN are left out.
     """
-    num_classes = logits.shape[1]
+    counts = labels.new_zeros(logits.shape[1], logits.shape[1])
     valid = ~logits.isnan().any(dim=1)
-    places = labels[valid] * num_classes + logits[valid].argmax(dim=1)
-    return places.bincount(minlength=num_classes**2).view(num_classes, num_classes)
+    return counts.index_put_((labels, logits.argmax(dim=1)), valid.long(), accumulate=True)
 
 
 def add_class_sums(sums: Tensor, values: Tensor, labels: Tensor) -> None:
     """Add to the rows (C, 1 + D) of the labels' classes their number of samples and the sum of their values (N, D).
 
-    Deterministic; rows of other classes are not touched.
+    Deterministic on a GPU too, where `index_add_` is not; rows of other classes are not touched.
     """
-    classes, place = labels.unique(return_inverse=True)
-    member = (place == torch.arange(len(classes), device=labels.device)[:, None]).to(values.dtype)
-    sums[classes] += torch.cat([member.sum(dim=1, keepdim=True), member @ values], dim=1)
+    rows = torch.cat([values.new_ones(len(values), 1), values], dim=1)
+    sums.index_put_((labels,), rows, accumulate=True)
 
 
 def nearest_center_correct(embeddings: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
@@ -45,7 +43,8 @@ def nearest_center_correct(embeddings: Tensor, labels: Tensor, centers: Tensor) 
     """
     seen = ~centers.isnan().any(dim=1)
     distances = _squared_distances(embeddings, centers.nan_to_num())
-    return _nearest_label(distances.masked_fill(~seen, torch.inf), torch.arange(len(centers))) == labels
+    classes = torch.arange(len(centers), device=centers.device)
+    return _nearest_label(distances.masked_fill(~seen, torch.inf), classes) == labels
 
 
 def recall_at_1(embeddings: Tensor, labels: Tensor, queries: slice) -> Tensor:
@@ -68,7 +67,7 @@ def _nearest_label(distances: Tensor, labels: Tensor) -> Tensor:
     """The label of the nearest column of each row; -1 where no distance is finite."""
     nearest = distances.argmin(dim=1)
     found = distances.gather(1, nearest[:, None]).squeeze(1).isfinite()
-    return torch.where(found, labels.to(nearest.device)[nearest], -1)
+    return torch.where(found, labels[nearest], -1)
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:

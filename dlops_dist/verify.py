@@ -96,7 +96,7 @@ def _learner(loss: str, norm: str = "sync") -> tuple[Any, Any]:
     part = rank_part(NUM_SAMPLES, rank(), world_size())
     ids = torch.arange(NUM_SAMPLES)[part]
     images = np.stack([draw(int(labels[i]), int(i), 64) for i in ids])
-    return learner, Batch(torch.from_numpy(images), ids, labels, part)
+    return learner, Batch(torch.from_numpy(images), ids, labels, part, labels.numpy())
 
 
 def _our_gradient(loss: str, norm: str = "sync") -> Any:
@@ -113,7 +113,7 @@ def _gradient(loss: str, formulation: Callable[..., Any]) -> Any:
 
     learner, batch = _learner(loss)
     learner.network.train()
-    embeddings, logits = learner.network(learner.prepare(batch.images))
+    embeddings, logits = learner.network(batch.images)
     formulation(learner.loss, embeddings, logits, batch).backward()
     for parameter in learner.model.parameters():
         own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -170,7 +170,7 @@ def _our_centers() -> Any:
 def _own_centers() -> Any:
     learner, batch = _learner("center")
     learner.network.train()
-    embeddings, _ = learner.network(learner.prepare(batch.images))
+    embeddings, _ = learner.network(batch.images)
     center = learner.loss.center
     center.update(center.sums(embeddings.detach(), batch.labels[batch.part]))
     return center.centers

@@ -1,5 +1,7 @@
 """Batches of uint8 images into what the model sees, on the device. Random changes are keyed by sample.
 
+No function here waits for a GPU: what it takes of the host lies on the device already.
+
 Whatever is drawn for a sample depends on (seed, epoch, id) alone, and what is made of it on its own pixels alone, to
 the last bit: only integer sums, and operations that IEEE 754 rounds correctly wherever in a batch they fall.
 """
@@ -9,47 +11,79 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dlops_dist.config import Augment
-from dlops_dist.data.draws import uniform
-from dlops_dist.data.keys import key
+from dlops_dist.data.draws import drawn, epoch_keys
 
 LUMA = (77, 150, 29)
 """Weights of red, green and blue in 256ths (ITU-R BT.601)."""
 LEAST_SIDE_RATIO = 3 / 4
 
 
-def augment(images: Tensor, ids: Tensor, seed: int, epoch: int, chosen: Augment, mean: Sequence[float]) -> Tensor:
+class Augmenter:
+    """The chosen changes of a run's training images, on one device.
+
+    Args:
+        mean: of each channel, as a part of 255: what fills a cutout.
+        compiled: fuse them into few kernels, where these cannot round otherwise.
+    """
+
+    def __init__(
+        self, chosen: Augment, seed: int, mean: Sequence[float], device: torch.device, compiled: bool = False
+    ) -> None:
+        fill = torch.tensor([round(255 * m) for m in mean], dtype=torch.uint8, device=device)
+
+        def changed(images: Tensor, ids: Tensor, keys: Tensor) -> Tensor:
+            return augment(images, ids, keys, chosen, fill)
+
+        whole_numbers = chosen.resized_crop is None and not _colors(chosen)
+        self._changed = torch.compile(changed, dynamic=False) if compiled and whole_numbers else changed
+        self._seed, self._device = seed, device
+        self._keys: tuple[int, Tensor] | None = None
+
+    def __call__(self, images: Tensor, ids: Tensor, epoch: int) -> Tensor:
+        """uint8 images (N, H, W, 3) of the samples with these ids (N,), as the epoch sees them."""
+        if self._keys is None or self._keys[0] != epoch:
+            self._keys = epoch, epoch_keys(self._seed, epoch, self._device)
+        return self._changed(images, ids, self._keys[1])
+
+
+def augment(images: Tensor, ids: Tensor, keys: Tensor, chosen: Augment, fill: Tensor) -> Tensor:
     """The chosen changes of uint8 images (N, H, W, 3), in this order: crop and flip, colours, cutout.
 
     Args:
         ids: (N,) of the samples.
-        mean: of each channel, as a part of 255: what fills a cutout.
+        keys: of the epoch; all functions here take them.
+        fill: colour of a cutout, uint8 (3,).
     """
     if chosen.resized_crop is not None:
-        images = random_resized_crop(images, ids, seed, epoch, chosen.resized_crop)
-        images = crop_and_flip(images, ids, seed, epoch, 0, chosen.flip)
+        images = random_resized_crop(images, ids, keys, chosen.resized_crop)
+        images = crop_and_flip(images, ids, keys, 0, chosen.flip)
     else:
-        images = crop_and_flip(images, ids, seed, epoch, chosen.crop_padding, chosen.flip)
-    if chosen.brightness or chosen.contrast or chosen.saturation:
-        images = color_jitter(images, ids, seed, epoch, (chosen.brightness, chosen.contrast, chosen.saturation))
+        images = crop_and_flip(images, ids, keys, chosen.crop_padding, chosen.flip)
+    if _colors(chosen):
+        images = color_jitter(images, ids, keys, (chosen.brightness, chosen.contrast, chosen.saturation))
     if chosen.cutout:
-        images = cutout(images, ids, seed, epoch, chosen.cutout, mean)
+        images = cutout(images, ids, keys, chosen.cutout, fill)
     return images
 
 
-def crop_and_flip(images: Tensor, ids: Tensor, seed: int, epoch: int, padding: int, flip: bool) -> Tensor:
+def _colors(chosen: Augment) -> bool:
+    return bool(chosen.brightness or chosen.contrast or chosen.saturation)
+
+
+def crop_and_flip(images: Tensor, ids: Tensor, keys: Tensor, padding: int, flip: bool) -> Tensor:
     """Pad uint8 images (N, H, W, C) by zeros, crop each at its own place back to (H, W), mirror every second."""
     if not (flip or padding):
         return images
     _, height, width, _ = images.shape
-    offset = (uniform(key(seed, epoch, "crop"), ids, 2) * (2 * padding + 1)).long()
-    mirrored = (uniform(key(seed, epoch, "flip"), ids, 1)[:, 0] < 0.5) & flip
+    offset = (drawn(keys, "crop", ids, 2) * (2 * padding + 1)).long()
+    mirrored = (drawn(keys, "flip", ids, 1)[:, 0] < 0.5) & flip
     if padding:
         images = F.pad(images, (0, 0, padding, padding, padding, padding))
-    cut = _cut_by_gather if images.is_cuda else _cut_by_windows
+    cut = _cut_by_gather if images.is_cuda or torch.compiler.is_compiling() else _cut_by_windows
     return cut(images, offset, mirrored, height, width)
 
 
@@ -65,7 +99,7 @@ def _cut_by_windows(images: Tensor, offset: Tensor, mirrored: Tensor, height: in
 
 
 def _cut_by_gather(images: Tensor, offset: Tensor, mirrored: Tensor, height: int, width: int) -> Tensor:
-    """The same of all images at once, for a GPU."""
+    """The same of all images at once, for a GPU or a compiler."""
     rows = torch.arange(height, device=images.device) + offset[:, :1]
     columns = torch.arange(width, device=images.device).expand(len(images), width)
     columns = torch.where(mirrored[:, None], width - 1 - columns, columns) + offset[:, 1:]
@@ -73,14 +107,14 @@ def _cut_by_gather(images: Tensor, offset: Tensor, mirrored: Tensor, height: int
     return images[sample, rows[:, :, None], columns[:, None, :]]
 
 
-def random_resized_crop(images: Tensor, ids: Tensor, seed: int, epoch: int, least_area: float) -> Tensor:
+def random_resized_crop(images: Tensor, ids: Tensor, keys: Tensor, least_area: float) -> Tensor:
     """Cut a part out of each uint8 image (N, H, W, C) and enlarge it to (H, W), bilinearly.
 
     Its area is drawn from [least_area, 1] of the image's, the ratio of its sides from [3/4, 1], the longer one by
     a coin, its place from where it fits (after Szegedy et al. 2015, Going Deeper with Convolutions, section 6).
     """
     _, height, width, _ = images.shape
-    area, ratio, wide, *place = uniform(key(seed, epoch, "resized crop"), ids, 5).unbind(dim=1)
+    area, ratio, wide, *place = drawn(keys, "resized crop", ids, 5).unbind(dim=1)
     area = (least_area + (1 - least_area) * area) * (height * width)
     ratio = LEAST_SIDE_RATIO + (1 - LEAST_SIDE_RATIO) * ratio
     short, long = (area * ratio).sqrt(), (area / ratio).sqrt()
@@ -98,16 +132,17 @@ def random_resized_crop(images: Tensor, ids: Tensor, seed: int, epoch: int, leas
     return enlarged.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def color_jitter(images: Tensor, ids: Tensor, seed: int, epoch: int, strengths: tuple[float, float, float]) -> Tensor:
+def color_jitter(images: Tensor, ids: Tensor, keys: Tensor, strengths: tuple[float, float, float]) -> Tensor:
     """Change brightness b, contrast c and saturation s of each uint8 image (N, H, W, 3).
 
         x <- b c (s x + (1 - s) luma(x)) + (1 - c) b mean(luma),    b, c, s from [1 - strength, 1 + strength]
 
     which is one after the other without rounding or clipping in between.
     """
-    draws = uniform(key(seed, epoch, "colors"), ids, 3)
-    spread = torch.tensor(strengths, device=images.device)
-    b, c, s = ((1 - spread) + 2 * spread * draws)[..., None, None, None].unbind(dim=1)
+    draws = drawn(keys, "colors", ids, 3)[..., None, None, None].unbind(dim=1)
+    spread = np.array(strengths, np.float32)
+    least = 1 - spread
+    b, c, s = (draw * float(2 * x) + float(low) for draw, x, low in zip(draws, spread, least, strict=True))
     pixels = images.permute(0, 3, 1, 2).contiguous().float()
     red, green, blue = (weight * plane for weight, plane in zip(LUMA, pixels.split(1, dim=1), strict=True))
     luma = red.add_(green).add_(blue).div_(256)  # multiples of 1/256: exact, and so is their sum in float64
@@ -116,28 +151,45 @@ def color_jitter(images: Tensor, ids: Tensor, seed: int, epoch: int, strengths: 
     return changed.round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def cutout(images: Tensor, ids: Tensor, seed: int, epoch: int, side: int, mean: Sequence[float]) -> Tensor:
-    """Paint a square of `side` pixels around a random pixel of each uint8 image (N, H, W, C) in the mean colour.
+def cutout(images: Tensor, ids: Tensor, keys: Tensor, side: int, fill: Tensor) -> Tensor:
+    """Paint a square of `side` pixels around a random pixel of each uint8 image (N, H, W, C) in one colour.
 
     The square may reach over the edge (DeVries & Taylor 2017, Improved Regularization, section 3).
     """
     _, height, width, _ = images.shape
-    draws = uniform(key(seed, epoch, "cutout"), ids, 2)
+    draws = drawn(keys, "cutout", ids, 2)
     covered = []
     for draw, size in zip(draws.unbind(dim=1), (height, width), strict=True):
         first = (draw * size).long() - side // 2
         place = torch.arange(size, device=images.device) - first[:, None]
         covered.append((place >= 0) & (place < side))
     inside = (covered[0][:, :, None] & covered[1][:, None, :])[..., None]
-    fill = torch.tensor([round(255 * m) for m in mean], dtype=torch.uint8, device=images.device)
     return torch.where(inside, fill, images)
 
 
-def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """(x / 255 - mean) / std of uint8 (N, H, W, C), as channels-last (N, C, H, W) of a floating dtype."""
-    n, height, width, channels = images.shape
-    scale = torch.tensor([1 / (255 * s) for s in std], dtype=dtype, device=images.device)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=dtype, device=images.device)
-    rows = images.reshape(n, height, width * channels).to(dtype, copy=True)  # five times faster than triples
-    torch.addcmul(shift.repeat(width), rows, scale.repeat(width), out=rows)  # in place: fresh memory costs more
-    return rows.view(images.shape).permute(0, 3, 1, 2)
+class Normalize(nn.Module):
+    """(x / 255 - mean) / std of uint8 (N, H, W, C), as (N, C, H, W) of a floating dtype.
+
+    Args:
+        mean, std: of each channel, as parts of 255.
+        memory_format: of the result; that of the input is channels-last.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(
+        self, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype,
+        memory_format: torch.memory_format = torch.channels_last,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        scale, shift = [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
+        self.register_buffer("scale", torch.tensor(scale, dtype=dtype), persistent=False)
+        self.register_buffer("shift", torch.tensor(shift, dtype=dtype), persistent=False)
+        self._memory_format = memory_format
+
+    def forward(self, images: Tensor) -> Tensor:
+        n, height, width, channels = images.shape
+        rows = images.reshape(n, height, width * channels).to(self.scale.dtype, copy=True)  # 5 x as fast as triples
+        torch.addcmul(self.shift.repeat(width), rows, self.scale.repeat(width), out=rows)  # fresh memory costs more
+        return rows.view(images.shape).permute(0, 3, 1, 2).contiguous(memory_format=self._memory_format)

@@ -3,15 +3,26 @@
 import torch
 from torch import Tensor
 
-from dlops_dist.data.keys import GOLDEN, MIX_1, MIX_2
+from dlops_dist.data.keys import GOLDEN, MIX_1, MIX_2, PURPOSES, key
 
 
-def uniform(key: int, ids: Tensor, num_draws: int) -> Tensor:
+def epoch_keys(seed: int, epoch: int, device: torch.device | None = None) -> Tensor:
+    """The key of each purpose, (P,) int64: a compiled function takes them like images, and any epoch's alike."""
+    keys = torch.tensor([_signed(key(seed, epoch, purpose)) for purpose in PURPOSES])
+    return keys.to(device, non_blocking=True)
+
+
+def drawn(keys: Tensor, purpose: str, ids: Tensor, num_draws: int) -> Tensor:
+    """`uniform` by the key of a purpose among an epoch's."""
+    return uniform(keys[PURPOSES.index(purpose)], ids, num_draws)
+
+
+def uniform(key: int | Tensor, ids: Tensor, num_draws: int) -> Tensor:
     """Uniform numbers in [0, 1), float32 (N, num_draws), for sample ids (N,).
 
     Counter-based: draw j of sample i is the top 24 bits of mix(mix(key + i) + (j + 1) GOLDEN).
     """
-    stream = _mix(ids + _signed(key))[:, None]
+    stream = _mix(ids + (_signed(key) if isinstance(key, int) else key))[:, None]
     counters = torch.arange(1, num_draws + 1, device=ids.device) * _signed(GOLDEN)
     return _shift_right(_mix(stream + counters), 40).float() * 2**-24
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dlops_dist.data.readers import Reader
+from dlops_dist.data.readers import Reader, on_device
 
 
 class Joined:
@@ -31,5 +31,4 @@ class Joined:
             parts.append(torch.as_tensor(reader.read(ids[place] - first)))
             places.append(place)
         images = torch.cat(parts)
-        back = torch.from_numpy(np.argsort(np.concatenate(places), kind="stable")).to(images.device)
-        return images[back]
+        return images[on_device(np.argsort(np.concatenate(places), kind="stable"), images.device)]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dlops_dist.data import order
 from dlops_dist.data.order import Ids
-from dlops_dist.data.readers import Reader
+from dlops_dist.data.readers import Reader, copied_ahead
 from dlops_dist.errors import UserError
 
 
@@ -27,6 +27,13 @@ class Batch(NamedTuple):
     """(G,): of the whole (micro-)batch, on the device."""
     part: slice
     """Where this rank's samples stand in it."""
+    host_labels: Ids
+    """The labels once more, on the host, where what depends on them is found without waiting for a GPU."""
+
+    @property
+    def largest_class(self) -> int:
+        """How many samples have the most frequent label."""
+        return int(np.unique(self.host_labels, return_counts=True)[1].max(initial=0))
 
 
 class TrainingOrder:
@@ -66,30 +73,29 @@ def read_ahead(
 
     What lies in memory is read when it is asked for: a thread would take longer to hand it over than to copy it.
     """
-    pin = device.type == "cuda"
 
-    def load(global_ids: Ids, part: slice) -> list[Tensor]:
-        ids = np.ascontiguousarray(global_ids[part])
-        tensors = [torch.as_tensor(a) for a in (reader.read(ids), ids, reader.labels[global_ids])]
-        return [t.pin_memory() if pin and not t.is_cuda else t for t in tensors]
+    def load(global_ids: Ids, part: slice) -> Batch:
+        ids, labels = np.ascontiguousarray(global_ids[part]), reader.labels[global_ids]
+        images, own_ids, all_labels = (copied_ahead(a, device) for a in (reader.read(ids), ids, labels))
+        return Batch(images, own_ids, all_labels, part, labels)
 
-    if reader.in_memory and device.type == "cpu":
+    def moved(batch: Batch) -> Batch:
+        images, ids, labels = (tensor.to(device, non_blocking=True) for tensor in batch[:3])
+        return batch._replace(images=images, ids=ids, labels=labels)
+
+    if reader.in_memory:
         for ids, part in parts:
-            images, own_ids, labels = load(ids, part)
-            yield Batch(images, own_ids, labels, part)
+            yield moved(load(ids, part))
         return
     with ThreadPoolExecutor(threads, "reader", _use, (device,)) as pool:
         remaining = iter(parts)
-        flying: deque[tuple[slice, Future[list[Tensor]]]] = deque()
+        flying: deque[Future[Batch]] = deque()
         try:
             while True:
-                for ids, part in islice(remaining, prefetch + 1 - len(flying)):
-                    flying.append((part, pool.submit(load, ids, part)))
+                flying.extend(pool.submit(load, *wanted) for wanted in islice(remaining, prefetch + 1 - len(flying)))
                 if not flying:
                     return
-                part, future = flying.popleft()
-                images, own_ids, labels = (t.to(device, non_blocking=True) for t in future.result())
-                yield Batch(images, own_ids, labels, part)
+                yield moved(flying.popleft().result())
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

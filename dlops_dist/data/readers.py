@@ -63,17 +63,28 @@ class DeviceReader:
 
     def __init__(self, source: Reader, device: torch.device) -> None:
         self.labels = source.labels
-        blocks = [
-            np.arange(start, min(start + LOADED_AT_ONCE, len(source)))
-            for start in range(0, len(source), LOADED_AT_ONCE)
-        ]
-        self._pixels = torch.cat([torch.as_tensor(source.read(ids)).to(device) for ids in blocks])
+        one = torch.as_tensor(source.read(np.arange(len(source))[:1]))
+        self._pixels = torch.empty(len(source), *one.shape[1:], dtype=one.dtype, device=device)
+        for start in range(0, len(source), LOADED_AT_ONCE):
+            ids = np.arange(start, min(start + LOADED_AT_ONCE, len(source)))
+            self._pixels[start : start + len(ids)] = torch.as_tensor(source.read(ids))
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def read(self, ids: np.ndarray) -> Tensor:
-        return self._pixels[torch.from_numpy(ids).to(self._pixels.device)]
+        return self._pixels[on_device(ids, self._pixels.device)]
+
+
+def copied_ahead(array: np.ndarray | Tensor, device: torch.device) -> Tensor:
+    """What is on the host, where a GPU can copy it from while the host goes on."""
+    tensor = torch.as_tensor(array)
+    return tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor
+
+
+def on_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A copy that nobody waits for."""
+    return copied_ahead(array, device).to(device, non_blocking=True)
 
 
 class Opened(NamedTuple):

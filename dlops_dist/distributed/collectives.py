@@ -26,13 +26,17 @@ def all_sum(x: Tensor) -> Tensor:
     return total
 
 
-def of_all_ranks(x: Tensor) -> Tensor:
-    """x of each rank, (W, ...), in rank order; the same shape on each, without gradient."""
+def of_all_ranks(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """x of each rank, (W, ...), in rank order; the same shape on each, without gradient.
+
+    Args:
+        group: another one of all ranks than the default.
+    """
     own = x.detach().contiguous()
     if world_size() == 1:
         return own[None]
     every = own.new_empty(world_size() * own.numel())
-    dist.all_gather_into_tensor(every, own.view(-1))  # gloo takes half the time of one into a list
+    dist.all_gather_into_tensor(every, own.view(-1), group)  # gloo takes half the time of one into a list
     return every.view(world_size(), *own.shape)
 
 

@@ -5,9 +5,23 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dlops_dist.distributed.collectives import of_all_ranks, rank, world_size
+
+
+class _Group:
+    """The process group of all norms: all ranks, but a communicator of its own."""
+
+    norms: Any = None
+    world: Any = None
+
+
+def give_norms_a_group() -> None:
+    """Let the small gathers of norms pass by the large sums of DDP, behind which they would wait. All must call it."""
+    if world_size() > 1 and _Group.world is not dist.group.WORLD:
+        _Group.norms, _Group.world = dist.new_group(), dist.group.WORLD
 
 
 class _SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -26,10 +40,10 @@ class _SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         if self.track_running_stats:
             with torch.no_grad():
                 self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
-                momentum = self.momentum or 1 / self.num_batches_tracked.item()  # type: ignore[union-attr]
+                weight = 1 / self.num_batches_tracked if self.momentum is None else self.momentum  # type: ignore[operator]
                 unbiased = variance * (count / (count - 1).clamp(min=1))
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)  # type: ignore[union-attr]
-                self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)  # type: ignore[union-attr]
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), weight)  # type: ignore[union-attr]
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), weight)  # type: ignore[union-attr]
         return y
 
 
@@ -39,6 +53,11 @@ class SyncBatchNorm1d(_SyncBatchNorm, nn.BatchNorm1d):
 
 class SyncBatchNorm2d(_SyncBatchNorm, nn.BatchNorm2d):
     """Of images: (N, C, H, W)."""
+
+
+def is_synchronised(module: nn.Module) -> bool:
+    """Whether it is a norm over all ranks."""
+    return isinstance(module, _SyncBatchNorm)
 
 
 @torch.no_grad()
@@ -69,7 +88,7 @@ def with_mean_statistics(model: nn.Module) -> dict[str, Tensor]:
 
 def _not_synchronised(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for path, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, _SyncBatchNorm):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not is_synchronised(module):
             for name in ("running_mean", "running_var"):
                 if getattr(module, name) is not None:
                     yield f"{path}.{name}", getattr(module, name)
@@ -98,14 +117,13 @@ class _SyncNormalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:  # type: ignore[override]
-        wide = x if x.dtype == torch.float64 else x.float()
-        mean, variance, count = _global_moments(wide)
+        mean, variance, count = _global_moments(_reducible(x))
         scale = weight * (variance + eps).rsqrt()
         shift = bias - mean * scale
         ctx.save_for_backward(x, weight, mean, variance, count)
         ctx.eps = eps
         ctx.mark_non_differentiable(mean, variance, count)
-        return _per_channel(wide, scale, shift).to(x.dtype), mean, variance, count
+        return _per_channel(x, scale, shift).to(x.dtype), mean, variance, count
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -114,20 +132,25 @@ class _SyncNormalize(torch.autograd.Function):
         This rank's sums of dy xhat and dy are the gradients of a norm that takes mean and variance as given.
         """
         x, weight, mean, variance, count = ctx.saved_tensors
-        wide = x if x.dtype == torch.float64 else x.float()
-        dy = gradient.to(wide.dtype)
         inverse_std = (variance + ctx.eps).rsqrt()
         sum_dy_xhat, sum_dy = torch.zeros_like(mean), torch.zeros_like(mean)
         if len(x):  # CPUs take mean and variance, GPUs mean and 1 / std
             _, sum_dy_xhat, sum_dy = torch.ops.aten.native_batch_norm_backward(
-                dy, wide, weight, mean, variance, mean, inverse_std, False, ctx.eps, [False, True, True]
-            )
-        totals = of_all_ranks(torch.stack([sum_dy, sum_dy_xhat])).sum(dim=0) / count  # sooner there than a reduction
+                _reducible(gradient), _reducible(x), weight, mean, variance, mean, inverse_std, False, ctx.eps,
+                [False, True, True],
+            )  # fmt: skip
+        own = torch.stack([sum_dy, sum_dy_xhat])
+        totals = of_all_ranks(own, _Group.norms).sum(dim=0) / count  # sooner there than a reduction
         scale = weight * inverse_std
         slope = -scale * totals[1] * inverse_std
         offset = -scale * totals[0] - slope * mean
-        dx = _per_channel(wide, slope, offset).addcmul_(dy, _wide_as(scale, x))
+        dx = _per_channel(x, slope, offset).addcmul_(gradient, _wide_as(scale, x))
         return dx.to(x.dtype), sum_dy_xhat, sum_dy, None
+
+
+def _reducible(x: Tensor) -> Tensor:
+    """What a kernel adds up in float32 at least: a GPU's does so from narrower values, without a copy of them."""
+    return x if x.is_cuda or x.dtype == torch.float64 else x.float()
 
 
 def _global_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,11 +161,11 @@ def _global_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     of each rank's n_r values, their mean m_r and M2_r, the sum of their squared distances from it.
     """
     local_count, channels = x.numel() // x.shape[1], x.shape[1]
-    own = x.new_zeros(2 * channels + 1)
+    own = x.new_zeros(2 * channels + 1, dtype=torch.promote_types(x.dtype, torch.float32))
     if local_count:
         mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)  # var_mean takes 35 times as long
         own[:channels], own[channels : 2 * channels], own[-1] = mean, variance * local_count, local_count
-    means, m2s, counts = of_all_ranks(own).split([channels, channels, 1], dim=1)
+    means, m2s, counts = of_all_ranks(own, _Group.norms).split([channels, channels, 1], dim=1)
     count = counts.sum(dim=0)
     shares = counts / count.clamp(min=1)
     mean = means[0] + (shares * (means - means[0])).sum(dim=0)
@@ -151,6 +174,7 @@ def _global_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _per_channel(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """x scale + shift, at least float32."""
     return torch.addcmul(_wide_as(shift, x), x, _wide_as(scale, x))
 
 

@@ -1,6 +1,6 @@
 """The one place that divides a loss: from each rank's terms to what it back-propagates and what everyone logs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -63,20 +63,20 @@ def _over_all_ranks(terms: Mapping[str, Terms]) -> list[tuple[Tensor, Count]]:
     return [(total, count) for total, count in all_sum(torch.stack(pairs))]
 
 
-def update_centers(loss: CenterLoss, embeddings: Tensor, labels: Tensor, num_samples: int) -> None:
+def update_centers(loss: CenterLoss, embeddings: Tensor, labels: Tensor, sizes: Sequence[int]) -> None:
     """Move the centres by the whole global batch: the same bits on every rank.
 
     Args:
-        embeddings: (n, D) of this rank; n may differ from rank to rank.
+        embeddings: (n, D) of this rank.
         labels: (n,) of this rank.
-        num_samples: of all ranks together.
+        sizes: n of each rank.
 
     Sums of all classes are all-reduced; where classes outnumber the batch, the samples are gathered instead,
     so that the bytes grow with the batch and not with the classes.
     """
     embeddings = embeddings.detach()
-    if len(loss.centers) > num_samples:
-        loss.update(loss.sums(gather(embeddings), gather(labels)))
+    if len(loss.centers) > sum(sizes):
+        loss.update(loss.sums(gather(embeddings, sizes), gather(labels, sizes)))
         return
     own = loss.sums(embeddings, labels)
     if world_size() > 1:

@@ -49,6 +49,8 @@ class Checkpoints:
         """
         self.wait()
         self._copy = _copied(state, self._copy)
+        if torch.cuda.is_initialized():
+            torch.cuda.current_stream().synchronize()  # once for all tensors
         if self._writer is None:
             self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing = self._writer.submit(self._write, step, self._copy, also_kept)
@@ -118,7 +120,8 @@ def _copied(tree: Any, memory: Any) -> Any:
         fits = isinstance(memory, Tensor) and (memory.shape, memory.dtype, memory.stride()) == (
             tree.shape, tree.dtype, tree.stride(),
         )  # fmt: skip
-        return (memory if fits else torch.empty_like(tree, device="cpu", pin_memory=tree.is_cuda)).copy_(tree)
+        own = memory if fits else torch.empty_like(tree, device="cpu", pin_memory=tree.is_cuda)
+        return own.copy_(tree, non_blocking=True)
     if isinstance(tree, dict):
         known = memory if isinstance(memory, dict) else {}
         return {name: _copied(value, known.get(name)) for name, value in tree.items()}

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from dlops_dist.config import Q1, Settings
+from dlops_dist.data.augment import Normalize
 from dlops_dist.distributed.norm import SyncBatchNorm2d
 from dlops_dist.losses import CenterLoss, CrossEntropyLoss, Terms, TripletLoss
 from dlops_dist.models.autoencoder import StackedAutoencoderClassifier
@@ -27,18 +28,18 @@ def build_resnet(settings: Q1, num_classes: int) -> ResNet:
 
 
 class TwoOutputs(nn.Module):
-    """A model whose forward gives embeddings (N, D) and logits (N, C): the module that DDP and compile wrap.
+    """Embeddings (N, D) and logits (N, C) of uint8 images (N, H, W, 3): the module that DDP and compile wrap.
 
     With `detach_head` the head learns on embeddings that its loss does not change.
     """
 
-    def __init__(self, model: Classifier, detach_head: bool) -> None:
+    def __init__(self, normalize: Normalize, model: Classifier, detach_head: bool) -> None:
         super().__init__()
-        self.model, self.detach_head = model, detach_head
+        self.normalize, self.model, self.detach_head = normalize, model, detach_head
 
     def forward(self, images: Tensor, *draws: Tensor) -> tuple[Tensor, Tensor]:
         """`draws` are the random numbers that the model takes in training, if it takes any."""
-        embeddings = self.model.embed(images, *draws)
+        embeddings = self.model.embed(self.normalize(images), *draws)
         logits = self.model.fc(embeddings.detach() if self.detach_head else embeddings)
         return embeddings, logits
 
@@ -77,14 +78,9 @@ class ClassificationLoss(nn.Module):
         """The weights of what is back-propagated: a head on detached embeddings learns with weight 1."""
         return self.weights | {"ce": self.weights["ce"] or 1.0}
 
-    def terms(
-        self, embeddings: Tensor, logits: Tensor, all_embeddings: Tensor | None, all_labels: Tensor, part: slice
-    ) -> dict[str, Terms]:
-        """The terms of some samples, `part` of all; triplets are mined among all embeddings, where those are given."""
-        labels = all_labels[part]
+    def terms(self, embeddings: Tensor, logits: Tensor, labels: Tensor) -> dict[str, Terms]:
+        """The terms of some samples that know nothing of others; those of triplets are not among them."""
         terms = {"ce": self.cross_entropy.terms(logits, labels)}
-        if self.triplet is not None and all_embeddings is not None:
-            terms["triplet"] = self.triplet.terms(all_embeddings, all_labels, part)
         if self.center is not None:
             terms["center"] = self.center.terms(embeddings, labels)
         return terms

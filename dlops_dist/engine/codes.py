@@ -4,16 +4,16 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dlops_dist.config import Q2
-from dlops_dist.data.augment import normalize
+from dlops_dist.data.augment import Normalize
 from dlops_dist.data.loader import read_ahead
 from dlops_dist.data.order import blocks
-from dlops_dist.data.readers import Reader
+from dlops_dist.data.readers import Reader, on_device
 from dlops_dist.distributed.collectives import gather, rank, world_size
 from dlops_dist.engine.learner import Inputs
-from dlops_dist.engine.precision import precision_of
+from dlops_dist.engine.numerics import precision_of
 from dlops_dist.models.autoencoder import StackedAutoencoder
 
 BLOCK = 256
@@ -21,7 +21,7 @@ BLOCK = 256
 
 
 class CodeReader:
-    """Codes of all samples of a split, in memory; read as images are."""
+    """Codes of all samples of a split, in the memory of the device; read as images are."""
 
     in_memory = True
 
@@ -31,9 +31,11 @@ class CodeReader:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, ids: np.ndarray) -> np.ndarray:
+    def read(self, ids: np.ndarray) -> np.ndarray | Tensor:
         """(n, D)."""
-        return self.codes.numpy().take(ids, axis=0)  # torch would start threads for it
+        if self.codes.is_cpu:
+            return self.codes.numpy().take(ids, axis=0)  # torch would start threads for it
+        return self.codes[on_device(ids, self.codes.device)]
 
 
 class Codes:
@@ -48,9 +50,10 @@ class Codes:
         self, settings: Q2, inputs: Inputs, stack: StackedAutoencoder, pixels: Mapping[str, Reader],
         device: torch.device, tell: Callable[[str], None],
     ) -> None:  # fmt: skip
-        self._settings, self._inputs, self._stack, self._pixels = settings, inputs, stack, pixels
+        self._settings, self._stack, self._pixels = settings, stack, pixels
         self._device, self._tell = device, tell
         self._dtype, self._autocast = precision_of(settings, device)
+        self._flat = FlatPixels(inputs, self._dtype).to(device)
         self._depth, self._kept = 0, pixels
         self._told = 0
 
@@ -79,8 +82,7 @@ class Codes:
         """Codes (N, K) at a depth of uint8 images (N, H, W, C), or of codes that are kept; without gradient."""
         with torch.no_grad(), torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
             if images.dtype == torch.uint8:
-                x = flat_pixels(images, self._inputs, self._dtype)
-                return self._stack.encode(x, depth).to(self._dtype)
+                return self._stack.encode(self._flat(images), depth).to(self._dtype)
             for encoder in self._stack.encoders[self._depth : depth]:
                 images = encoder(images)
             return images.to(self._dtype)
@@ -92,7 +94,7 @@ class Codes:
         own = ((block, slice(0, len(block))) for block in parts[rank() :: world_size()])
         data = self._settings.data
         batches = read_ahead(reader, own, self._device, data.threads, data.prefetch)
-        codes = torch.empty(len(reader), width, dtype=self._dtype)
+        codes = torch.empty(len(reader), width, dtype=self._dtype, device=self._device)
         for first in range(0, len(parts), world_size()):
             together = parts[first : first + world_size()]
             sizes = [len(block) for block in together] + [0] * (world_size() - len(together))
@@ -100,10 +102,16 @@ class Codes:
                 part = self.encode(next(batches).images, depth)
             else:
                 part = torch.empty(0, width, dtype=self._dtype, device=self._device)
-            codes[together[0][0] : together[-1][-1] + 1] = gather(part, sizes).cpu()
+            codes[together[0][0] : together[-1][-1] + 1] = gather(part, sizes)
         return CodeReader(reader.labels, codes)
 
 
-def flat_pixels(images: Tensor, inputs: Inputs, dtype: torch.dtype) -> Tensor:
+class FlatPixels(nn.Module):
     """(N, H W C) of the model's type from uint8 (N, H, W, C)."""
-    return normalize(images, inputs.mean, inputs.std, dtype).permute(0, 2, 3, 1).flatten(1)
+
+    def __init__(self, inputs: Inputs, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.normalize = Normalize(inputs.mean, inputs.std, dtype)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.normalize(images).permute(0, 2, 3, 1).flatten(1)

@@ -9,6 +9,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dlops_dist.config import Optimizer, Settings
 from dlops_dist.distributed.collectives import world_size
+from dlops_dist.distributed.norm import give_norms_a_group
+from dlops_dist.engine.numerics import compiled, refuse_wrong_gradients
 from dlops_dist.optim import SGD, lr_factor
 
 
@@ -30,13 +32,14 @@ class Descent:
         )
         self._chosen, self._epochs, self._steps_per_epoch = chosen, epochs, steps_per_epoch
         self._parameters = list(module.parameters())
-        compiled = settings.compile if settings.compile is not None else device.type == "cuda"
-        if compiled:
-            module = torch.compile(module)  # type: ignore[assignment]
+        give_norms_a_group()
+        refuse_wrong_gradients(module, settings, device)
+        module = compiled(module, settings, device)
         self.undistributed = module
         """The module, perhaps compiled; its gradients stay on this rank."""
         if world_size() > 1:
-            module = DistributedDataParallel(module, forward_sync_buffers=False, gradient_as_bucket_view=True)
+            module = DistributedDataParallel(module, gradient_as_bucket_view=True)
+            module.broadcast_buffers = False  # of each rank's own statistics, those of rank 0 must not overwrite others
         self.distributed = module
         """The module whose backward pass averages gradients over ranks."""
         self._settled = world_size() == 1

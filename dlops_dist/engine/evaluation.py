@@ -1,7 +1,7 @@
 """Exact evaluation: every sample once, the same figures for any number of workers."""
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dlops_dist.data.loader import Batch, read_ahead
 from dlops_dist.data.order import Ids, blocks, rank_part
-from dlops_dist.data.readers import Reader
+from dlops_dist.data.readers import Reader, on_device
 from dlops_dist.distributed.collectives import all_sum, gather, rank, world_size
 from dlops_dist.engine.learner import Learner
 from dlops_dist.metrics import confusion_counts, nearest_center_correct, rank_of_label, recall_at_1, unit_length
@@ -18,7 +18,6 @@ BLOCK = 256
 """Samples that are evaluated together. A rank owns whole blocks, so the blocks do not depend on the ranks."""
 
 
-@torch.no_grad()
 def evaluate(learner: Learner, reader: Reader, ids: Ids, with_confusion: bool = False) -> dict[str, Any]:
     """Figures of the model on some samples.
 
@@ -31,23 +30,11 @@ def evaluate(learner: Learner, reader: Reader, ids: Ids, with_confusion: bool = 
 
     Embeddings have length 1 where the triplet loss normalises them. Sums are float64, added in block order.
     """
-    parts, mine = evaluated_blocks(ids)
-    own = [_block_result(learner, batch) for batch in read_blocks(learner, reader, parts[mine])]
+    sums = device_sums(learner, reader, ids)
+    totals, confusion = sums.totals.tolist(), sums.confusion.cpu()
+    recalled = sums.recalled.item()
 
-    num_classes, num_losses = learner.inputs.num_classes, len(learner.loss.weights)
-    rows = torch.zeros(len(parts), 3 + 2 * num_losses, dtype=torch.float64, device=learner.device)
-    confusion = torch.zeros(num_classes, num_classes, dtype=torch.float64, device=learner.device)
-    for place, (row, _, counts) in enumerate(own, mine.start):
-        rows[place] = row
-        confusion += counts
-    totals = all_sum(rows).cumsum(dim=0)[-1].tolist()  # the other ranks' rows are zero: exact; then block by block
-    confusion = all_sum(confusion).cpu()
-
-    embeddings = torch.cat([e for _, e, _ in own]) if own else _no_embeddings(learner)
-    labels = reader.labels[ids]
-    recalled = _count_recalled(gather(embeddings), torch.from_numpy(labels).to(learner.device))
-
-    numbers = torch.from_numpy(np.bincount(labels, minlength=num_classes))
+    numbers = np.bincount(reader.labels[ids], minlength=len(confusion)).tolist()
     losses = {name: totals[3 + 2 * i] / max(totals[4 + 2 * i], 1) for i, name in enumerate(learner.loss.weights)}
     hits = confusion.diagonal().tolist()
     more = {"confusion": confusion.long().tolist()} if with_confusion else {}
@@ -58,9 +45,41 @@ def evaluate(learner: Learner, reader: Reader, ids: Ids, with_confusion: bool = 
         "top5": totals[1] / len(ids),
         "nearest_center": totals[2] / len(ids),
         "recall_at_1": recalled / len(ids),
-        "top1_by_class": [h / n if n else None for h, n in zip(hits, numbers.tolist(), strict=True)],
+        "top1_by_class": [h / n if n else None for h, n in zip(hits, numbers, strict=True)],
         **more,
     }
+
+
+class DeviceSums(NamedTuple):
+    """What an evaluation adds up, float64 on the device, equal on all ranks: looked at once, when all is done."""
+
+    totals: Tensor
+    """Hits of top-1, top-5 and the nearest centre, then sum and count of each loss."""
+    confusion: Tensor
+    """(C, C) samples of a class (row) that were taken for which (column)."""
+    recalled: Tensor
+    """Hits of Recall@1."""
+
+
+@torch.no_grad()
+def device_sums(learner: Learner, reader: Reader, ids: Ids) -> DeviceSums:
+    """What `evaluate` makes its figures of. Nothing here waits for a GPU."""
+    parts, mine = evaluated_blocks(ids)
+    num_classes, num_losses = learner.inputs.num_classes, len(learner.loss.weights)
+    rows = torch.zeros(len(parts), 3 + 2 * num_losses, dtype=torch.float64, device=learner.device)
+    confusion = torch.zeros(num_classes, num_classes, dtype=torch.float64, device=learner.device)
+    own = []
+    for place, batch in enumerate(read_blocks(learner, reader, parts[mine]), mine.start):
+        embeddings, logits = _judged(learner, batch.images)
+        rows[place], judged = _block_row(learner, embeddings, logits, batch)
+        confusion += confusion_counts(logits, batch.labels)
+        own.append(judged)
+    everyone = gather(torch.cat(own) if own else _no_embeddings(learner), _sizes(parts))
+    return DeviceSums(
+        all_sum(rows).cumsum(dim=0)[-1],  # the other ranks' rows are zero: exact; then block by block
+        all_sum(confusion),
+        _count_recalled(everyone, on_device(reader.labels[ids], learner.device)),
+    )
 
 
 class Evaluated(Protocol):
@@ -82,11 +101,20 @@ def read_blocks(learner: Evaluated, reader: Reader, parts: list[Ids]) -> Iterato
     return read_ahead(reader, whole, learner.device, data.threads, data.prefetch)
 
 
-def _block_result(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Of one block: counts of hits with sum and count of each loss, the embeddings, the confusion."""
-    embeddings, logits = learner.judge(batch.images)
+def _judged(learner: Learner, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Embeddings and logits of a block. One shape for all blocks costs one compilation."""
+    missing = BLOCK - len(images) if learner.compiled else 0
+    padded = torch.cat([images, images.new_zeros(missing, *images.shape[1:])]) if missing else images
+    embeddings, logits = learner.judge(padded)
+    return embeddings[: len(images)], logits[: len(images)]
+
+
+def _block_row(learner: Learner, embeddings: Tensor, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Of one block: counts of hits with sum and count of each loss; the embeddings as they are compared."""
     labels = batch.labels
-    terms = learner.loss.terms(embeddings, logits, embeddings, labels, slice(0, len(labels)))
+    terms = learner.loss.terms(embeddings, logits, labels)
+    if learner.loss.triplet is not None:
+        terms["triplet"] = learner.loss.triplet.terms(embeddings, labels, largest_class=batch.largest_class)
     centers = learner.class_means
     if learner.loss.unit_length:
         embeddings, centers = unit_length(embeddings), unit_length(centers)
@@ -94,17 +122,24 @@ def _block_result(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor, Tenso
     nearest = nearest_center_correct(embeddings, labels, centers)
     figures: list[int | Tensor] = [(place < 1).sum(), (place < 5).sum(), nearest.sum()]
     figures += [f for name in learner.loss.weights for f in (terms[name].sum, terms[name].count)]
-    row = torch.stack([torch.as_tensor(f, dtype=torch.float64, device=learner.device) for f in figures])
-    return row, embeddings, confusion_counts(logits, labels)
+    row = [f.double() if isinstance(f, Tensor) else place.new_full((), f, dtype=torch.float64) for f in figures]
+    return torch.stack(row), embeddings
 
 
 def _no_embeddings(learner: Learner) -> Tensor:
     return torch.empty(0, learner.model.embedding_dim, device=learner.device, dtype=learner.dtype)
 
 
-def _count_recalled(embeddings: Tensor, labels: Tensor) -> float:
-    """Recall@1 hits over all queries; each rank asks for whole blocks of them."""
+def _count_recalled(embeddings: Tensor, labels: Tensor) -> Tensor:
+    """Recall@1 hits over all queries, float64; each rank asks for whole blocks of them."""
     parts, mine = evaluated_blocks(np.arange(len(labels)))
-    queries = (slice(block[0], block[-1] + 1) for block in parts[mine])
-    own = sum(int(recall_at_1(embeddings, labels, block).sum()) for block in queries)
-    return all_sum(torch.tensor(float(own), device=labels.device)).item()
+    own = torch.zeros((), dtype=torch.float64, device=labels.device)
+    for block in parts[mine]:
+        own += recall_at_1(embeddings, labels, slice(block[0], block[-1] + 1)).sum()
+    return all_sum(own)
+
+
+def _sizes(parts: list[Ids]) -> list[int]:
+    """How many samples each rank's blocks hold."""
+    own = (rank_part(len(parts), r, world_size()) for r in range(world_size()))
+    return [sum(map(len, parts[blocks_of])) for blocks_of in own]

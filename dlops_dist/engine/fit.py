@@ -17,8 +17,9 @@ from dlops_dist.data.readers import Reader, open_readers
 from dlops_dist.data.shards import REMOTE, Split, read_manifest
 from dlops_dist.distributed.agreement import describe_divergence
 from dlops_dist.distributed.collectives import of_all_ranks, rank, world_size
+from dlops_dist.engine.device import default_device, memory_errors_explained, use
 from dlops_dist.engine.events import EpochEnded, Event, Finished, Listener, Started, Stepped, Told, Warned
-from dlops_dist.engine.precision import set_numerics
+from dlops_dist.engine.numerics import set_numerics
 from dlops_dist.engine.q2 import q2_stages
 from dlops_dist.engine.run_folder import METRICS, RunFolder
 from dlops_dist.engine.stages import Classification, Samples, Span, Stage, StageLearner, named, spans_of
@@ -45,7 +46,7 @@ def fit(
 
     Args:
         settings: of the run; name and paths are filled in.
-        device: of this worker; by default the first GPU, else the CPU.
+        device: of this worker; by default its GPU (torchrun's LOCAL_RANK says which), else the CPU.
         listeners: called on rank 0 with each event.
         stop: asked before each step whether to save and stop; by one process alone, others cannot know of it.
 
@@ -54,13 +55,15 @@ def fit(
 
     Raises:
         UserError: settings or data that do not fit together.
-        RunError: the loss became infinite or NaN.
+        RunError: the loss became infinite or NaN, or the device's memory is full.
         KeyboardInterrupt: stopped, and saved.
     """
-    settings = prepare(task, settings)
+    settings, device = prepare(task, settings), device or default_device()
+    use(device)
     if rank() == 0:
         RunFolder.of(settings).create(task, settings)
-    return _Fit(settings, device or default_device(), listeners, stop).run()
+    with memory_errors_explained(device):
+        return _Fit(settings, device, listeners, stop).run()
 
 
 def prepare(task: str, settings: Settings) -> Settings:
@@ -89,10 +92,6 @@ def stages_of(
     if isinstance(settings, Q2):
         return q2_stages(settings, samples, device, tell)
     return [Classification(settings, samples, device)]
-
-
-def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class _Fit:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dlops_dist.config import Q1, Settings
-from dlops_dist.data.augment import augment, normalize
+from dlops_dist.data.augment import Augmenter, Normalize
 from dlops_dist.data.draws import uniform
 from dlops_dist.data.keys import key
 from dlops_dist.data.loader import Batch
@@ -25,7 +25,7 @@ from dlops_dist.engine.classification import ClassificationLoss, Classifier, Two
 from dlops_dist.engine.descent import Descent
 from dlops_dist.engine.ema import Ema
 from dlops_dist.engine.epoch_sums import EpochSums
-from dlops_dist.engine.precision import precision_of
+from dlops_dist.engine.numerics import compiled, compiles, memory_format_of, precision_of
 from dlops_dist.losses import TripletLoss
 from dlops_dist.losses.terms import at_least_float32
 from dlops_dist.models.autoencoder import StackedAutoencoderClassifier
@@ -66,24 +66,30 @@ class Learner:
         self.dtype, self.autocast = precision_of(settings, device)
         num_classes = inputs.num_classes
         model = model or build_resnet(cast(Q1, settings), num_classes)
-        self.model: Classifier = model.to(device, self.dtype)
-        self.model.to(memory_format=torch.channels_last)
+        memory_format = memory_format_of(model, device)
+        self.model: Classifier = model.to(device, self.dtype).to(memory_format=memory_format)  # type: ignore[call-overload]
         self.loss = ClassificationLoss(settings, num_classes, self.model.embedding_dim).to(device, self.dtype)
         self.sums = EpochSums(list(self.loss.weights), self.model.fc.weight)
         self.class_means = torch.full_like(self.model.fc.weight, torch.nan, requires_grad=False)
         """Mean training embedding of each class over the last whole epoch, (C, D)."""
         self.ema = Ema(self.model, settings.ema_decay) if settings.ema_decay else None
-        self.network = TwoOutputs(self.model, self.loss.detach_head).train()  # encoders may be copies of evaluated ones
-        self._judged = self.network if self.ema is None else TwoOutputs(self.ema.model, self.loss.detach_head)
+        normalize = Normalize(inputs.mean, inputs.std, self.dtype, memory_format).to(device)
+        self.network = TwoOutputs(normalize, self.model, self.loss.detach_head)
+        self.network.train()  # encoders may be copies of evaluated ones
         self._descent = Descent(self.network, settings, settings.optimizer, settings.epochs, steps_per_epoch, device)
+        self._judged: nn.Module = self._descent.undistributed
+        if self.ema is not None:
+            averaged = TwoOutputs(normalize, self.ema.model, self.loss.detach_head)
+            self._judged = compiled(averaged, settings, device)
+        self.compiled = compiles(settings, device)
+        """Whether each shape of a batch costs a compilation."""
+        self._augmenter = Augmenter(settings.augment, settings.seed, inputs.mean, device, self.compiled)
+        self._terms = compiled(self.loss.terms, settings, device)
+        self._count = compiled(self.sums.add, settings, device)
 
     def lr(self, step: int) -> float:
         """Learning rate of a step, counted from 0 over all epochs."""
         return self._descent.lr(step)
-
-    def prepare(self, images: Tensor) -> Tensor:
-        """Normalised channels-last images of the model's type from uint8 (N, H, W, 3)."""
-        return normalize(images, self.inputs.mean, self.inputs.std, self.dtype)
 
     def step(self, micro_batches: Sequence[Batch], epoch: int, step: int) -> Tensor:
         """Train on this rank's parts of a global batch. Returns the loss over the whole of it, without gradient.
@@ -93,26 +99,29 @@ class Learner:
         """
         if not self.model.training:  # going through all modules takes 0.2 ms
             self._descent.distributed.train()
-        images = [self._augmented(batch, epoch) for batch in micro_batches]
+        images = [self._augmenter(batch.images, batch.ids, epoch) for batch in micro_batches]
         draws = [self._draws(batch, epoch) for batch in micro_batches]
         self._descent.settle(lambda: self._forward(self._descent.distributed, images[0], *draws[0]))
         triplet = self.loss.triplet
         mined = self._mine_ahead(triplet, images, micro_batches) if triplet and len(images) > 1 else None
-        num_samples = sum(len(batch.labels) for batch in micro_batches)
+        sizes = [part_sizes(len(batch.labels), world_size()) for batch in micro_batches]
+        num_samples = sum(map(sum, sizes))
 
         self._descent.forget_gradients()
-        values = dict.fromkeys(self.loss.weights, torch.zeros((), dtype=torch.float64, device=self.device))
+        values: dict[str, Tensor] = {}
         outputs = []
         for i, batch in enumerate(micro_batches):
+            labels = batch.labels[batch.part]
             with self._descent.exchanged(now=i == len(images) - 1):
                 embeddings, logits = self._forward(self._descent.distributed, images[i], *draws[i])
-                sizes = part_sizes(len(batch.labels), world_size())
-                everyone = gather(embeddings, sizes) if triplet and mined is None else None
-                terms = self.loss.terms(embeddings, logits, everyone, batch.labels, batch.part)
+                terms = self._terms(embeddings, logits, labels)
+                if triplet and mined is None:
+                    everyone = gather(embeddings, sizes[i])
+                    terms["triplet"] = triplet.terms(everyone, batch.labels, batch.part, batch.largest_class)
                 objective = global_objective(terms, self.loss.backward_weights, len(batch.labels) / num_samples)
                 objective.backward(*([] if mined is None else [(embeddings, mined.gradients[i])]))
-            values |= {name: values[name] + value for name, value in objective.values.items()}
-            outputs.append((embeddings.detach(), logits.detach(), batch.labels[batch.part]))
+            values |= {name: values[name] + v if name in values else v for name, v in objective.values.items()}
+            outputs.append((embeddings.detach(), logits.detach(), labels))
         if mined is not None:
             values["triplet"] = mined.value
 
@@ -121,8 +130,8 @@ class Learner:
             self.ema.update(step)
         embeddings, logits, labels = (torch.cat(parts) for parts in zip(*outputs, strict=True))
         if self.loss.center is not None:
-            update_centers(self.loss.center, embeddings, labels, num_samples)
-        self.sums.add(values, embeddings, logits, labels)
+            update_centers(self.loss.center, embeddings, labels, [sum(parts) for parts in zip(*sizes, strict=True)])
+        self._count(values, embeddings, logits, labels)
         return torch.stack([values[name] * weight for name, weight in self.loss.weights.items()]).sum()
 
     def judge(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,10 +146,6 @@ class Learner:
         embeddings, logits = (torch.stack(parts).mean(dim=0) for parts in zip(*outputs, strict=True))
         return embeddings, logits
 
-    def _augmented(self, batch: Batch, epoch: int) -> Tensor:
-        settings = self.settings
-        return augment(batch.images, batch.ids, settings.seed, epoch, settings.augment, self.inputs.mean)
-
     def _draws(self, batch: Batch, epoch: int) -> list[Tensor]:
         """Uniform numbers (n, U) for the model's dropout, keyed by sample; none where it has none."""
         number = self.model.num_draws if isinstance(self.model, StackedAutoencoderClassifier) else 0
@@ -149,7 +154,7 @@ class Learner:
     def _forward(self, network: nn.Module, images: Tensor, *draws: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings, wide enough for ranks to add up gradients of each other's rows, and logits."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            embeddings, logits = network(self.prepare(images), *draws)
+            embeddings, logits = network(images, *draws)
         return at_least_float32(embeddings), logits
 
     def _mine_ahead(self, triplet: TripletLoss, images: Sequence[Tensor], micro_batches: Sequence[Batch]) -> "_Mined":
@@ -166,7 +171,8 @@ class Learner:
         everyone = torch.cat(parts).requires_grad_()
         labels = torch.cat([batch.labels for batch in micro_batches])
         anchors = rank_part(len(labels), rank(), world_size())
-        terms = {"triplet": triplet.terms(everyone, labels, anchors)}
+        largest_class = sum(batch.largest_class for batch in micro_batches)
+        terms = {"triplet": triplet.terms(everyone, labels, anchors, largest_class)}
         objective = global_objective(terms, self.loss.backward_weights)
         (gradient,) = torch.autograd.grad(objective.sums, everyone, objective.scales)
         each = all_sum(gradient).split([len(part) for part in parts])

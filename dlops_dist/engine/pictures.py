@@ -11,7 +11,6 @@ from torch import Tensor
 from dlops_dist.data.inspection import sample_grid
 from dlops_dist.data.readers import Reader
 from dlops_dist.data.shards import Manifest
-from dlops_dist.engine.codes import flat_pixels
 from dlops_dist.engine.reconstruction import ReconstructionLearner
 
 COLUMNS = 10
@@ -37,7 +36,7 @@ def draw_reconstructions(path: Path, learner: ReconstructionLearner, test: Reade
     learner.model.eval()
     ids = np.arange(min(COLUMNS, len(test)))
     images = torch.as_tensor(test.read(ids)).to(learner.device)
-    x = flat_pixels(images, learner.inputs, learner.dtype)
+    x = learner.flat_pixels(images)
     rows = [images]
     for level in range(1, depth + 1):
         decoded = learner.model.decode(learner.model.encode(x, level), level)

@@ -9,19 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from dlops_dist.config import Q2
-from dlops_dist.data.augment import augment
+from dlops_dist.data.augment import Augmenter
 from dlops_dist.data.corruption import corrupted
 from dlops_dist.data.loader import Batch
 from dlops_dist.data.order import Ids
 from dlops_dist.data.readers import Reader
 from dlops_dist.distributed.collectives import all_sum
 from dlops_dist.distributed.objective import global_objective
-from dlops_dist.engine.codes import Codes, flat_pixels
+from dlops_dist.engine.codes import Codes, FlatPixels
 from dlops_dist.engine.descent import Descent
 from dlops_dist.engine.epoch_sums import RankSums
 from dlops_dist.engine.evaluation import evaluated_blocks, read_blocks
 from dlops_dist.engine.learner import Inputs
-from dlops_dist.engine.precision import precision_of
+from dlops_dist.engine.numerics import compiles, precision_of
 from dlops_dist.losses import ReconstructionLoss
 from dlops_dist.models.autoencoder import StackedAutoencoder
 
@@ -47,6 +47,10 @@ class ReconstructionLearner:
         self.power = 1.0
         """Mean square of the inputs; `measure` finds it."""
         self._codes = codes
+        self.flat_pixels = FlatPixels(inputs, self.dtype).to(device)
+        self._augmenter = Augmenter(
+            settings.augment, settings.seed, inputs.mean, device, compiles(settings, device)
+        )  # fmt: skip
         self._trained: nn.Module = stack if layer is None else stack[layer]
         self.model.eval()
         chosen = settings.pretrain
@@ -90,13 +94,11 @@ class ReconstructionLearner:
             return images
         if self.depth:
             return self._codes.encode(images, self.depth)
-        return flat_pixels(images, self.inputs, self.dtype)
+        return self.flat_pixels(images)
 
     def _augmented(self, batch: Batch, epoch: int) -> Tensor:
         """The first layer and the whole stack see changing images; layers between, codes of images as they are."""
-        if self.depth:
-            return batch.images
-        return augment(batch.images, batch.ids, self.settings.seed, epoch, self.settings.augment, self.inputs.mean)
+        return batch.images if self.depth else self._augmenter(batch.images, batch.ids, epoch)
 
     def _corrupted(self, inputs: Tensor, ids: Tensor, epoch: int) -> Tensor:
         chosen = self.settings.pretrain

@@ -48,26 +48,11 @@ class CenterLoss(nn.Module):
     def sums(self, embeddings: Tensor, labels: Tensor) -> CenterSums:
         """What `update` needs of a batch, or of a part of one. Same bits at each call, on every device."""
         differences = self.centers[labels] - embeddings.to(self.centers.dtype)
-        sum_rows = _sum_rows_by_product if labels.is_cuda else _sum_rows
-        counts = labels.bincount(minlength=len(self.centers)).to(self.centers.dtype)
-        return CenterSums(sum_rows(differences, labels, len(self.centers)), counts)
+        sums = torch.zeros_like(self.centers).index_put_((labels,), differences, accumulate=True)
+        counts = sums.new_zeros(len(sums)).index_put_((labels,), sums.new_ones(()), accumulate=True)
+        return CenterSums(sums, counts)
 
     @torch.no_grad()
     def update(self, sums: CenterSums) -> None:
         """Move the centres by the sums of the whole batch (eq. 4); classes without samples stay."""
         self.centers.addcdiv_(sums.differences, 1 + sums.counts[:, None], value=-self.alpha)
-
-
-def _sum_rows(rows: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """(C, D): for each class, the sum of its rows (N, D)."""
-    return rows.new_zeros(num_classes, rows.shape[1]).index_add_(0, labels, rows)
-
-
-def _sum_rows_by_product(rows: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """The same where `index_add_` would add in any order: on a GPU."""
-    classes, place = labels.unique(return_inverse=True)
-    member = (place == torch.arange(len(classes), device=labels.device)[:, None]).to(rows.dtype)
-    sums = rows.new_zeros(num_classes, rows.shape[1])
-    with torch.autocast(labels.device.type, enabled=False):
-        sums[classes] = member @ rows
-    return sums

@@ -12,6 +12,7 @@ from dlops_dist.losses.terms import Terms, at_least_float32
 
 Mining = Literal["batch-hard", "semi-hard", "all"]
 Piece = Callable[[Tensor], tuple[Tensor, Tensor]]
+WEYL = 0x9E3779B97F4A7C15 - 2**64  # odd, and far from a pattern of bits
 CHUNK_ELEMENTS = 2**21  # of a distance matrix held at once: 8 MB in float32
 
 
@@ -55,18 +56,28 @@ class TripletLoss(nn.Module):
     def from_triplets(self, anchors: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
         """The loss of given triplets, the study's form: three tensors (T, D), row by row."""
         anchors, positives, negatives = (self._prepared(x) for x in (anchors, positives, negatives))
-        return Terms(*self._hinges(self._distance(anchors, positives) - self._distance(anchors, negatives))).mean()
+        differences = self._distance(anchors, positives) - self._distance(anchors, negatives)
+        return Terms(*self._hinges(differences, torch.ones_like(differences, dtype=torch.bool))).mean()
 
-    def terms(self, embeddings: Tensor, labels: Tensor, anchors: slice | None = None) -> Terms:
+    def terms(
+        self, embeddings: Tensor, labels: Tensor, anchors: slice | None = None, largest_class: int | None = None
+    ) -> Terms:
         """Sum and number of the triplets whose anchor is in `anchors` (default all), mined among all N samples.
 
         Pass the embeddings of all ranks, gathered with gradient, and a rank's own slice: the ranks' terms
         add up to those of one process.
+
+        Args:
+            largest_class: number of samples with the most frequent label, or more. Where it is given, nothing here
+                waits for a GPU.
         """
         first, last, _ = (anchors or slice(None)).indices(len(embeddings))
+        if largest_class is None:
+            largest_class = int(labels.unique(return_counts=True)[1].max()) if len(labels) else 0
         with torch.autocast(embeddings.device.type, enabled=False):
             x = self._prepared(embeddings)
-            return Terms(*_ChunkedSum.apply(x, self._pieces(x.detach(), labels, first, last)))
+            mates = _class_mates(labels, first, last, largest_class)
+            return Terms(*_ChunkedSum.apply(x, self._pieces(x.detach(), mates)))
 
     def _prepared(self, embeddings: Tensor) -> Tensor:
         embeddings = at_least_float32(embeddings)
@@ -77,26 +88,27 @@ class TripletLoss(nn.Module):
         squared = (a - b).square().sum(dim=1)
         return squared if self.squared else _safe_sqrt(squared)
 
-    def _hinges(self, differences: Tensor) -> tuple[Tensor, Tensor]:
-        losses = F.relu(differences + self.margin)
-        chosen = losses > 0 if self.average == "active" else torch.ones_like(losses, dtype=torch.bool)
-        return losses.sum(), chosen.sum(dtype=torch.float64)
+    def _hinges(self, differences: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        losses = F.relu(differences + self.margin) * valid
+        counted = losses > 0 if self.average == "active" else valid
+        return losses.sum(), counted.sum(dtype=torch.float64)
 
-    def _pieces(self, x: Tensor, labels: Tensor, first: int, last: int) -> Iterator[Piece]:
+    def _pieces(self, x: Tensor, chunks: Iterator["_ClassMates"]) -> Iterator[Piece]:
         """Parts of the sum, each a function of the embeddings."""
         if self.mining == "all":
-            yield from (partial(self._all_of_rows, mates=mates) for mates in _class_mates(labels, first, last))
+            yield from (partial(self._all_of_rows, mates=mates) for mates in chunks)
             return
         pick = _batch_hard if self.mining == "batch-hard" else _semi_hard
-        picked = [pick(mates, nearness) for mates, nearness in _ranked(x, _class_mates(labels, first, last))]
+        picked = [pick(mates, nearness) for mates, nearness in _ranked(x, chunks)]
         size = max(1, CHUNK_ELEMENTS // x.shape[1])
-        indices = [torch.cat(parts).split(size) for parts in zip(*picked, strict=True)]
-        for triplets in zip(*indices, strict=True):
-            yield partial(self._of_triplets, triplets=triplets)
+        columns = [torch.cat(parts).split(size) for parts in zip(*picked, strict=True)]
+        for triplets in zip(*columns, strict=True):
+            yield partial(self._of_triplets, triplets=_Triplets(*triplets))
 
-    def _of_triplets(self, x: Tensor, triplets: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        anchors, positives, negatives = (F.embedding(index, x) for index in triplets)  # x[index], its gradient faster
-        return self._hinges(self._distance(anchors, positives) - self._distance(anchors, negatives))
+    def _of_triplets(self, x: Tensor, triplets: "_Triplets") -> tuple[Tensor, Tensor]:
+        *indices, valid = triplets
+        anchors, positives, negatives = (F.embedding(index, x) for index in indices)  # x[index], its gradient faster
+        return self._hinges(self._distance(anchors, positives) - self._distance(anchors, negatives), valid)
 
     def _all_of_rows(self, x: Tensor, mates: "_ClassMates") -> tuple[Tensor, Tensor]:
         """Every triplet of some anchors, without a cube: sort the negatives, then add up prefix sums."""
@@ -161,7 +173,18 @@ class _ClassMates(NamedTuple):
     """(R,) number of samples of other classes."""
 
 
-def _class_mates(labels: Tensor, first: int, last: int) -> Iterator[_ClassMates]:
+class _Triplets(NamedTuple):
+    """T rows, of which some may be none: to leave those out would make a GPU wait until they are counted."""
+
+    anchors: Tensor
+    positives: Tensor
+    negatives: Tensor
+    """(T,) indices."""
+    valid: Tensor
+    """(T,) whether the row is a triplet."""
+
+
+def _class_mates(labels: Tensor, first: int, last: int, largest_class: int) -> Iterator[_ClassMates]:
     """The anchors from first to last, in chunks of CHUNK_ELEMENTS / N."""
     by_class = labels.argsort(stable=True)
     ordered = labels[by_class]
@@ -169,33 +192,33 @@ def _class_mates(labels: Tensor, first: int, last: int) -> Iterator[_ClassMates]
     for rows in torch.arange(first, last, device=labels.device).split(size) if last > first else ():
         start = torch.searchsorted(ordered, labels[rows])[:, None]
         end = torch.searchsorted(ordered, labels[rows], right=True)[:, None]
-        place = start + torch.arange(int((end - start).max()), device=labels.device)
+        place = start + torch.arange(largest_class, device=labels.device)
         members = by_class[place.minimum(end - 1)]
         is_positive = (place < end) & (members != rows[:, None])
         yield _ClassMates(rows, members, is_positive, len(labels) - (end - start)[:, 0])
 
 
 @torch.no_grad()
-def _batch_hard(mates: _ClassMates, nearness: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices (anchor, positive, negative) of one triplet for each row that has one. Overwrites `nearness`."""
+def _batch_hard(mates: _ClassMates, nearness: Tensor) -> _Triplets:
+    """One triplet for each row. Overwrites `nearness`."""
     farthest = nearness.gather(1, mates.members).masked_fill_(~mates.is_positive, -torch.inf).argmax(dim=1)
     positives = mates.members.gather(1, farthest[:, None])[:, 0]
     negatives = nearness.scatter_(1, mates.members, torch.inf).argmin(dim=1)
-    valid = mates.is_positive.any(dim=1) & (mates.num_negatives > 0)
-    return mates.rows[valid], positives[valid], negatives[valid]
+    return _Triplets(mates.rows, positives, negatives, mates.is_positive.any(dim=1) & (mates.num_negatives > 0))
 
 
 @torch.no_grad()
-def _semi_hard(mates: _ClassMates, nearness: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices (anchor, positive, negative) of one triplet for each positive pair of a row that has a negative."""
+def _semi_hard(mates: _ClassMates, nearness: Tensor) -> _Triplets:
+    """One triplet for each positive pair of a row."""
     ordered, index = nearness.scatter(1, mates.members, torch.inf).sort(dim=1, stable=True)
     # the first negative that is farther than the positive
     place = torch.searchsorted(ordered, nearness.gather(1, mates.members), right=True)
     nearest_farther = index.gather(1, place.clamp(max=nearness.shape[1] - 1))
     farthest = nearness.scatter(1, mates.members, -torch.inf).argmax(dim=1, keepdim=True)
     negatives = torch.where(place < mates.num_negatives[:, None], nearest_farther, farthest)
-    row, column = (mates.is_positive & (mates.num_negatives[:, None] > 0)).nonzero(as_tuple=True)
-    return mates.rows[row], mates.members[row, column], negatives[row, column]
+    valid = mates.is_positive & (mates.num_negatives[:, None] > 0)
+    anchors = mates.rows[:, None].expand_as(mates.members)
+    return _Triplets(anchors.flatten(), mates.members.flatten(), negatives.flatten(), valid.flatten())
 
 
 @torch.no_grad()
@@ -206,7 +229,7 @@ def _ranked(x: Tensor, chunks: Iterator[_ClassMates]) -> Iterator[tuple[_ClassMa
     nearly coincide. A matrix product may round equal columns differently: those of equal samples are made equal again.
     """
     original = _first_equal(x)
-    repeated = bool((original != torch.arange(len(x), device=x.device)).any())
+    repeated = _may_repeat(original)
     x = x - x.mean(dim=0)
     norms = x.square().sum(dim=1)
     for mates in chunks:
@@ -218,11 +241,16 @@ def _ranked(x: Tensor, chunks: Iterator[_ClassMates]) -> Iterator[tuple[_ClassMa
         yield mates, nearness
 
 
+def _may_repeat(original: Tensor) -> bool:
+    """Whether there are equal samples; always on a GPU, which a look at it would make wait."""
+    return original.is_cuda or bool((original != torch.arange(len(original))).any())
+
+
 def _first_equal(x: Tensor) -> Tensor:
     """For each row of x (N, D), the lowest index of a row with the same bits, (N,)."""
     bits = x.contiguous().view(torch.int64 if x.dtype == torch.float64 else torch.int32).long()
-    generator = torch.Generator().manual_seed(0)
-    factors = torch.randint(-(2**62), 2**62, (x.shape[1],), generator=generator).to(x.device) | 1
+    factors = torch.arange(1, x.shape[1] + 1, device=x.device) * WEYL
+    factors = (factors ^ (factors >> 29)) * WEYL | 1
     hashes = (bits * factors).sum(dim=1)  # integers: no order of summation matters
     ordered, index = hashes.sort(stable=True)
     lowest = index[torch.searchsorted(ordered, hashes)]  # the first of equal hashes

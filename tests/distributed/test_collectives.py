@@ -107,7 +107,7 @@ def centers_after(x, labels, sizes, num_classes):
     loss = CenterLoss(num_classes, x.shape[1]).double()
     part = slice(sum(sizes[: rank()]), sum(sizes[: rank() + 1]))
     for _ in range(3):
-        update_centers(loss, x[part], labels[part], len(x))
+        update_centers(loss, x[part], labels[part], sizes)
     return loss.centers
 
 

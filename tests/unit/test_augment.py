@@ -1,5 +1,7 @@
 """Crop, flip and normalisation of batches against one image at a time in numpy."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +10,16 @@ from hypothesis import strategies as st
 
 from dlops_dist.config import Augment
 from dlops_dist.data import augment as module
-from dlops_dist.data.augment import augment, color_jitter, crop_and_flip, cutout, normalize, random_resized_crop
-from dlops_dist.data.draws import uniform
+from dlops_dist.data.augment import (
+    Augmenter,
+    Normalize,
+    augment,
+    color_jitter,
+    crop_and_flip,
+    cutout,
+    random_resized_crop,
+)
+from dlops_dist.data.draws import epoch_keys, uniform
 from dlops_dist.data.keys import key
 
 
@@ -53,7 +63,7 @@ def test_crop_and_flip_equals_a_loop_over_images(ids, seed, epoch, padding, flip
     images = random_images(len(ids))
     place = uniform(key(seed, epoch, "crop"), ids, 2).double().numpy()
     mirrored = uniform(key(seed, epoch, "flip"), ids, 1).numpy()[:, 0] < 0.5
-    result = crop_and_flip(images, ids, seed, epoch, padding, flip)
+    result = crop_and_flip(images, ids, epoch_keys(seed, epoch), padding, flip)
     assert result.dtype == torch.uint8
     assert result.is_contiguous()
     for image, after, (y, x), mirror in zip(images.numpy(), result.numpy(), place, mirrored, strict=True):
@@ -64,7 +74,7 @@ def test_crop_and_flip_equals_a_loop_over_images(ids, seed, epoch, padding, flip
 def test_every_place_and_mirroring_is_equally_frequent():
     n, padding = 2000, 2
     images = random_images(n, 5, 7)
-    result = crop_and_flip(images, torch.arange(n), seed=1, epoch=4, padding=padding, flip=True)
+    result = crop_and_flip(images, torch.arange(n), epoch_keys(1, 4), padding=padding, flip=True)
     found = [recovered(a, b, padding) for a, b in zip(images.numpy(), result.numpy(), strict=True)]
     counts = np.zeros((5, 5, 2))
     np.add.at(counts, tuple(np.array(found).T), 1)
@@ -74,31 +84,34 @@ def test_every_place_and_mirroring_is_equally_frequent():
 
 def test_a_sample_is_changed_alike_in_any_batch():
     images, ids = random_images(9), torch.arange(100, 109)
-    together = crop_and_flip(images, ids, 3, 2, 4, True)
+    together = crop_and_flip(images, ids, epoch_keys(3, 2), 4, True)
     turned = torch.tensor([4, 0, 8, 1])
-    assert torch.equal(crop_and_flip(images[turned], ids[turned], 3, 2, 4, True), together[turned])
+    assert torch.equal(crop_and_flip(images[turned], ids[turned], epoch_keys(3, 2), 4, True), together[turned])
     for i in range(9):
-        assert torch.equal(crop_and_flip(images[i : i + 1], ids[i : i + 1], 3, 2, 4, True)[0], together[i])
+        assert torch.equal(crop_and_flip(images[i : i + 1], ids[i : i + 1], epoch_keys(3, 2), 4, True)[0], together[i])
 
 
 @pytest.mark.parametrize(("seed", "epoch"), [(1, 0), (0, 1)])
 def test_another_seed_or_epoch_changes_images_otherwise(seed, epoch):
     images, ids = random_images(64), torch.arange(64)
-    first, other = crop_and_flip(images, ids, 0, 0, 4, True), crop_and_flip(images, ids, seed, epoch, 4, True)
+    first, other = (
+        crop_and_flip(images, ids, epoch_keys(0, 0), 4, True),
+        crop_and_flip(images, ids, epoch_keys(seed, epoch), 4, True),
+    )
     same = sum(torch.equal(a, b) for a, b in zip(first, other, strict=True))
     assert same < 6  # 1 in 162 by chance
 
 
 def test_without_padding_and_flip_images_stay_as_they_are():
     images = random_images(4)
-    assert torch.equal(crop_and_flip(images, torch.arange(4), 0, 0, 0, False), images)
+    assert torch.equal(crop_and_flip(images, torch.arange(4), epoch_keys(0, 0), 0, False), images)
 
 
 @pytest.mark.parametrize("padding", [1, 2, 3, 4, 8, 12, 16])
 def test_the_largest_draw_still_crops_inside_the_padded_image(padding, monkeypatch):
-    monkeypatch.setattr(module, "uniform", lambda key, ids, n: torch.full((len(ids), n), 1 - 2**-24))
+    monkeypatch.setattr(module, "drawn", lambda keys, purpose, ids, n: torch.full((len(ids), n), 1 - 2**-24))
     images = random_images(2)
-    result = crop_and_flip(images, torch.arange(2), 0, 0, padding, False)
+    result = crop_and_flip(images, torch.arange(2), epoch_keys(0, 0), padding, False)
     for before, after in zip(images.numpy(), result.numpy(), strict=True):
         assert np.array_equal(after, changed(before, padding, 2 * padding, 2 * padding, False))
 
@@ -130,7 +143,7 @@ def enlarged(image: np.ndarray, top: int, left: int, cut_height: int, cut_width:
 def test_a_resized_crop_equals_a_loop_over_pixels():
     images, ids = random_images(30, 9, 12), torch.arange(30) + 7
     area, ratio, wide, down, right = uniform(key(4, 1, "resized crop"), ids, 5).double().numpy().T
-    result = random_resized_crop(images, ids, seed=4, epoch=1, least_area=0.2)
+    result = random_resized_crop(images, ids, epoch_keys(4, 1), least_area=0.2)
     for i, image in enumerate(images.numpy()):
         pixels, shape = (0.2 + 0.8 * area[i]) * 9 * 12, 0.75 + 0.25 * ratio[i]
         sides = np.sqrt(pixels * shape), np.sqrt(pixels / shape)
@@ -143,7 +156,7 @@ def test_a_resized_crop_equals_a_loop_over_pixels():
 def test_a_resized_crop_covers_the_areas_it_should():
     """Of a ramp, the result's range of values is the part that was cut."""
     images = torch.arange(250, dtype=torch.uint8)[None, None, :, None].expand(3000, 250, 250, 3)[:400]
-    result = random_resized_crop(images, torch.arange(400), seed=0, epoch=0, least_area=0.25).double()
+    result = random_resized_crop(images, torch.arange(400), epoch_keys(0, 0), least_area=0.25).double()
     width = (result.amax(dim=(1, 2, 3)) - result.amin(dim=(1, 2, 3)) + 1) / 250
     assert 0.25**0.5 * 0.75**0.5 - 0.02 <= width.min() < 0.5
     assert width.max() == 1
@@ -154,7 +167,9 @@ def test_color_jitter_equals_one_change_after_the_other():
     images, ids, strengths = random_images(20, 5, 7), torch.arange(20), (0.4, 0.3, 0.9)
     draws = uniform(key(2, 3, "colors"), ids, 3).double().numpy()
     luma = np.array([77, 150, 29]) / 256
-    for image, drawn, after in zip(images.numpy(), draws, color_jitter(images, ids, 2, 3, strengths), strict=True):
+    for image, drawn, after in zip(
+        images.numpy(), draws, color_jitter(images, ids, epoch_keys(2, 3), strengths), strict=True
+    ):
         brightness, contrast, saturation = 1 - np.array(strengths) + 2 * np.array(strengths) * drawn
         x = image * brightness
         x = contrast * x + (1 - contrast) * (x @ luma).mean()
@@ -165,7 +180,7 @@ def test_color_jitter_equals_one_change_after_the_other():
 def test_cutout_paints_one_square_in_the_mean_colour():
     n, side = 500, 4
     images = random_images(n, 9, 9) // 2  # the mean colour below does not occur
-    result = cutout(images, torch.arange(n), 0, 0, side, (0.8, 0.7, 0.6))
+    result = cutout(images, torch.arange(n), epoch_keys(0, 0), side, torch.tensor([204, 178, 153], dtype=torch.uint8))
     painted = (result != images).any(dim=3)
     assert (result[painted] == torch.tensor([204, 178, 153])).all()
     whole = painted.sum(dim=(1, 2)) == side**2
@@ -178,34 +193,59 @@ def test_cutout_paints_one_square_in_the_mean_colour():
     assert (np.abs(painted.sum(dim=0).numpy() - n * chance) < 5 * np.sqrt(n * chance)).all()
 
 
+FILL = torch.tensor([128, 102, 76], dtype=torch.uint8)
 EVERYTHING = Augment(resized_crop=0.3, brightness=0.4, contrast=0.4, saturation=0.4, cutout=5)
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 13])
 def test_all_changes_of_a_sample_are_the_same_bits_in_any_batch(size):
     images, ids = random_images(39, 17, 19), torch.arange(39) * 1000
-    together = augment(images, ids, 5, 1, EVERYTHING, (0.5, 0.4, 0.3))
+    changed = Augmenter(EVERYTHING, 5, (0.5, 0.4, 0.3), torch.device("cpu"))
+    together = changed(images, ids, 1)
     assert not torch.equal(together, images)
     split = zip(images.split(size), ids.split(size), strict=True)
-    parts = [augment(part, own, 5, 1, EVERYTHING, (0.5, 0.4, 0.3)) for part, own in split]
+    parts = [changed(part, own, 1) for part, own in split]
     assert torch.equal(torch.cat(parts), together)
 
 
 def test_nothing_is_changed_where_nothing_is_chosen():
     images = random_images(4)
-    assert augment(images, torch.arange(4), 0, 0, Augment(crop_padding=0, flip=False), (0.5,) * 3) is images
+    nothing = Augment(crop_padding=0, flip=False)
+    assert augment(images, torch.arange(4), epoch_keys(0, 0), nothing, FILL) is images
 
 
 def test_all_changes_of_an_empty_part():
     images = torch.empty(0, 6, 8, 3, dtype=torch.uint8)
-    assert augment(images, torch.empty(0, dtype=torch.int64), 0, 0, EVERYTHING, (0.5,) * 3).shape == (0, 6, 8, 3)
+    ids = torch.empty(0, dtype=torch.int64)
+    assert augment(images, ids, epoch_keys(0, 0), EVERYTHING, FILL).shape == (0, 6, 8, 3)
+
+
+@pytest.mark.parametrize("chosen", [Augment(), Augment(cutout=5), EVERYTHING])
+def test_compiled_changes_are_the_same_bits_in_every_epoch(chosen, monkeypatch):
+    compilations = []
+
+    def backend(graph, _):
+        compilations.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    images, ids = random_images(39, 17, 19), torch.arange(39) * 1000
+    plain, fused = (Augmenter(chosen, 5, (0.5, 0.4, 0.3), torch.device("cpu"), compiled) for compiled in (False, True))
+    for epoch in range(3):
+        assert torch.equal(fused(images, ids, epoch), plain(images, ids, epoch))
+    assert len(compilations) == (chosen is not EVERYTHING)  # what may round is left alone
 
 
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("padding", [0, 2])
 def test_an_empty_part_stays_empty(padding, flip):
     images = torch.empty(0, 6, 8, 3, dtype=torch.uint8)
-    assert crop_and_flip(images, torch.empty(0, dtype=torch.int64), 0, 0, padding, flip).shape == (0, 6, 8, 3)
+    assert crop_and_flip(images, torch.empty(0, dtype=torch.int64), epoch_keys(0, 0), padding, flip).shape == (
+        0,
+        6,
+        8,
+        3,
+    )
 
 
 @pytest.mark.parametrize(
@@ -215,17 +255,18 @@ def test_an_empty_part_stays_empty(padding, flip):
 def test_normalize_equals_numpy_in_float64(dtype, tolerance):
     mean, std = (0.48, 0.45, 0.4), (0.277, 0.269, 0.282)
     images = random_images(5)
-    result = normalize(images, mean, std, dtype)
+    result = Normalize(mean, std, dtype)(images)
     expected = ((images.numpy().astype(np.float64) / 255 - mean) / std).transpose(0, 3, 1, 2)
     assert result.dtype == dtype
     assert np.abs(result.double().numpy() - expected).max() < tolerance
 
 
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("augmented", [False, True])
-def test_normalize_gives_channels_last(augmented):
+def test_normalize_gives_the_wanted_memory_format(augmented, memory_format):
     images = random_images(5)
     if augmented:
-        images = crop_and_flip(images, torch.arange(5), 0, 0, 2, True)
-    result = normalize(images, (0.5,) * 3, (0.25,) * 3, torch.float32)
+        images = crop_and_flip(images, torch.arange(5), epoch_keys(0, 0), 2, True)
+    result = Normalize((0.5,) * 3, (0.25,) * 3, torch.float32, memory_format)(images)
     assert result.shape == (5, 3, 6, 8)
-    assert result.is_contiguous(memory_format=torch.channels_last)
+    assert result.is_contiguous(memory_format=memory_format)

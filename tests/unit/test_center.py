@@ -7,7 +7,6 @@ import torch
 from torch.testing import assert_close
 
 from dlops_dist.losses import CenterLoss
-from dlops_dist.losses.center import _sum_rows, _sum_rows_by_product
 
 NUM_CLASSES, DIM = 6, 3
 UNSEEN = [2, 5]
@@ -177,11 +176,12 @@ def test_alpha_out_of_range_is_named(alpha):
 
 
 @pytest.mark.parametrize("labels", [[2, 0, 2, 2, 5], [1], [], [3, 3, 3]])
-def test_both_ways_of_summing_rows_by_class_are_the_loop(labels):
-    rows = torch.randn(len(labels), 4, dtype=torch.float64)
-    expected = torch.zeros(6, 4, dtype=torch.float64)
+def test_sums_of_each_class_are_the_loop(labels):
+    rows, loss = torch.randn(len(labels), 4, dtype=torch.float64), CenterLoss(6, 4).double()
+    differences, counts = torch.zeros(6, 4, dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
     for row, label in zip(rows, labels, strict=True):
-        expected[label] += row
-    for sum_rows in (_sum_rows, _sum_rows_by_product):
-        ours = sum_rows(rows, torch.tensor(labels, dtype=torch.int64), 6)
-        assert_close(ours, expected, rtol=1e-14, atol=1e-14)
+        differences[label] -= row
+        counts[label] += 1
+    ours = loss.sums(rows, torch.tensor(labels, dtype=torch.int64))
+    assert_close(ours.differences, differences, rtol=1e-14, atol=1e-14)
+    assert torch.equal(ours.counts, counts)

@@ -7,6 +7,7 @@ import torch
 from matplotlib.image import imread
 
 from dlops_dist.engine import pictures
+from dlops_dist.engine.codes import FlatPixels
 from dlops_dist.engine.learner import Inputs
 from dlops_dist.models.autoencoder import StackedAutoencoder
 
@@ -33,7 +34,8 @@ def perfect():
         model[0].decoder.weight.copy_(model[0].encoder[0].weight.t())
         for parameter in (model[0].encoder[0].bias, *model[1].parameters()):
             parameter.zero_()
-    return SimpleNamespace(model=model, inputs=INPUTS, dtype=torch.float64, device=torch.device("cpu"))
+    flat_pixels = FlatPixels(INPUTS, torch.float64)
+    return SimpleNamespace(model=model, inputs=INPUTS, flat_pixels=flat_pixels, device=torch.device("cpu"))
 
 
 def test_reconstructions_stand_below_their_images(tmp_path):

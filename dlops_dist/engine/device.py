@@ -1,0 +1,53 @@
+"""The device of a worker: which one it is, and what is said when it cannot be used or is full."""
+
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from dlops_dist.errors import RunError, UserError
+
+
+def default_device() -> torch.device:
+    """This process's GPU, the one that torchrun's LOCAL_RANK names; the CPU where there is none."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return torch.device("cpu")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        available = torch.cuda.is_available()
+    if available:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    for warning in caught:
+        too_old = re.search(r"driver on your system is too old( \(found version \w+\))?", str(warning.message))
+        if too_old is not None:
+            raise UserError(
+                f"the NVIDIA driver is too old for torch {torch.__version__}{too_old[1] or ''}; update it, install a "
+                f"torch for an older CUDA, or set CUDA_VISIBLE_DEVICES= to use the CPU"
+            )
+    return torch.device("cpu")
+
+
+def use(device: torch.device) -> None:
+    """Make a GPU this process's own: what names no GPU (pinned memory, objects that ranks exchange) takes the first."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+@contextmanager
+def memory_errors_explained(device: torch.device) -> Iterator[None]:
+    """A device whose memory is full is one line: how much was wanted, and what lowers it."""
+    try:
+        yield
+    except RuntimeError as error:
+        parts = re.split(r"\. |\n", str(error))
+        if not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        wanted = next((part for part in parts if "allocate" in part), parts[0]).rpartition(": ")[2]
+        free = next((f" ({part})" for part in parts if part.endswith("is free")), "")
+        raise RunError(
+            f"{device} is out of memory: {wanted[:1].lower()}{wanted[1:]}{free}; pass a lower --micro-batch-size "
+            f"(under another --name, where the run has begun)" + (", or --data.reader decoded" * (device.type != "cpu"))
+        ) from error
