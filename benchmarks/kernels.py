@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torchvision
 from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -32,7 +33,16 @@ LOSSES = {
     "semi-hard": {"loss": "triplet", "triplet": {"mining": "semi-hard"}},
     "all": {"loss": "triplet", "triplet": {"mining": "all"}},
 }
-NOTHING = {"detach", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh"}
+NOTHING = {
+    "detach",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "_unsafe_view",
+    "lift_fresh",
+}
 
 
 class Count(NamedTuple):
@@ -57,7 +67,7 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.removeprefix("aten::")
         is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        if not is_view and name not in NOTHING:
+        if not (is_view or name in NOTHING or name.startswith("profiler::")):
             self.names[self.inside].append(name)
         return func(*args, **(kwargs or {}))
 
@@ -84,17 +94,20 @@ def names_of(make_step, arguments) -> dict[bool, list[str]]:
     operations = Operations()
 
     def compiler(graph, _):
-        def run(*args):
+        boxed = make_boxed_func(graph.forward)
+
+        def run(args):
             operations.inside = True
             try:
-                return graph(*args)
+                return boxed(args)
             finally:
                 operations.inside = False
 
+        run._boxed_call = True
         return run
 
     torch._dynamo.reset()
-    compile_so = partial(torch.compile, backend=aot_autograd(fw_compiler=compiler))
+    compile_so = partial(torch.compile, backend=aot_autograd(fw_compiler=compiler, keep_inference_input_mutations=True))
     with mock.patch("torch.compile", compile_so), mock.patch.object(triplet, "_may_repeat", lambda original: True):
         step = make_step(arguments)
         step()

@@ -52,13 +52,16 @@ class EpochSums(RankSums):
         """Summed embeddings of length 1."""
         super().__init__(counts=self.counts, by_class=self.by_class, unit=self.unit)
 
-    def add(self, values: dict[str, Tensor], embeddings: Tensor, logits: Tensor, labels: Tensor) -> None:
+    def add_losses(self, losses: Tensor, num_samples: int) -> None:
+        """Means of a step's losses, in the order of their names, and how many of its samples are this rank's."""
+        self.counts[3:].add_(losses, alpha=num_samples)
+
+    def add(self, embeddings: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """This rank's samples of a step."""
         place = rank_of_label(logits, labels)
-        number = len(labels)
-        self.counts[0] += number
+        self.counts[0] += len(labels)
         self.counts[1] += (place < 1).sum()
         self.counts[2] += (place < 5).sum()
-        self.counts[3:] += torch.stack([values[name] for name in self._losses]) * number
         add_class_sums(self.by_class, embeddings.to(self.by_class.dtype), labels)
         self.unit += unit_length(embeddings).sum(dim=0)
 

@@ -31,7 +31,8 @@ def evaluate(learner: Learner, reader: Reader, ids: Ids, with_confusion: bool = 
     Embeddings have length 1 where the triplet loss normalises them. Sums are float64, added in block order.
     """
     sums = device_sums(learner, reader, ids)
-    totals, confusion = sums.totals.tolist(), sums.confusion.cpu()
+    totals = sums.rows.cpu().cumsum(dim=0)[-1].tolist()  # block by block
+    confusion = sums.confusion.cpu()
     recalled = sums.recalled.item()
 
     numbers = np.bincount(reader.labels[ids], minlength=len(confusion)).tolist()
@@ -53,8 +54,8 @@ def evaluate(learner: Learner, reader: Reader, ids: Ids, with_confusion: bool = 
 class DeviceSums(NamedTuple):
     """What an evaluation adds up, float64 on the device, equal on all ranks: looked at once, when all is done."""
 
-    totals: Tensor
-    """Hits of top-1, top-5 and the nearest centre, then sum and count of each loss."""
+    rows: Tensor
+    """Of each block: hits of top-1, top-5 and the nearest centre, then sum and count of each loss."""
     confusion: Tensor
     """(C, C) samples of a class (row) that were taken for which (column)."""
     recalled: Tensor
@@ -76,7 +77,7 @@ def device_sums(learner: Learner, reader: Reader, ids: Ids) -> DeviceSums:
         own.append(judged)
     everyone = gather(torch.cat(own) if own else _no_embeddings(learner), _sizes(parts))
     return DeviceSums(
-        all_sum(rows).cumsum(dim=0)[-1],  # the other ranks' rows are zero: exact; then block by block
+        all_sum(rows),  # the other ranks' rows are zero: exact
         all_sum(confusion),
         _count_recalled(everyone, on_device(reader.labels[ids], learner.device)),
     )

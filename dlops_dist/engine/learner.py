@@ -86,6 +86,7 @@ class Learner:
         self._augmenter = Augmenter(settings.augment, settings.seed, inputs.mean, device, self.compiled)
         self._terms = compiled(self.loss.terms, settings, device)
         self._count = compiled(self.sums.add, settings, device)
+        self._weights = torch.tensor(list(self.loss.weights.values()), dtype=torch.float64, device=device)
 
     def lr(self, step: int) -> float:
         """Learning rate of a step, counted from 0 over all epochs."""
@@ -128,11 +129,13 @@ class Learner:
         self._descent.step(step)
         if self.ema is not None:
             self.ema.update(step)
-        embeddings, logits, labels = (torch.cat(parts) for parts in zip(*outputs, strict=True))
+        embeddings, logits, labels = (p[0] if len(p) == 1 else torch.cat(p) for p in zip(*outputs, strict=True))
         if self.loss.center is not None:
             update_centers(self.loss.center, embeddings, labels, [sum(parts) for parts in zip(*sizes, strict=True)])
-        self._count(values, embeddings, logits, labels)
-        return torch.stack([values[name] * weight for name, weight in self.loss.weights.items()]).sum()
+        losses = torch.stack([values[name] for name in self.loss.weights])
+        self.sums.add_losses(losses, len(labels))
+        self._count(embeddings, logits, labels)
+        return (losses * self._weights).sum()
 
     def judge(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings (N, D) and logits (N, C) of uint8 images, as they are evaluated.

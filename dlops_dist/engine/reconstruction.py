@@ -130,7 +130,7 @@ class ReconstructionLearner:
             inputs = self.inputs_of(batch.images)
             terms = self.loss.terms(self._forward(self._trained, inputs), inputs)
             rows[place, 0], rows[place, 1] = terms.sum, terms.count
-        total, count = all_sum(rows).cumsum(dim=0)[-1].tolist()
+        total, count = all_sum(rows).cpu().cumsum(dim=0)[-1].tolist()
         return {"loss": total / count, "relative_loss": total / count / self.power}
 
     def state_dict(self) -> dict[str, Any]:

@@ -120,7 +120,7 @@ class TripletLoss(nn.Module):
         reach = positive.detach() + self.margin
         active = torch.searchsorted(far.detach(), reach)  # negatives nearer than positive + margin
         far = far.masked_fill(far.isinf(), 0.0).double()
-        prefix = F.pad(far.cumsum(dim=1), (1, 0))
+        prefix = F.pad(_prefix_sums(far) if far.is_cuda else far.cumsum(dim=1), (1, 0))
         losses = active * (positive.double() + self.margin) - prefix.gather(1, active)
         number = active if self.average == "active" else mates.num_negatives[:, None].expand_as(active)
         total = losses.masked_fill(~mates.is_positive, 0.0).sum().to(x.dtype)
@@ -152,6 +152,15 @@ class _ChunkedSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_total: Tensor, _: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return d_total * ctx.gradient, None
+
+
+def _prefix_sums(x: Tensor) -> Tensor:
+    """`cumsum` of each row (R, N), which torch 2.11 refuses on a GPU under deterministic algorithms."""
+    step = 1
+    while step < x.shape[1]:
+        x = x + F.pad(x[:, :-step], (step, 0))
+        step *= 2
+    return x
 
 
 def _safe_sqrt(squared: Tensor) -> Tensor:

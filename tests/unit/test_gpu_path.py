@@ -158,5 +158,3 @@ def test_what_makes_a_gpu_wait_is_found(monkeypatch):
         assert waits.found, name
     with fake_gpu(monkeypatch), pytest.raises((RuntimeError, AssertionError)):
         torch.zeros(3, device=GPU) + torch.zeros(3)
-
-
