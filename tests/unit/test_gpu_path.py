@@ -1,4 +1,4 @@
-"""What a GPU would run, without one: on which device each tensor is, what is waited for, how many kernels are launched."""
+"""What a GPU would run, without one: where each tensor is, what is waited for, how many kernels are launched."""
 
 import numpy as np
 import pytest
