@@ -56,9 +56,8 @@ class Model(Section):
 
     stem: Literal["cifar", "imagenet"] = "cifar"
     """cifar: 3x3 convolution, stride 1, no pooling. imagenet: 7x7, stride 2, max-pool (10 times cheaper)."""
-    width: int = Field(64, ge=8)
-    """Channels of the first stage; the embedding has 8 times as many values. (Below 8, torch's own channels-last
-    convolutions write beyond their memory on CPUs with AVX2.)"""
+    width: int = Field(64, ge=1)
+    """Channels of the first stage; the embedding has 8 times as many values."""
     norm: Literal["sync", "local"] = "sync"
     """Batch norm over all ranks (exact for any number of workers), or over each rank's own part."""
 

@@ -55,11 +55,6 @@ class SyncBatchNorm2d(_SyncBatchNorm, nn.BatchNorm2d):
     """Of images: (N, C, H, W)."""
 
 
-def is_synchronised(module: nn.Module) -> bool:
-    """Whether it is a norm over all ranks."""
-    return isinstance(module, _SyncBatchNorm)
-
-
 @torch.no_grad()
 def average_running_statistics(model: nn.Module) -> None:
     """Give every rank the mean over ranks of the running statistics; only norms that are not synchronised need it."""
@@ -88,7 +83,7 @@ def with_mean_statistics(model: nn.Module) -> dict[str, Tensor]:
 
 def _not_synchronised(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for path, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not is_synchronised(module):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, _SyncBatchNorm):
             for name in ("running_mean", "running_var"):
                 if getattr(module, name) is not None:
                     yield f"{path}.{name}", getattr(module, name)
@@ -123,7 +118,10 @@ class _SyncNormalize(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mean, variance, count)
         ctx.eps = eps
         ctx.mark_non_differentiable(mean, variance, count)
-        return _per_channel(x, scale, shift).to(x.dtype), mean, variance, count
+        y = _per_channel(x, scale, shift)
+        if y.dtype != x.dtype:  # a cast to the same type, compiled by torch 2.11, makes all gradients 0
+            y = y.to(x.dtype)
+        return y, mean, variance, count
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dlops_dist.config import Optimizer, Settings
 from dlops_dist.distributed.collectives import world_size
 from dlops_dist.distributed.norm import give_norms_a_group
-from dlops_dist.engine.numerics import compiled, refuse_wrong_gradients
+from dlops_dist.engine.numerics import compiled
 from dlops_dist.optim import SGD, lr_factor
 
 
@@ -33,7 +33,6 @@ class Descent:
         self._chosen, self._epochs, self._steps_per_epoch = chosen, epochs, steps_per_epoch
         self._parameters = list(module.parameters())
         give_norms_a_group()
-        refuse_wrong_gradients(module, settings, device)
         module = compiled(module, settings, device)
         self.undistributed = module
         """The module, perhaps compiled; its gradients stay on this rank."""

@@ -7,15 +7,10 @@ import torch
 from torch import nn
 
 from dlops_dist.config import Run
-from dlops_dist.distributed.collectives import world_size
-from dlops_dist.distributed.norm import is_synchronised
-from dlops_dist.errors import UserError
 
 Computed = TypeVar("Computed", bound=Callable[..., Any])
 CHANNELS_IN_A_BLOCK = 16
 """Of oneDNN's convolutions on CPUs with AVX-512 (with AVX2: 8)."""
-COMPILES_NORMS_OF_ALL_RANKS = (2, 15)
-"""The first torch whose compiler does; 2.11's gives the layers below them gradients of 0, without a word."""
 
 
 class Precision(NamedTuple):
@@ -59,19 +54,6 @@ def compiles(settings: Run, device: torch.device) -> bool:
 def compiled(function: Computed, settings: Run, device: torch.device) -> Computed:
     """A function or module with its kernels fused, where the run wants that: for each shape anew, none for many."""
     return cast(Computed, torch.compile(function, dynamic=False)) if compiles(settings, device) else function
-
-
-def refuse_wrong_gradients(model: nn.Module, settings: Run, device: torch.device) -> None:
-    """Where torch is known to compile a model to something else."""
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if version >= COMPILES_NORMS_OF_ALL_RANKS or world_size() == 1 or not compiles(settings, device):
-        return
-    if any(map(is_synchronised, model.modules())):
-        needed = ".".join(map(str, COMPILES_NORMS_OF_ALL_RANKS))
-        raise UserError(
-            f"compile: torch {torch.__version__} gives wrong gradients where it compiles batch norm over several "
-            f"workers; pass --no-compile or --model.norm local, or install torch {needed}"
-        )
 
 
 def set_numerics(settings: Run, device: torch.device) -> None:
