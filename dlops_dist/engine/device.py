@@ -21,19 +21,28 @@ def default_device() -> torch.device:
     if available:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     for warning in caught:
-        too_old = re.search(r"driver on your system is too old( \(found version \w+\))?", str(warning.message))
-        if too_old is not None:
-            raise UserError(
-                f"the NVIDIA driver is too old for torch {torch.__version__}{too_old[1] or ''}; update it, install a "
-                f"torch for an older CUDA, or set CUDA_VISIBLE_DEVICES= to use the CPU"
-            )
+        _refuse_old_driver(str(warning.message))
     return torch.device("cpu")
 
 
 def use(device: torch.device) -> None:
     """Make a GPU this process's own: what names no GPU (pinned memory, objects that ranks exchange) takes the first."""
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        try:
+            torch.cuda.set_device(device)
+        except RuntimeError as error:
+            _refuse_old_driver(str(error))
+            raise
+
+
+def _refuse_old_driver(said: str) -> None:
+    """What torch says of a driver that it cannot use."""
+    too_old = re.search(r"driver on your system is too old( \(found version \w+\))?", said)
+    if too_old is not None:
+        raise UserError(
+            f"the NVIDIA driver is too old for torch {torch.__version__}{too_old[1] or ''}; update it, install a torch "
+            f"for an older CUDA, or set CUDA_VISIBLE_DEVICES= to use the CPU"
+        )
 
 
 @contextmanager

@@ -1,9 +1,15 @@
 """What a GPU would run, without one: where each tensor is, what is waited for, how many kernels are launched."""
 
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from fake_gpu import GPU, Waits, fake_gpu
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from dlops_dist.config import Q1, Q2
 from dlops_dist.data.joined import Joined
@@ -14,6 +20,9 @@ from dlops_dist.engine.evaluation import device_sums
 from dlops_dist.engine.learner import Inputs, Learner
 from dlops_dist.engine.reconstruction import ReconstructionLearner
 from dlops_dist.engine.stacked import build_classifier, build_stack
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+import kernels
 
 INPUTS = Inputs(10, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 AUGMENT = {"resized_crop": 0.4, "brightness": 0.3, "contrast": 0.3, "saturation": 0.3, "cutout": 8}
@@ -117,9 +126,12 @@ def test_pretraining_stays_on_the_gpu_and_waits_for_nothing(layer, corruption, m
         with Waits() as waits:
             (batch,) = read_ahead(kept, parts_of(None), GPU, 1, 1)
             assert learner.step([batch], 0, 1).device == GPU
+        with Waits() as looks, pytest.raises(DataDependentOutputException):
+            learner.error(kept, np.arange(300))
         assert isinstance(kept, CodeReader) == bool(layer)
         assert batch.images.device == GPU
     assert waits.found == []
+    assert looks.found == ["_to_copy", "_local_scalar_dense"]  # once, at the sums of all blocks
 
 
 @pytest.mark.parametrize("finetune", [False, True])
@@ -138,6 +150,17 @@ def test_the_stacked_classifier_stays_on_the_gpu_and_waits_for_nothing(finetune,
             assert learner.step(batches, 0, 1).device == GPU
             device_sums(learner, source, np.arange(40))
     assert waits.found == []
+
+
+EAGER = {"ce": 12, "center": 23, "batch-hard": 156, "semi-hard": 159, "all": 111}
+"""Operations of a step outside of compiled graphs: each is a kernel of its own at least."""
+
+
+@pytest.mark.parametrize("loss", EAGER)
+def test_a_step_launches_as_few_kernels_besides_its_compiled_graphs(loss):
+    count = kernels.counted(partial(kernels.our_step, loss), SimpleNamespace(classes=20, batch=16))
+    assert count.eager == EAGER[loss]
+    assert count.compiled > 218  # operations of the bare torchvision loop's graphs
 
 
 def test_what_makes_a_gpu_wait_is_found(monkeypatch):

@@ -1,0 +1,75 @@
+"""A compiled run computes what a plain one does, and compiles once for all steps, epochs and blocks."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from dlops_dist.config import Q1
+from dlops_dist.data.loader import read_ahead
+from dlops_dist.engine.evaluation import evaluate
+from dlops_dist.engine.learner import Inputs, Learner
+
+CPU = torch.device("cpu")
+RUNS = {
+    "ce": {"ema_decay": 0.9, "flip_test": True, "ce": {"label_smoothing": 0.1}},
+    "triplet": {"loss": "triplet", "triplet": {"ce_weight": 0.5}},
+    "center": {"loss": "center", "augment": {"cutout": 4}},
+}
+
+
+class Images:
+    """Random images in memory."""
+
+    in_memory = True
+
+    def __init__(self, number: int) -> None:
+        self.pixels = np.random.default_rng(number).integers(0, 256, (number, 16, 16, 3), np.uint8)
+        self.labels = np.arange(number) % 10
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, ids: np.ndarray) -> np.ndarray:
+        return self.pixels[ids]
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """The graphs that torch.compile hands to its backend, which runs them as they are."""
+    found = []
+
+    def backend(graph, _):
+        found.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    return found
+
+
+def trained_and_evaluated(run, compiled):
+    """Two epochs of two steps, each evaluated on a whole block and a short one."""
+    values = {"precision": "float64", "model": {"width": 8}, "optimizer": {"lr": 0.01}, **RUNS[run]}
+    learner = Learner(Q1(compile=compiled, **values), Inputs(10, (0.5,) * 3, (0.25,) * 3), 2, CPU)
+    train, test = Images(32), Images(300)
+    found = []
+    for epoch in range(2):
+        parts = [(np.arange(first, first + 16), slice(0, 16)) for first in (0, 16)]
+        for step, batch in enumerate(read_ahead(train, parts, CPU, 1, 1)):
+            found.append(learner.step([batch], epoch, 2 * epoch + step).item())
+        found += [*learner.end_epoch().values()]
+        found += [v for v in evaluate(learner, test, np.arange(300)).values() if isinstance(v, float)]
+    return found
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_compiled_run_is_a_plain_one_and_compiles_once(run, compilations):
+    plain = trained_and_evaluated(run, compiled=False)
+    assert compilations == []
+    assert trained_and_evaluated(run, compiled=True) == pytest.approx(plain, rel=1e-9)
+    training, evaluation = 4, 1  # the network, the losses, the counting, the changes of images; the network
+    assert len(compilations) == training + evaluation
+    assert trained_and_evaluated(run, compiled=True) == pytest.approx(plain, rel=1e-9)
+    assert len(compilations) == training + evaluation, "another stage or fold takes what is there"
