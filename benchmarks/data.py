@@ -25,7 +25,7 @@ from timing import medians
 from torchvision.transforms import v2
 
 from dlops_dist.config import Augment
-from dlops_dist.data.augment import augment, normalize
+from dlops_dist.data.augment import Augmenter, Normalize
 from dlops_dist.data.loader import TrainingOrder, read_ahead
 from dlops_dist.data.memory import keep_freed_memory
 from dlops_dist.data.pack import pack
@@ -95,9 +95,12 @@ def reading(shards: Path, scratch: Path, number: int, runs: int) -> None:
 
 def ours(reader, manifest: Manifest, number: int) -> Iterator[torch.Tensor]:
     order = np.random.default_rng(0).permutation(len(reader))[:number].reshape(-1, BATCH)
+    changed, normalize = (
+        Augmenter(Augment(), 0, manifest.mean, CPU),
+        Normalize(manifest.mean, manifest.std, torch.float32),
+    )
     for batch in read_ahead(reader, ((ids, slice(0, BATCH)) for ids in order), CPU, threads=1, prefetch=2):
-        images = augment(batch.images, batch.ids, 0, 0, Augment(), manifest.mean)
-        yield normalize(images, manifest.mean, manifest.std, torch.float32)
+        yield normalize(changed(batch.images, batch.ids, 0))
 
 
 def transform(manifest: Manifest) -> v2.Compose:
@@ -144,12 +147,14 @@ def parts(shards: Path, runs: int) -> None:
     images, own = torch.from_numpy(split.read(ids)), torch.from_numpy(ids)
     more = Augment(crop_padding=0, flip=False, resized_crop=0.25)
     jitter = Augment(crop_padding=0, flip=False, brightness=0.4, contrast=0.4, saturation=0.4)
+    normalize = Normalize(manifest.mean, manifest.std, torch.float32)
+    crop, more, jitter = (Augmenter(chosen, 0, manifest.mean, CPU) for chosen in (Augment(), more, jitter))
     sides: dict[str, Callable[[], object]] = {
         "read and decode": lambda: split.read(ids),
-        "crop and flip": lambda: augment(images, own, 0, 0, Augment(), manifest.mean),
-        "normalise": lambda: normalize(images, manifest.mean, manifest.std, torch.float32),
-        "(random resized crop)": lambda: augment(images, own, 0, 0, more, manifest.mean),
-        "(colour jitter)": lambda: augment(images, own, 0, 0, jitter, manifest.mean),
+        "crop and flip": lambda: crop(images, own, 0),
+        "normalise": lambda: normalize(images),
+        "(random resized crop)": lambda: more(images, own, 0),
+        "(colour jitter)": lambda: jitter(images, own, 0),
     }
     found = medians(sides, 5 * runs, time.process_time)
     print("of it: " + ", ".join(f"{name} {1e6 * seconds / BATCH:.1f} us" for name, seconds in found.items()))

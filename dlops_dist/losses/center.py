@@ -48,11 +48,18 @@ class CenterLoss(nn.Module):
     def sums(self, embeddings: Tensor, labels: Tensor) -> CenterSums:
         """What `update` needs of a batch, or of a part of one. Same bits at each call, on every device."""
         differences = self.centers[labels] - embeddings.to(self.centers.dtype)
-        sums = torch.zeros_like(self.centers).index_put_((labels,), differences, accumulate=True)
-        counts = sums.new_zeros(len(sums)).index_put_((labels,), sums.new_ones(()), accumulate=True)
-        return CenterSums(sums, counts)
+        sums = _sum_rows(differences, labels, len(self.centers))
+        return CenterSums(sums, _sum_rows(sums.new_ones(len(labels)), labels, len(sums)))
 
     @torch.no_grad()
     def update(self, sums: CenterSums) -> None:
         """Move the centres by the sums of the whole batch (eq. 4); classes without samples stay."""
         self.centers.addcdiv_(sums.differences, 1 + sums.counts[:, None], value=-self.alpha)
+
+
+def _sum_rows(rows: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """(C, ...): for each class, the sum of its rows (N, ...), the same bits each time."""
+    sums = rows.new_zeros(num_classes, *rows.shape[1:])
+    if sums.is_cpu:
+        return sums.index_add_(0, labels, rows)
+    return sums.index_put_((labels,), rows, accumulate=True)  # slower, but a GPU adds in a fixed order
