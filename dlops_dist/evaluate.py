@@ -33,7 +33,7 @@ def main() -> None:
             shown = " ".join("-" if v is None else f"{v:.2%}" for v in value)
             print(f"{name}: {shown}")
         else:
-            print(f"{name}: {value!r}")
+            print(f"{name}: {'-' if value is None else repr(value)}")
     row = {f"test/{name}": value for name, value in figures.items()}
     print(f"result: {PurePath(arguments.run).name} at epoch {epoch:g}, {arguments.split}: {test_figures(row)}")
 

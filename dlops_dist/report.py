@@ -77,15 +77,16 @@ def table(runs: dict[str, tuple[str, list[dict[str, Any]]]]) -> Any:
     from rich.table import Table
 
     from dlops_dist.engine.run_folder import result_row
+    from dlops_dist.tracking import figure
 
     result = Table(title="result of each run")
     for column in ("run", "loss", "epoch", *COLUMNS.values()):
         result.add_column(column, justify="left" if column in ("run", "loss") else "right")
     for path, (variant, rows) in runs.items():
         row = result_row(rows)
-        result.add_row(PurePath(path).name, variant, str(row["epoch"]), *(_cell(name, row) for name in COLUMNS))
+        result.add_row(PurePath(path).name, variant, str(row["epoch"]), *(figure(row, name) for name in COLUMNS))
     for task in dict.fromkeys(variant if variant in STUDY else "q2" for variant, _ in runs.values()):
-        result.add_row("original study", task, "10", *(_cell(name, STUDY[task]) for name in COLUMNS), style="dim")
+        result.add_row("original study", task, "10", *(figure(STUDY[task], name) for name in COLUMNS), style="dim")
     return result
 
 
@@ -103,12 +104,6 @@ def class_table(runs: dict[str, list[dict[str, Any]]]) -> Any:
         result.add_row(name, *("-" if value is None else f"{100 * value:.1f}" for value in accuracies))
     result.add_row("original study", *(f"{100 * value:.1f}" for value in STUDY_CLASSES), style="dim")
     return result
-
-
-def _cell(name: str, row: dict[str, Any]) -> str:
-    if name not in row:
-        return "-"
-    return f"{row[name]:.4f}" if name.endswith("loss") else f"{row[name]:.2%}"
 
 
 def plot_curves(run: str, rows: list[dict[str, Any]]) -> str:

@@ -119,18 +119,29 @@ def epoch_line(row: dict[str, Any], epochs: int) -> str:
 
 def _split_figures(row: dict[str, Any], split: str) -> str:
     """Loss and accuracy on a split; nothing for one that the run does not have."""
-    top1 = f" top-1 {row[f'{split}/top1']:.2%}" if f"{split}/top1" in row else ""
-    return f"{split} loss {row[f'{split}/loss']:.4f}{top1}  " if f"{split}/loss" in row else ""
+    top1 = f" top-1 {figure(row, f'{split}/top1')}" if f"{split}/top1" in row else ""
+    return f"{split} loss {figure(row, f'{split}/loss')}{top1}  " if f"{split}/loss" in row else ""
+
+
+def figure(row: dict[str, Any], name: str) -> str:
+    """A loss or a part of a row; "-" where there is none, or none can be."""
+    value = row.get(name)
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if name.endswith("loss") else f"{value:.2%}"
 
 
 def test_figures(row: dict[str, Any]) -> str:
     """The test figures of a row, in words and numbers."""
-    if "test/top1" not in row:
-        return f"loss {row['test/loss']:.4f}"
-    return (
-        f"loss {row['test/loss']:.4f} top-1 {row['test/top1']:.2%} top-5 {row['test/top5']:.2%} "
-        f"nearest-centre {row['test/nearest_center']:.2%} Recall@1 {row['test/recall_at_1']:.2%}"
-    )
+    names = {
+        "loss": "loss",
+        "top-1": "top1",
+        "top-5": "top5",
+        "nearest-centre": "nearest_center",
+        "Recall@1": "recall_at_1",
+    }
+    told = {title: name for title, name in names.items() if name == "loss" or "test/top1" in row}
+    return " ".join(f"{title} {figure(row, f'test/{name}')}" for title, name in told.items())
 
 
 def fold_figures(rows: Sequence[dict[str, Any]]) -> str | None:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dlops_dist.distributed.collectives import of_all_ranks, rank, world_size
+from dlops_dist.errors import RunError
 
 
 class _Group:
@@ -28,15 +29,21 @@ class _SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm whose statistics are those of all ranks' samples, on any backend, for parts of any size.
 
     Each rank's (count, mean, M2) are merged (after Chan et al. 1979, eq. 2.1), never E[x^2] - E[x]^2.
-    In evaluation, and in a world of one, it is torch's own (but takes a single value in a channel, as several
-    ranks do).
+    In evaluation, and in a world of one, it is torch's own.
+
+    Raises:
+        RunError: there is a single value in each channel, in training; a GPU looks for it in a world of one only.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        several = x.numel() > x.shape[1]  # torch's own refuses a single value, which other ranks may add to
-        if not self.training or (world_size() == 1 and several):
+        if not self.training or (world_size() == 1 and x.numel() > x.shape[1]):
             return super().forward(x)
         y, mean, variance, count = _SyncNormalize.apply(x, self.weight, self.bias, self.eps)
+        if world_size() == 1 or (count.is_cpu and not torch.compiler.is_compiling() and count == 1):
+            raise RunError(
+                f"batch norm sees one value in each of {x.shape[1]} channels, which has no variance; raise "
+                f"--micro-batch-size or --global-batch-size, or leave short batches out by --data.drop-last"
+            )
         if self.track_running_stats:
             with torch.no_grad():
                 self.num_batches_tracked.add_(1)  # type: ignore[union-attr]

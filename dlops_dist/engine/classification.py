@@ -1,5 +1,7 @@
 """A model with a head, and the terms of the chosen loss."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -85,6 +87,7 @@ class ClassificationLoss(nn.Module):
             terms["center"] = self.center.terms(embeddings, labels)
         return terms
 
-    def total(self, values: dict[str, float]) -> float:
-        """The loss of a run from its parts."""
-        return sum(weight * values[name] for name, weight in self.weights.items() if weight)
+    def total(self, values: Mapping[str, float | None]) -> float | None:
+        """The loss of a run from its parts; None where one of them is of nothing."""
+        parts = [(weight, values[name]) for name, weight in self.weights.items() if weight]
+        return None if any(v is None for _, v in parts) else sum(w * v for w, v in parts if v is not None)

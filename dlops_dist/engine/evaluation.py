@@ -21,10 +21,10 @@ BLOCK = 256
 def evaluate(learner: Learner, reader: Reader, ids: Ids, with_confusion: bool = False) -> dict[str, Any]:
     """Figures of the model on some samples.
 
-        loss               the run's loss; triplets are mined within each block of 256 samples
+        loss               the run's loss; triplets are mined within each block of 256 samples; None if there are none
         top1, top5         of the head
         nearest_center     accuracy of the nearest of the classes' mean training embeddings
-        recall_at_1        whether the nearest other embedding has the same label
+        recall_at_1        whether the nearest other embedding has the same label; None where no label is there twice
         top1_by_class      list (C,); None for a class without samples
         confusion          where wanted, list (C, C): how many samples of a class (row) were taken for which (column)
 
@@ -36,7 +36,8 @@ def evaluate(learner: Learner, reader: Reader, ids: Ids, with_confusion: bool = 
     recalled = sums.recalled.item()
 
     numbers = np.bincount(reader.labels[ids], minlength=len(confusion)).tolist()
-    losses = {name: totals[3 + 2 * i] / max(totals[4 + 2 * i], 1) for i, name in enumerate(learner.loss.weights)}
+    terms = {name: totals[3 + 2 * i : 5 + 2 * i] for i, name in enumerate(learner.loss.weights)}
+    losses = {name: total / count if count else None for name, (total, count) in terms.items()}
     hits = confusion.diagonal().tolist()
     more = {"confusion": confusion.long().tolist()} if with_confusion else {}
     return {
@@ -45,7 +46,7 @@ def evaluate(learner: Learner, reader: Reader, ids: Ids, with_confusion: bool = 
         "top1": totals[0] / len(ids),
         "top5": totals[1] / len(ids),
         "nearest_center": totals[2] / len(ids),
-        "recall_at_1": recalled / len(ids),
+        "recall_at_1": recalled / len(ids) if max(numbers) > 1 else None,
         "top1_by_class": [h / n if n else None for h, n in zip(hits, numbers, strict=True)],
         **more,
     }

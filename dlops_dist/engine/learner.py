@@ -216,7 +216,7 @@ class Learner:
         """The tensors that training changes alike on every rank, to the last bit: weights and centres."""
         return {**dict(self.model.named_parameters()), **self.loss.state_dict()}
 
-    def end_epoch(self) -> dict[str, float]:
+    def end_epoch(self) -> dict[str, float | None]:
         """Figures of the epoch's training, equal on every rank; the next epoch's sums start at zero."""
         for model in self._models:
             average_running_statistics(model)

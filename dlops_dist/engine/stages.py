@@ -1,6 +1,6 @@
 """A run is a sequence of stages: each trains one thing on its own order of samples. q1 has one of them, q2 several."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -43,7 +43,7 @@ class StageLearner(Protocol):
         """
         ...
 
-    def end_epoch(self) -> dict[str, float]: ...
+    def end_epoch(self) -> Mapping[str, float | None]: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
     def equal_on_all_ranks(self) -> dict[str, Tensor]: ...
@@ -210,5 +210,5 @@ def training_order(settings: Settings, samples: Samples, ids: Ids) -> TrainingOr
     return TrainingOrder(ids, labels, settings.seed, batch_size, samples_per_class, data.drop_last)
 
 
-def named(split: str, figures: dict[str, Any]) -> dict[str, Any]:
+def named(split: str, figures: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{split}/{name}": value for name, value in figures.items()}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dlops_dist.losses.terms import Terms, at_least_float32
+from dlops_dist.losses.terms import Terms, at_least_float32, checked_labels
 
 
 class CenterSums(NamedTuple):
@@ -38,6 +38,7 @@ class CenterLoss(nn.Module):
 
     def terms(self, embeddings: Tensor, labels: Tensor) -> Terms:
         """Sum of 1/2 ||x_i - c_yi||^2 and N."""
+        labels = checked_labels(labels, len(embeddings), len(self.centers))
         squares = F.mse_loss(at_least_float32(embeddings), self.centers[labels], reduction="sum")
         return Terms(squares / 2, len(labels))
 
@@ -47,6 +48,7 @@ class CenterLoss(nn.Module):
     @torch.no_grad()
     def sums(self, embeddings: Tensor, labels: Tensor) -> CenterSums:
         """What `update` needs of a batch, or of a part of one. Same bits at each call, on every device."""
+        labels = checked_labels(labels, len(embeddings), len(self.centers))
         differences = self.centers[labels] - embeddings.to(self.centers.dtype)
         sums = _sum_rows(differences, labels, len(self.centers))
         return CenterSums(sums, _sum_rows(sums.new_ones(len(labels)), labels, len(sums)))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from dlops_dist.losses.terms import Terms, at_least_float32
+from dlops_dist.losses.terms import Terms, at_least_float32, checked_labels
 
 
 class CrossEntropyLoss(nn.Module):
@@ -22,7 +22,7 @@ class CrossEntropyLoss(nn.Module):
 
     def terms(self, logits: Tensor, labels: Tensor) -> Terms:
         """Sum of l_i and N."""
-        logits = at_least_float32(logits)
+        logits, labels = at_least_float32(logits), checked_labels(labels, *logits.shape)
         highest = logits.detach().amax(dim=1, keepdim=True)
         shifted = logits - highest  # the largest is 0: exp never overflows
         log_sum = shifted.exp().sum(dim=1).log()

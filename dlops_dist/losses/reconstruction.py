@@ -16,6 +16,8 @@ class ReconstructionLoss(nn.Module):
 
     def terms(self, reconstructions: Tensor, inputs: Tensor) -> Terms:
         """Sum of (x'_ij - x_ij)^2 and N D."""
+        if reconstructions.shape != inputs.shape:
+            raise ValueError(f"reconstructions {tuple(reconstructions.shape)} are of inputs {tuple(inputs.shape)}")
         squares = F.mse_loss(at_least_float32(reconstructions), at_least_float32(inputs), reduction="sum")
         return Terms(squares, inputs.numel())
 

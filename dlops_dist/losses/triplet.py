@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dlops_dist.losses.terms import Terms, at_least_float32
+from dlops_dist.losses.terms import Terms, at_least_float32, checked_labels, nan_unless_finite
 
 Mining = Literal["batch-hard", "semi-hard", "all"]
 Piece = Callable[[Tensor], tuple[Tensor, Tensor]]
 WEYL = 0x9E3779B97F4A7C15 - 2**64  # odd, and far from a pattern of bits
+LEAST_LENGTH = 1e-6  # that an embedding is divided by
 CHUNK_ELEMENTS = 2**21  # of a distance matrix held at once: 8 MB in float32
 
 
@@ -29,6 +30,8 @@ class TripletLoss(nn.Module):
         all:        every positive with every negative (Hermans et al. 2017, eq. 6).
     `average` divides by all those triplets ("valid") or by those whose loss is above 0 ("active").
     Of equal distances the one with the lowest index is picked. Memory is O(N D), N x N only in chunks.
+    Where an embedding is NaN or infinite, the loss and all its gradients are NaN. Normalising divides by a length of at
+    least 1e-6, so the gradient of a shorter embedding, 0 among them, is at most 1e6 times that of a direction.
     """
 
     def __init__(
@@ -55,6 +58,9 @@ class TripletLoss(nn.Module):
 
     def from_triplets(self, anchors: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
         """The loss of given triplets, the study's form: three tensors (T, D), row by row."""
+        if not anchors.shape == positives.shape == negatives.shape:
+            shapes = [tuple(x.shape) for x in (anchors, positives, negatives)]
+            raise ValueError(f"anchors, positives and negatives must be of one shape, not {shapes}")
         anchors, positives, negatives = (self._prepared(x) for x in (anchors, positives, negatives))
         differences = self._distance(anchors, positives) - self._distance(anchors, negatives)
         return Terms(*self._hinges(differences, torch.ones_like(differences, dtype=torch.bool))).mean()
@@ -71,6 +77,7 @@ class TripletLoss(nn.Module):
             largest_class: number of samples with the most frequent label, or more. Where it is given, nothing here
                 waits for a GPU.
         """
+        labels = checked_labels(labels, len(embeddings))
         first, last, _ = (anchors or slice(None)).indices(len(embeddings))
         if largest_class is None:
             largest_class = int(labels.unique(return_counts=True)[1].max()) if len(labels) else 0
@@ -81,7 +88,7 @@ class TripletLoss(nn.Module):
 
     def _prepared(self, embeddings: Tensor) -> Tensor:
         embeddings = at_least_float32(embeddings)
-        return F.normalize(embeddings, dim=1) if self.normalize else embeddings
+        return F.normalize(embeddings, dim=1, eps=LEAST_LENGTH) if self.normalize else embeddings
 
     def _distance(self, a: Tensor, b: Tensor) -> Tensor:
         """Row-wise distance, by direct difference; its gradient at distance 0 is 0."""
@@ -135,8 +142,8 @@ class _ChunkedSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, pieces: Iterator[Piece]) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        gradient = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
-        total, count = x.new_zeros(()), x.new_zeros((), dtype=torch.float64)
+        total, count = nan_unless_finite(x), x.new_zeros((), dtype=torch.float64)
+        gradient = torch.zeros_like(x).add_(total) if ctx.needs_input_grad[0] else None
         for piece in pieces:
             leaf = x.detach().requires_grad_(gradient is not None)
             with torch.enable_grad():
@@ -165,8 +172,8 @@ def _prefix_sums(x: Tensor) -> Tensor:
 
 def _safe_sqrt(squared: Tensor) -> Tensor:
     """sqrt, with gradient 0 instead of infinity at 0."""
-    positive = squared > 0
-    return torch.where(positive, squared, 1.0).sqrt() * positive
+    some = squared != 0  # NaN too
+    return torch.where(some, squared, 1.0).sqrt() * some
 
 
 class _ClassMates(NamedTuple):

@@ -407,3 +407,68 @@ def test_loss_and_gradient_equal_pytorch_metric_learning(normalize, average, red
 def test_an_argument_out_of_range_is_named(field, value):
     with pytest.raises(ValueError, match=field):
         TripletLoss(**{field: value})
+
+
+def naive_loss(x, labels, mining):
+    """Sum of a batch's hinges by torch's own max and min, which pass NaN on."""
+    distance = (x[:, None] - x[None]).square().sum(dim=2).sqrt()
+    total = x.new_zeros(())
+    for a in range(len(x)):
+        positive = (labels == labels[a]) & (torch.arange(len(x)) != a)
+        d_ap, d_an = distance[a][positive], distance[a][labels != labels[a]]
+        if not (len(d_ap) and len(d_an)):
+            continue
+        if mining == "batch-hard":
+            hinges = d_ap.max() - d_an.min()
+        elif mining == "all":
+            hinges = d_ap[:, None] - d_an
+        else:
+            farther = d_an.expand(len(d_ap), -1).masked_fill(d_an <= d_ap[:, None], torch.inf).amin(dim=1)
+            hinges = d_ap - torch.where(farther.isinf(), d_an.max(), farther)
+        total = total + (hinges + 0.2).clamp(min=0).sum()
+    return total
+
+
+@each_mining
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", [0, 6], ids=["in a class", "a class of one"])
+def test_what_is_not_finite_is_passed_on_in_value_and_gradient(mining, normalize, bad, where):
+    labels = torch.tensor([0, 0, 1, 1, 2, 2, 3])
+    x = torch.randn(7, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    loss = TripletLoss(0.2, mining, normalize=normalize)
+    finite = x.clone().requires_grad_()
+    wanted = naive_loss(F.normalize(finite, dim=1) if normalize else finite, labels, mining)
+    assert loss.terms(finite, labels).sum.item() == pytest.approx(wanted.item(), rel=1e-12)
+
+    x[where, 0] = bad
+    x.requires_grad_()
+    if math.isnan(bad):
+        assert naive_loss(x, labels, mining).isnan()
+    value = loss(x, labels)
+    assert value.isnan()
+    assert gradient_of(value, x).isnan().all()
+    parts = [loss.terms(x, labels, slice(first, first + 1)).sum for first in range(7)]
+    assert torch.stack(parts).isnan().all(), "every rank knows it"
+
+
+@each_mining
+def test_a_triplet_that_is_not_finite_is_passed_on(mining):
+    x = torch.randn(3, 4, 2, dtype=torch.float64)
+    for which in range(3):
+        rows = x.clone()
+        rows[which, 1, 0] = math.nan
+        rows.requires_grad_()
+        value = TripletLoss(0.2, mining, normalize=False).from_triplets(*rows)
+        assert value.isnan()
+        assert gradient_of(value, rows).isnan().any()
+
+
+@pytest.mark.parametrize("length", [0.0, 1e-30, 1e-9, 1e-3])
+def test_the_gradient_of_a_short_embedding_is_bounded(length):
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    x[2] *= length / x[2].norm()
+    x.requires_grad_()
+    gradient = gradient_of(TripletLoss(0.5)(x, torch.arange(6) % 2), x)
+    assert gradient.isfinite().all()
+    assert gradient.abs().max() <= 1e6

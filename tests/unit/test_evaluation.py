@@ -1,0 +1,92 @@
+"""What is said of figures that cannot be."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dlops_dist.config import Q1
+from dlops_dist.distributed.norm import SyncBatchNorm1d, SyncBatchNorm2d
+from dlops_dist.distributed.ranks import run_ranks
+from dlops_dist.engine.evaluation import evaluate
+from dlops_dist.engine.learner import Inputs, Learner
+from dlops_dist.errors import RunError
+from dlops_dist.tracking import epoch_line, figure
+
+CPU = torch.device("cpu")
+
+
+class Images:
+    """Random images with these labels, in memory."""
+
+    in_memory = True
+
+    def __init__(self, labels) -> None:
+        self.labels = np.array(labels)
+        self.pixels = np.random.default_rng(0).integers(0, 256, (len(labels), 16, 16, 3), np.uint8)
+
+    def read(self, ids: np.ndarray) -> np.ndarray:
+        return self.pixels[ids]
+
+
+def figures_of(labels, **values):
+    learner = Learner(Q1(model={"width": 8}, **values), Inputs(5, (0.5,) * 3, (0.25,) * 3), 1, CPU)
+    return evaluate(learner, Images(labels), np.arange(len(labels)))
+
+
+@pytest.mark.parametrize("labels", [[3], [0, 1, 2, 4]], ids=["one sample", "no pair"])
+def test_figures_that_need_a_pair_are_null_without_one(labels):
+    figures = figures_of(labels, loss="triplet", triplet={"ce_weight": 1.0})
+    assert figures["recall_at_1"] is figures["triplet"] is figures["loss"] is None
+    assert figures["ce"] > 0
+    assert json.loads(json.dumps(figures)) == figures
+    row = {f"test/{name}": value for name, value in figures.items()}
+    line = epoch_line({"epoch": 1, "train_images_per_s": 1.0, "epoch_s": 1.0, **row}, 2)
+    assert "test loss - top-1" in line
+    assert "Recall@1 -" in line
+
+
+def test_a_loss_without_weight_does_not_undo_the_whole():
+    figures = figures_of([0, 1, 2, 4], loss="triplet")  # trains no head: CE has no weight
+    assert figures["loss"] is None
+    figures = figures_of([0, 1, 2, 4], loss="center")
+    assert figures["loss"] == pytest.approx(figures["ce"] + 0.01 * figures["center"])
+    assert figures["recall_at_1"] is None
+
+
+def test_with_a_pair_they_are_numbers():
+    figures = figures_of([0, 0, 1], loss="triplet")
+    assert all(isinstance(figures[name], float) for name in ("loss", "triplet", "recall_at_1"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [("test/loss", 1.23456, "1.2346"), ("test/loss", None, "-"), ("test/top1", 0.5, "50.00%"), ("test/top1", 0.0, "0.00%")],
+)  # fmt: skip
+def test_figures_are_shown(name, value, shown):
+    assert figure({name: value}, name) == shown
+    assert figure({}, name) == "-"
+
+
+@pytest.mark.parametrize(("norm", "shape"), [(SyncBatchNorm1d, (1, 3)), (SyncBatchNorm2d, (1, 3, 1, 1))])
+def test_a_norm_of_one_value_is_one_line(norm, shape):
+    with pytest.raises(ValueError, match="more than 1 value"):
+        nn.BatchNorm1d(3)(torch.randn(1, 3))
+    with pytest.raises(RunError, match=r"3 channels.*--micro-batch-size") as caught:
+        norm(3)(torch.randn(shape))
+    assert len(str(caught.value).splitlines()) == 1
+    norm(3).eval()(torch.randn(shape))
+
+
+def normalised(sizes):
+    from dlops_dist.distributed.collectives import rank
+
+    return SyncBatchNorm1d(3)(torch.randn(sizes[rank()], 3)).shape
+
+
+def test_ranks_with_one_value_together_are_one_line_and_with_two_are_not():
+    with pytest.raises(RunError, match="one value in each of 3 channels"):
+        run_ranks(normalised, 2, [1, 0])
+    assert run_ranks(normalised, 2, [1, 1]) == [(1, 3), (1, 3)]
