@@ -63,8 +63,13 @@ def test_with_a_pair_they_are_numbers():
 
 @pytest.mark.parametrize(
     ("name", "value", "shown"),
-    [("test/loss", 1.23456, "1.2346"), ("test/loss", None, "-"), ("test/top1", 0.5, "50.00%"), ("test/top1", 0.0, "0.00%")],
-)  # fmt: skip
+    [
+        ("test/loss", 1.23456, "1.2346"),
+        ("test/loss", None, "-"),
+        ("test/top1", 0.5, "50.00%"),
+        ("test/top1", 0.0, "0.00%"),
+    ],
+)
 def test_figures_are_shown(name, value, shown):
     assert figure({name: value}, name) == shown
     assert figure({}, name) == "-"
