@@ -16,6 +16,9 @@ class Data(Section):
     """uniform: a shuffle. balanced: P classes x K samples in each batch. auto: balanced for triplet, else uniform."""
     samples_per_class: int | None = Field(None, ge=2)
     """K of balanced batches; by default the least K >= 4 that divides the batch and for which P classes exist."""
+    small_classes: Literal["leave-out", "repeat"] = "leave-out"
+    """What balanced batches do with classes that have fewer than K samples. repeat: take these again until they are K;
+    a class of one sample is then a positive of itself."""
     drop_last: bool = True
     """Leave out the last batch of an epoch when it is short (uniform order; balanced batches are always whole)."""
     val_fraction: float = Field(0.0, ge=0.0, lt=1.0)

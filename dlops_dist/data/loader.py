@@ -15,6 +15,9 @@ from dlops_dist.data.order import Ids
 from dlops_dist.data.readers import Reader, copied_ahead
 from dlops_dist.errors import UserError
 
+SHOWN = 8
+"""Class sizes that an error names."""
+
 
 class Batch(NamedTuple):
     """One rank's part of a global batch, or of a micro-batch of it."""
@@ -43,13 +46,19 @@ class TrainingOrder:
         ids: the samples to train on; those held out are left out.
         labels: (N,) of all samples of the split.
         samples_per_class: K for P x K batches; None for a uniform shuffle.
+        repeat: in P x K batches, take samples of classes with fewer than K again; else these are left out.
     """
 
     def __init__(
-        self, ids: Ids, labels: Ids, seed: int, global_batch_size: int, samples_per_class: int | None, drop_last: bool
-    ) -> None:
-        self._ids, self._labels, self._seed = ids, labels[ids], seed
-        self._batch_size, self._samples_per_class, self._drop_last = global_batch_size, samples_per_class, drop_last
+        self, ids: Ids, labels: Ids, seed: int, global_batch_size: int, samples_per_class: int | None, drop_last: bool,
+        repeat: bool = False,
+    ) -> None:  # fmt: skip
+        self._ids, self._seed, self._batch_size, self._drop_last = ids, seed, global_batch_size, drop_last
+        self.balance: order.Balance | None = None
+        if samples_per_class is not None:
+            self.balance = order.Balance(labels[ids], global_batch_size, samples_per_class, repeat)
+            if not self.balance.num_batches:
+                raise UserError(_unfilled(self.balance))
         self.num_samples = len(ids)
         self.steps_per_epoch = len(self.epoch(0))
         if self.steps_per_epoch == 0:
@@ -57,13 +66,25 @@ class TrainingOrder:
 
     def epoch(self, epoch: int) -> list[Ids]:
         """The global batches of an epoch, as sample ids."""
-        size, batch_size, k = len(self._ids), self._batch_size, self._samples_per_class
-        if k is not None:
-            return list(self._ids[order.balanced_epoch(self._seed, epoch, self._labels, batch_size, k)])
+        size, batch_size = len(self._ids), self._batch_size
+        if self.balance is not None:
+            return list(self._ids[self.balance.epoch(self._seed, epoch)])
         batches = list(self._ids[order.uniform_epoch(self._seed, epoch, size, batch_size)])
         if size % batch_size and not self._drop_last:
             batches.append(self._ids[order.last_batch(self._seed, epoch, size, batch_size)])
         return batches
+
+
+def _unfilled(balance: order.Balance) -> str:
+    """Why not one balanced batch can be made, and what to do."""
+    k, sizes = balance.samples_per_class, sorted(balance.sizes.tolist(), reverse=True)
+    shown = ", ".join(map(str, sizes[:SHOWN])) + ", ..." * (len(sizes) > SHOWN)
+    enough = sum(size >= k for size in sizes)
+    return (
+        f"data.samples_per_class: a batch holds {balance.classes_per_batch} classes with {k} samples each, and "
+        f"{enough} of {len(sizes)} classes have so many (sizes {shown}); pass a lower --data.samples-per-class or "
+        f"--global-batch-size, --data.small-classes repeat, or --data.order uniform"
+    )
 
 
 def read_ahead(

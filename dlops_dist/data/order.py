@@ -39,33 +39,89 @@ def last_batch(seed: int, epoch: int, size: int, global_batch_size: int) -> Ids:
     return shuffled(key(seed, epoch, "order"), size)[size - size % global_batch_size :]
 
 
-def balanced_epoch(seed: int, epoch: int, labels: Ids, global_batch_size: int, samples_per_class: int) -> Ids:
-    """Batches of P = G / K classes with K samples each, (steps, G); every sample at most once an epoch.
+class Balance:
+    """Batches of P = G / K classes with K samples each, as many an epoch as there can be.
 
-    The samples of each class are shuffled and cut into groups of K; each batch takes one group of each of the P
-    classes with most groups left, ties broken at random, which gives as many batches as there can be. A batch lists
-    one sample of each class, then a second of each, and so on: each rank's part holds as many classes as it can.
+    The samples of a class are cut into groups of K; a batch takes one group of each of the P classes with most groups
+    left, ties broken at random. No sample comes twice in an epoch. Of a class that has more groups than there are
+    batches, an epoch takes those that follow the ones of the epoch before, so that each comes within `rounds` epochs;
+    so it is with what is left of a class beside its groups of K, and with the few groups that fill no batch.
+
+    Args:
+        labels: (N,) of all samples.
+        repeat: take the samples of a class that has fewer than K again until they are K; else leave them out.
     """
-    classes_per_batch = global_batch_size // samples_per_class
-    by_class = np.argsort(labels, kind="stable")
-    ends = np.cumsum(np.bincount(labels))
-    order_key = key(seed, epoch, "order")
-    groups = []
-    for c, members in enumerate(np.split(by_class, ends[:-1])):
-        mixed = members[shuffled(order_key ^ c, len(members))]
-        groups.append(mixed[: len(mixed) // samples_per_class * samples_per_class].reshape(-1, samples_per_class))
 
-    ties = iter(shuffled(key(seed, epoch, "class order"), sum(map(len, groups)) + len(groups)).tolist())
-    left = [(-len(g), next(ties), c) for c, g in enumerate(groups) if len(g)]
-    heapq.heapify(left)
-    batches = []
-    while len(left) >= classes_per_batch:
-        taken = [heapq.heappop(left) for _ in range(classes_per_batch)]
-        batches.append(np.stack([groups[c][negative_left] for negative_left, _, c in taken], axis=1).ravel())
-        for negative_left, _, c in taken:
-            if negative_left < -1:
-                heapq.heappush(left, (negative_left + 1, next(ties), c))
-    return np.stack(batches) if batches else np.empty((0, global_batch_size), np.int64)
+    def __init__(self, labels: Ids, global_batch_size: int, samples_per_class: int, repeat: bool = False) -> None:
+        self.classes_per_batch, self.samples_per_class = global_batch_size // samples_per_class, samples_per_class
+        by_class = np.argsort(labels, kind="stable")
+        members = np.split(by_class, np.cumsum(np.bincount(labels))[:-1])
+        fill = [np.resize(m, samples_per_class) if repeat and 0 < len(m) < samples_per_class else m for m in members]
+        self._members = fill
+        self.sizes = np.array([len(m) for m in members])
+        groups = np.array([len(m) // samples_per_class for m in fill])
+        self.left_out = np.flatnonzero((self.sizes > 0) & (groups == 0))
+        """The classes that no batch holds."""
+        self.num_batches = _most_batches(groups, self.classes_per_batch)
+        self._groups = np.minimum(groups, self.num_batches)
+        self._used = np.flatnonzero(self._groups).tolist()
+        self._spare = int(self._groups.sum()) - self.num_batches * self.classes_per_batch
+
+    @property
+    def rounds(self) -> int:
+        """Epochs within which every sample comes, but those of classes that are left out."""
+        number, k = len(self._used), self.samples_per_class
+        rounds = [1]
+        for c in self._used:  # E epochs take at least E groups - ceil(E spare / number) groups of it
+            samples = len(self._members[c]) + k * (self._spare > 0)
+            rounds.append(-(-samples * number // (k * (int(self._groups[c]) * number - self._spare))))
+        return max(rounds)
+
+    def epoch(self, seed: int, epoch: int) -> Ids:
+        """(steps, G). A batch lists one sample of each class, then a second of each, and so on: each rank's part holds
+        as many classes as it can."""
+        order_key = key(seed, epoch, "order")
+        groups = {c: self._groups_of(c, place, seed, epoch, order_key) for place, c in enumerate(self._used)}
+        ties = iter(
+            shuffled(key(seed, epoch, "class order"), sum(map(len, groups.values())) + len(self.sizes)).tolist()
+        )
+        left = [(-len(g), next(ties), c) for c, g in groups.items() if len(g)]
+        heapq.heapify(left)
+        batches = []
+        for _ in range(self.num_batches):
+            taken = [heapq.heappop(left) for _ in range(self.classes_per_batch)]
+            batches.append(np.stack([groups[c][negative_left] for negative_left, _, c in taken], axis=1).ravel())
+            for negative_left, _, c in taken:
+                if negative_left < -1:
+                    heapq.heappush(left, (negative_left + 1, next(ties), c))
+        if not batches:
+            return np.empty((0, self.classes_per_batch * self.samples_per_class), np.int64)
+        return np.stack(batches)
+
+    def _groups_of(self, c: int, place: int, seed: int, epoch: int, order_key: int) -> Ids:
+        """A class's groups of an epoch, (g, K): those that follow its groups of all epochs before, shuffled."""
+        members, k = self._members[c], self.samples_per_class
+        spared, now = (self._times_spared(place, e) for e in (epoch, epoch + 1))
+        taken = (self._groups[c] - (now - spared)) * k
+        if taken < len(members):
+            in_turn = members[shuffled(key(seed, 0, "rotation") ^ c, len(members))]
+            first = (epoch * self._groups[c] - spared) * k
+            members = in_turn[(first + np.arange(taken)) % len(members)]
+        return members[shuffled(order_key ^ c, len(members))].reshape(-1, k)
+
+    def _times_spared(self, place: int, epochs: int) -> int:
+        """In how many of the first epochs a class gave one group less, as some fill no batch: each in its turn."""
+        return max(0, -((place - epochs * self._spare) // len(self._used)))
+
+
+def _most_batches(groups: Ids, classes_per_batch: int) -> int:
+    """The largest B for which sum_c min(groups_c, B) >= B P."""
+    low, high = 0, int(groups.sum()) // classes_per_batch
+    while low < high:
+        middle = (low + high + 1) // 2
+        enough = np.minimum(groups, middle).sum() >= middle * classes_per_batch
+        low, high = (middle, high) if enough else (low, middle - 1)
+    return low
 
 
 def fit_samples_per_class(global_batch_size: int, num_classes: int, wanted: int | None = None) -> int:

@@ -168,6 +168,8 @@ class _Fit:
         if state is not None:
             self.learner.load_state_dict(state)
         self.reader = self.stage.reader(self.learner)
+        if (notice := self.stage.notice()) is not None:
+            self._tell(Warned(notice))
 
     def _epoch(self, epoch: int, first: int) -> dict[str, Any]:
         """Train an epoch from its `first` step on, evaluate, save. Returns its row of metrics."""

@@ -82,6 +82,9 @@ class Reconstruction:
         self.order = shared.order
         self._shared, self._layer = shared, layer
 
+    def notice(self) -> str | None:
+        return None
+
     def learner(self) -> ReconstructionLearner:
         shared = self._shared
         return ReconstructionLearner(

@@ -20,6 +20,7 @@ from dlops_dist.engine.learner import Inputs, Learner
 from dlops_dist.errors import UserError
 
 COLLAPSED_SPREAD = 0.01
+SHOWN_CLASSES = 3
 
 
 class StageLearner(Protocol):
@@ -63,6 +64,10 @@ class Stage(Protocol):
     @property
     def carried(self) -> nn.Module | None:
         """What later stages need beside the learner's state; its own state is in every checkpoint of this stage."""
+        ...
+
+    def notice(self) -> str | None:
+        """What the user should know before it begins."""
         ...
 
     def learner(self) -> Any:
@@ -168,6 +173,9 @@ class Classification:
     def carried(self) -> nn.Module | None:
         return None
 
+    def notice(self) -> str | None:
+        return balance_notice(self.order, self._samples.manifest.classes)
+
     def model(self) -> Classifier | None:
         """A new one; None for that of q1."""
         return None
@@ -206,8 +214,28 @@ def training_order(settings: Settings, samples: Samples, ids: Ids) -> TrainingOr
     samples_per_class = (
         fit_samples_per_class(batch_size, len(samples.manifest.classes), data.samples_per_class) if balanced else None
     )
+    repeat = data.small_classes == "repeat"
     labels = samples.train.labels
-    return TrainingOrder(ids, labels, settings.seed, batch_size, samples_per_class, data.drop_last)
+    return TrainingOrder(ids, labels, settings.seed, batch_size, samples_per_class, data.drop_last, repeat)
+
+
+def balance_notice(order: TrainingOrder, classes: Sequence[str]) -> str | None:
+    """Which samples balanced batches leave out, and for how long others wait; None where there is nothing to say."""
+    balance = order.balance
+    if balance is None:
+        return None
+    parts = []
+    if len(balance.left_out):
+        k, names = balance.samples_per_class, [classes[c] for c in balance.left_out.tolist()]
+        left_out = int(balance.sizes[balance.left_out].sum())
+        parts.append(
+            f"leave out {left_out} of {order.num_samples:,} samples, of {len(names)} classes with fewer than {k}: "
+            f"{', '.join(names[:SHOWN_CLASSES])}{', ...' * (len(names) > SHOWN_CLASSES)}; a lower "
+            f"--data.samples-per-class or --data.small-classes repeat takes them"
+        )
+    if balance.rounds > 2:
+        parts.append(f"take a part of the larger classes in each epoch, and all of them within {balance.rounds} epochs")
+    return f"data.order: balanced batches {', and '.join(parts)}" if parts else None
 
 
 def named(split: str, figures: Mapping[str, Any]) -> dict[str, Any]:

@@ -292,6 +292,7 @@ CHANGES_THE_RESULT = {
     "flip_test": True,
     "compile": True, "deterministic": False, "loss": "center",
     "data.order": "balanced", "data.samples_per_class": 8, "data.drop_last": False, "data.val_fraction": 0.1,
+    "data.small_classes": "repeat",
     "augment.crop_padding": 1, "augment.flip": False, "augment.resized_crop": 0.5, "augment.brightness": 0.1,
     "augment.contrast": 0.1, "augment.saturation": 0.1, "augment.cutout": 8,
     "model.stem": "imagenet", "model.width": 32, "model.norm": "local",

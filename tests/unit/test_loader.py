@@ -14,6 +14,7 @@ from dlops_dist.data.pack import pack
 from dlops_dist.data.shapes import write_tiny_imagenet
 from dlops_dist.data.shards import Split, read_manifest
 from dlops_dist.data.sources import TinyImageNet
+from dlops_dist.engine.stages import balance_notice
 from dlops_dist.errors import UserError
 
 CPU = torch.device("cpu")
@@ -109,8 +110,25 @@ def test_a_short_epoch_is_one_short_batch_or_refused(user_error):
 
 
 def test_balanced_batches_that_cannot_be_filled_are_refused(user_error):
-    with user_error("global_batch_size", 16):
-        TrainingOrder(np.arange(40), np.arange(40) % 10, 0, 16, 8, True)
+    labels = np.repeat(np.arange(5), [40, 6, 1, 1, 1])
+    with user_error("data.samples_per_class", "4 classes with 4", "2 of 5", "40, 6, 1, 1, 1", "--data.order uniform"):
+        TrainingOrder(np.arange(49), labels, 0, 16, 4, True)
+    assert TrainingOrder(np.arange(49), labels, 0, 16, 4, True, repeat=True).steps_per_epoch == 1
+
+
+def test_what_balanced_batches_leave_out_is_said_by_count_and_class():
+    labels, names = np.repeat(np.arange(5), [40, 6, 1, 1, 1]), ["big", "mid", "one", "uno", "eins"]
+
+    def notice(k: int | None, repeat: bool = False) -> str | None:
+        return balance_notice(TrainingOrder(np.arange(49), labels, 0, 4 if k == 2 else 8, k, True, repeat), names)
+
+    assert notice(None) is None
+    said = str(notice(4))
+    assert "3 of 49 samples, of 3 classes with fewer than 4: one, uno, eins" in said
+    assert "all of them within 10 epochs" in said
+    assert "leave out" not in str(notice(4, repeat=True))
+    even = TrainingOrder(np.arange(40), np.arange(40) % 10, 0, 8, 4, True)
+    assert balance_notice(even, names * 2) is None
 
 
 # reading ahead

@@ -187,7 +187,7 @@ def balanced_cases(draw):
 @given(balanced_cases())
 def test_balanced_batches_hold_p_classes_of_k_samples_as_often_as_can_be(case):
     labels, p, k, seed, epoch = case
-    batches = order.balanced_epoch(seed, epoch, labels, p * k, k)
+    batches = order.Balance(labels, p * k, k).epoch(seed, epoch)
     assert batches.shape[1:] == (p * k,)
     for batch in batches:
         classes, counts = np.unique(labels[batch], return_counts=True)
@@ -202,7 +202,7 @@ def test_balanced_batches_hold_p_classes_of_k_samples_as_often_as_can_be(case):
 @given(balanced_cases(), st.integers(1, 9))
 def test_every_rank_part_of_a_balanced_batch_holds_as_many_classes_as_it_can(case, world_size):
     labels, p, k, seed, epoch = case
-    for batch in order.balanced_epoch(seed, epoch, labels, p * k, k):
+    for batch in order.Balance(labels, p * k, k).epoch(seed, epoch):
         for rank in range(world_size):
             part = batch[order.rank_part(p * k, rank, world_size)]
             assert len(np.unique(labels[part])) == min(len(part), p)
@@ -210,25 +210,68 @@ def test_every_rank_part_of_a_balanced_batch_holds_as_many_classes_as_it_can(cas
 
 def test_balanced_epochs_differ_by_seed_and_epoch_and_repeat_exactly():
     labels = np.arange(400) % 10
-    first = order.balanced_epoch(0, 0, labels, 20, 4)
-    assert (first == order.balanced_epoch(0, 0, labels, 20, 4)).all()
+    first = order.Balance(labels, 20, 4).epoch(0, 0)
+    assert (first == order.Balance(labels, 20, 4).epoch(0, 0)).all()
     for seed, epoch in ((1, 0), (0, 1)):
-        assert (first == order.balanced_epoch(seed, epoch, labels, 20, 4)).mean() < 0.05  # 1 in 400 by chance
+        assert (first == order.Balance(labels, 20, 4).epoch(seed, epoch)).mean() < 0.05  # 1 in 400 by chance
 
 
 def test_samples_left_out_of_one_balanced_epoch_come_in_another():
     labels = np.repeat([0, 1, 2], [5, 6, 7])
     seen = set()
     for epoch in range(30):
-        seen |= set(order.balanced_epoch(0, epoch, labels, 12, 4).ravel().tolist())
+        seen |= set(order.Balance(labels, 12, 4).epoch(0, epoch).ravel().tolist())
     assert seen == set(range(18))
+
+
+@settings(max_examples=150, deadline=None)
+@given(balanced_cases(), st.booleans())
+def test_every_sample_comes_within_the_stated_number_of_epochs(case, repeat):
+    """From any epoch on, but for classes with fewer than K samples, unless these are taken again."""
+    labels, p, k, seed, first = case
+    balance = order.Balance(labels, p * k, k, repeat)
+    sizes = np.bincount(labels)
+    assert balance.left_out.tolist() == np.flatnonzero((sizes > 0) & (sizes < k) & (not repeat)).tolist()
+    if not balance.num_batches:
+        return
+    seen = np.concatenate([balance.epoch(seed, first + e).ravel() for e in range(balance.rounds)])
+    missing = set(range(len(labels))) - set(seen.tolist())
+    assert set(labels[list(missing)].tolist()) <= set(balance.left_out.tolist())
+    for e in range(3):
+        batches = balance.epoch(seed, first + e)
+        times = np.bincount(batches.ravel(), minlength=len(labels))
+        assert (times[sizes[labels] >= k] <= 1).all()
+        for batch in batches:
+            classes, counts = np.unique(labels[batch], return_counts=True)
+            assert (len(classes), set(counts.tolist())) == (p, {k})
+
+
+def test_a_large_class_takes_turns_and_is_not_drawn_at_random():
+    """A fresh draw each epoch would leave half of it unseen after thirty epochs."""
+    labels = np.repeat(np.arange(5), [1000, 20, 20, 20, 20])
+    balance = order.Balance(labels, 20, 4)
+    assert (balance.num_batches, balance.rounds) == (5, 50)
+    epochs = [balance.epoch(0, e) for e in range(50)]
+    large = np.concatenate([e[labels[e] == 0] for e in epochs])
+    assert sorted(large.tolist()) == list(range(1000)), "each once"
+    assert [np.unique(e[labels[e] > 0]).size for e in epochs] == [80] * 50
+
+
+def test_small_classes_are_taken_again_where_that_is_wanted():
+    labels = np.repeat(np.arange(5), [8, 6, 3, 2, 1])
+    assert order.Balance(labels, 8, 4).left_out.tolist() == [2, 3, 4]
+    balance = order.Balance(labels, 8, 4, repeat=True)
+    times = np.bincount(np.concatenate([balance.epoch(0, e).ravel() for e in range(balance.rounds)]), minlength=20)
+    assert (times > 0).all()
+    lone = balance.epoch(0, 0).ravel() == 19
+    assert lone.sum() in (0, 4)
 
 
 def test_classes_meet_in_balanced_batches_equally_often():
     labels, number = np.repeat(np.arange(6), 4), 900
     pairs = np.zeros((6, 6), int)
     for epoch in range(number):
-        for batch in order.balanced_epoch(3, epoch, labels, 8, 4):
+        for batch in order.Balance(labels, 8, 4).epoch(3, epoch):
             a, b = np.unique(labels[batch])
             pairs[a, b] += 1
     met = pairs[np.triu_indices(6, 1)]
@@ -238,7 +281,7 @@ def test_classes_meet_in_balanced_batches_equally_often():
 
 def test_classes_of_one_size_are_shuffled_each_on_its_own():
     labels, size = np.arange(400) % 2, 200
-    batches = order.balanced_epoch(0, 0, labels, 8, 4)
+    batches = order.Balance(labels, 8, 4).epoch(0, 0)
     places = [np.concatenate([batch[labels[batch] == c] // 2 for batch in batches]) for c in (0, 1)]
     assert (places[0] == places[1]).sum() < 8  # 1 +- 1 for unrelated permutations
     assert abs(np.corrcoef(*places)[0, 1]) < 4.5 / np.sqrt(size)
