@@ -45,13 +45,18 @@ class _SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
                 f"--micro-batch-size or --global-batch-size, or leave short batches out by --data.drop-last"
             )
         if self.track_running_stats:
-            with torch.no_grad():
-                self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
-                weight = 1 / self.num_batches_tracked if self.momentum is None else self.momentum  # type: ignore[operator]
-                unbiased = variance * (count / (count - 1).clamp(min=1))
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), weight)  # type: ignore[union-attr]
-                self.running_var.lerp_(unbiased.to(self.running_var.dtype), weight)  # type: ignore[union-attr]
+            self._move_statistics(mean, variance * (count / (count - 1).clamp(min=1)))
         return y
+
+    @torch.no_grad()
+    def _move_statistics(self, mean: Tensor, variance: Tensor) -> None:
+        """Towards those of a batch, by the momentum; without one, to the mean over all batches."""
+        self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+        for running, value in ((self.running_mean, mean), (self.running_var, variance)):
+            weight: Any = self.momentum
+            if weight is None:
+                weight = self.num_batches_tracked.double().reciprocal().to(running.dtype)  # type: ignore[union-attr]
+            running.lerp_(value.to(running.dtype), weight)  # type: ignore[union-attr]
 
 
 class SyncBatchNorm1d(_SyncBatchNorm, nn.BatchNorm1d):

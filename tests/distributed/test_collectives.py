@@ -185,3 +185,22 @@ def fails_on_one_rank():
 def test_a_failing_rank_is_reported_not_waited_for():
     with pytest.raises(RunError, match="seen by the test"):
         run_ranks(fails_on_one_rank, 2, timeout_s=30)
+
+
+def statistics_after(momentum, batches):
+    norm = SyncBatchNorm1d(3, momentum=momentum).double()
+    for x in batches:
+        norm(x[rank_part(len(x), rank(), world_size())])
+    return norm.running_mean, norm.running_var
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.3, None], ids=["never moves", "exponential", "cumulative"])
+def test_running_statistics_move_by_the_momentum_as_torchs_do(momentum):
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(n, 3, generator=generator, dtype=torch.float64) for n in (7, 5, 9)]
+    torchs = nn.BatchNorm1d(3, momentum=momentum).double()
+    for x in batches:
+        torchs(x)
+    for mean, variance in run_ranks(statistics_after, 2, momentum, batches):
+        torch.testing.assert_close(mean, torchs.running_mean, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(variance, torchs.running_var, rtol=1e-12, atol=1e-14)
