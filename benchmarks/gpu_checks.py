@@ -40,7 +40,9 @@ READERS = ("device", "decoded", "decode")
 SEVERAL_RANKS = ("ce", "batch-hard", "centre")
 PACKAGE = "dlops_dist"
 aten = torch.ops.aten
-WAITED_FOR = (aten._local_scalar_dense, aten.nonzero, aten._unique2, aten.unique_dim, aten.masked_select)
+WAITED_FOR = (
+    aten._local_scalar_dense, aten.nonzero, aten._unique2, aten.unique_dim, aten.masked_select, aten.bincount,
+)  # fmt: skip
 """What a GPU must finish before the host knows how to go on."""
 SYNCHRONISED = "called a synchronizing CUDA operation"
 """What torch's debug mode says of each."""

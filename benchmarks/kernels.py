@@ -107,8 +107,10 @@ def names_of(make_step, arguments) -> dict[bool, list[str]]:
         return run
 
     torch._dynamo.reset()
-    compile_so = partial(torch.compile, backend=aot_autograd(fw_compiler=compiler, keep_inference_input_mutations=True))
-    with mock.patch("torch.compile", compile_so), mock.patch.object(triplet, "_may_repeat", lambda original: True):
+    watched_compile = partial(
+        torch.compile, backend=aot_autograd(fw_compiler=compiler, keep_inference_input_mutations=True)
+    )
+    with mock.patch("torch.compile", watched_compile), mock.patch.object(triplet, "_may_repeat", lambda original: True):
         step = make_step(arguments)
         step()
         step()

@@ -40,13 +40,21 @@ def main() -> None:
 
 def evaluate_run(run: str, shards: Path | None = None, split_name: str = "test") -> tuple[dict[str, Any], float]:
     """Figures of the run's result on a split, and the epoch it was taken at."""
+    from dlops_dist.engine.device import default_device, memory_errors_explained, use
+
+    device = default_device()
+    use(device)
+    with memory_errors_explained(device, "end what else runs there, or set CUDA_VISIBLE_DEVICES= to use the CPU"):
+        return _evaluated(run, device, shards, split_name)
+
+
+def _evaluated(run: str, device: Any, shards: Path | None, split_name: str) -> tuple[dict[str, Any], float]:
     import numpy as np
     import torch
 
     from dlops_dist.config import Q2
     from dlops_dist.data.memory import keep_freed_memory
     from dlops_dist.data.shards import Split, read_manifest
-    from dlops_dist.engine.device import default_device, memory_errors_explained, use
     from dlops_dist.engine.evaluation import evaluate
     from dlops_dist.engine.learner import Inputs, Learner
     from dlops_dist.engine.numerics import set_numerics
@@ -54,8 +62,7 @@ def evaluate_run(run: str, shards: Path | None = None, split_name: str = "test")
     from dlops_dist.engine.stacked import build_classifier, build_stack
 
     keep_freed_memory()
-    folder, device = RunFolder(run), default_device()
-    use(device)
+    folder = RunFolder(run)
     _, settings = folder.settings()
     state = folder.result(device, warn=lambda text: print(f"warning: {text}"))
     shards = shards or Path(settings.data.shards)
@@ -78,8 +85,7 @@ def evaluate_run(run: str, shards: Path | None = None, split_name: str = "test")
     split = Split(shards, manifest, split_name)
     if (split.labels < 0).any():
         raise UserError(f"--split {split_name}: {shards} has samples without a label in it")
-    with memory_errors_explained(device):
-        return evaluate(learner, split, np.arange(len(split)), isinstance(settings, Q2)), state["epoch"]
+    return evaluate(learner, split, np.arange(len(split)), isinstance(settings, Q2)), state["epoch"]
 
 
 if __name__ == "__main__":

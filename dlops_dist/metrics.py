@@ -27,15 +27,6 @@ def confusion_counts(logits: Tensor, labels: Tensor) -> Tensor:
     return counts.index_put_((labels, logits.argmax(dim=1)), valid.long(), accumulate=True)
 
 
-def add_class_sums(sums: Tensor, values: Tensor, labels: Tensor) -> None:
-    """Add to the rows (C, 1 + D) of the labels' classes their number of samples and the sum of their values (N, D).
-
-    Deterministic on a GPU too, where `index_add_` is not; rows of other classes are not touched.
-    """
-    rows = torch.cat([values.new_ones(len(values), 1), values], dim=1)
-    sums.index_put_((labels,), rows, accumulate=True)
-
-
 def nearest_center_correct(embeddings: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
     """Boolean (N,): whether the nearest of the centers (C, D) is the label's (Euclidean).
 

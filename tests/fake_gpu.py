@@ -48,9 +48,7 @@ class Waits(TorchDispatchMode):
             to = torch.device(kwargs.get("device") or args[0].device)
             return to.type != args[0].device.type and not kwargs.get("non_blocking")
         if name in ("copy_", "copy"):
-            scalar = args[1].ndim == 0  # its value goes with the kernel
-            other = args[0].device.type != args[1].device.type
-            return other and not scalar and not (len(args) > 2 and args[2])
+            return args[0].device.type != args[1].device.type and not (len(args) > 2 and args[2])
         return False
 
 

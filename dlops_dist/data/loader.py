@@ -33,10 +33,11 @@ class Batch(NamedTuple):
     host_labels: Ids
     """The labels once more, on the host, where what depends on them is found without waiting for a GPU."""
 
-    @property
-    def largest_class(self) -> int:
-        """How many samples have the most frequent label."""
-        return int(np.unique(self.host_labels, return_counts=True)[1].max(initial=0))
+
+def largest_class(batches: Iterable[Batch]) -> int:
+    """How many samples of all these have the most frequent label."""
+    labels = np.concatenate([batch.host_labels for batch in batches])
+    return int(np.unique(labels, return_counts=True)[1].max(initial=0))
 
 
 class TrainingOrder:

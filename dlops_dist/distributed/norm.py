@@ -19,10 +19,13 @@ class _Group:
     world: Any = None
 
 
-def give_norms_a_group() -> None:
+def give_norms_a_group(model: nn.Module) -> None:
     """Let the small gathers of norms pass by the large sums of DDP, behind which they would wait. All must call it."""
-    if world_size() > 1 and _Group.world is not dist.group.WORLD:
-        _Group.norms, _Group.world = dist.new_group(), dist.group.WORLD
+    synchronised = any(isinstance(module, _SyncBatchNorm) for module in model.modules())
+    if synchronised and world_size() > 1 and _Group.world is not dist.group.WORLD:
+        world: Any = dist.group.WORLD
+        timeout = world._get_backend(world._device_types[0]).options._timeout  # torch's own default is half an hour
+        _Group.norms, _Group.world = dist.new_group(timeout=timeout), world
 
 
 class _SyncBatchNorm(nn.modules.batchnorm._BatchNorm):

@@ -59,7 +59,7 @@ def _over_all_ranks(terms: Mapping[str, Terms]) -> list[tuple[Tensor, Count]]:
     own: list[tuple[Tensor, Count]] = [(t.sum.detach().double(), t.count) for t in terms.values()]
     if world_size() == 1:
         return own
-    pairs = [torch.stack([total, torch.as_tensor(count).to(total)]) for total, count in own]
+    pairs = [torch.stack([total, _filled_like(total, count)]) for total, count in own]
     return [(total, count) for total, count in all_sum(torch.stack(pairs))]
 
 

@@ -32,13 +32,13 @@ class Descent:
         )
         self._chosen, self._epochs, self._steps_per_epoch = chosen, epochs, steps_per_epoch
         self._parameters = list(module.parameters())
-        give_norms_a_group()
+        give_norms_a_group(module)
         module = compiled(module, settings, device)
         self.undistributed = module
         """The module, perhaps compiled; its gradients stay on this rank."""
         if world_size() > 1:
             module = DistributedDataParallel(module, gradient_as_bucket_view=True)
-            module.broadcast_buffers = False  # of each rank's own statistics, those of rank 0 must not overwrite others
+            module.broadcast_buffers = False  # after the first time: each rank's own statistics stay its own
         self.distributed = module
         """The module whose backward pass averages gradients over ranks."""
         self._settled = world_size() == 1

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from dlops_dist.distributed.collectives import all_sum, of_all_ranks, rank, world_size
-from dlops_dist.metrics import add_class_sums, rank_of_label, unit_length
+from dlops_dist.losses.center import add_rows
+from dlops_dist.metrics import rank_of_label, unit_length
 
 
 class RankSums:
@@ -62,7 +63,8 @@ class EpochSums(RankSums):
         self.counts[0] += len(labels)
         self.counts[1] += (place < 1).sum()
         self.counts[2] += (place < 5).sum()
-        add_class_sums(self.by_class, embeddings.to(self.by_class.dtype), labels)
+        ones = self.by_class.new_ones(len(labels), 1)
+        add_rows(self.by_class, labels, torch.cat([ones, embeddings.to(ones.dtype)], dim=1))
         self.unit += unit_length(embeddings).sum(dim=0)
 
     def top1(self) -> float:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dlops_dist.data.loader import Batch, read_ahead
+from dlops_dist.data.loader import Batch, largest_class, read_ahead
 from dlops_dist.data.order import Ids, blocks, rank_part
 from dlops_dist.data.readers import Reader, on_device
 from dlops_dist.distributed.collectives import all_sum, gather, rank, world_size
@@ -116,7 +116,7 @@ def _block_row(learner: Learner, embeddings: Tensor, logits: Tensor, batch: Batc
     labels = batch.labels
     terms = learner.loss.terms(embeddings, logits, labels)
     if learner.loss.triplet is not None:
-        terms["triplet"] = learner.loss.triplet.terms(embeddings, labels, largest_class=batch.largest_class)
+        terms["triplet"] = learner.loss.triplet.terms(embeddings, labels, largest_class=largest_class([batch]))
     centers = learner.class_means
     if learner.loss.unit_length:
         embeddings, centers = unit_length(embeddings), unit_length(centers)

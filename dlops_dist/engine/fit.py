@@ -62,7 +62,10 @@ def fit(
     use(device)
     if rank() == 0:
         RunFolder.of(settings).create(task, settings)
-    with memory_errors_explained(device):
+    advice = "pass a lower --micro-batch-size (under another --name, where the run has begun)"
+    if device.type == "cuda" and settings.data.reader in ("auto", "device"):
+        advice += ", or --data.reader decoded"
+    with memory_errors_explained(device, advice):
         return _Fit(settings, device, listeners, stop).run()
 
 

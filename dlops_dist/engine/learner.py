@@ -10,7 +10,7 @@ from dlops_dist.config import Q1, Settings
 from dlops_dist.data.augment import Augmenter, Normalize
 from dlops_dist.data.draws import uniform
 from dlops_dist.data.keys import key
-from dlops_dist.data.loader import Batch
+from dlops_dist.data.loader import Batch, largest_class
 from dlops_dist.data.order import part_sizes, rank_part
 from dlops_dist.distributed.collectives import all_sum, gather, rank, world_size
 from dlops_dist.distributed.norm import (
@@ -106,7 +106,7 @@ class Learner:
         triplet = self.loss.triplet
         mined = self._mine_ahead(triplet, images, micro_batches) if triplet and len(images) > 1 else None
         sizes = [part_sizes(len(batch.labels), world_size()) for batch in micro_batches]
-        num_samples = sum(map(sum, sizes))
+        num_samples = sum(len(batch.labels) for batch in micro_batches)
 
         self._descent.forget_gradients()
         values: dict[str, Tensor] = {}
@@ -118,7 +118,7 @@ class Learner:
                 terms = self._terms(embeddings, logits, labels)
                 if triplet and mined is None:
                     everyone = gather(embeddings, sizes[i])
-                    terms["triplet"] = triplet.terms(everyone, batch.labels, batch.part, batch.largest_class)
+                    terms["triplet"] = triplet.terms(everyone, batch.labels, batch.part, largest_class([batch]))
                 objective = global_objective(terms, self.loss.backward_weights, len(batch.labels) / num_samples)
                 objective.backward(*([] if mined is None else [(embeddings, mined.gradients[i])]))
             values |= {name: values[name] + v if name in values else v for name, v in objective.values.items()}
@@ -174,8 +174,7 @@ class Learner:
         everyone = torch.cat(parts).requires_grad_()
         labels = torch.cat([batch.labels for batch in micro_batches])
         anchors = rank_part(len(labels), rank(), world_size())
-        largest_class = sum(batch.largest_class for batch in micro_batches)
-        terms = {"triplet": triplet.terms(everyone, labels, anchors, largest_class)}
+        terms = {"triplet": triplet.terms(everyone, labels, anchors, largest_class(micro_batches))}
         objective = global_objective(terms, self.loss.backward_weights)
         (gradient,) = torch.autograd.grad(objective.sums, everyone, objective.scales)
         each = all_sum(gradient).split([len(part) for part in parts])

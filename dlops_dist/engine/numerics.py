@@ -12,6 +12,9 @@ Computed = TypeVar("Computed", bound=Callable[..., Any])
 CHANNELS_IN_A_BLOCK = 16
 """Of oneDNN's convolutions on CPUs with AVX-512 (with AVX2: 8)."""
 
+SHAPES = 256
+"""Graphs of one function; beyond, torch runs it uncompiled. The layers of a stack share one, of a shape for each."""
+
 
 class Precision(NamedTuple):
     """Of what a learner holds, and of what passes through its network."""
@@ -52,16 +55,18 @@ def compiles(settings: Run, device: torch.device) -> bool:
 
 
 def compiled(function: Computed, settings: Run, device: torch.device) -> Computed:
-    """A function or module with its kernels fused, where the run wants that: for each shape anew, none for many."""
-    return cast(Computed, torch.compile(function, dynamic=False)) if compiles(settings, device) else function
+    """A function or module with its kernels fused, where the run wants that; each shape is compiled on its own."""
+    if not compiles(settings, device):
+        return function
+    torch._dynamo.config.recompile_limit = SHAPES  # type: ignore[attr-defined]
+    return cast(Computed, torch.compile(function, dynamic=False))
 
 
 def set_numerics(settings: Run, device: torch.device) -> None:
-    """On a GPU: float32 means float32, and the same bits each time where that is asked for."""
-    if device.type != "cuda":
-        return
-    torch.backends.cudnn.allow_tf32 = False  # these names, as torch's compiler reads them
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.benchmark = not settings.deterministic
+    """The same bits each time where that is asked for; on a GPU, float32 means float32."""
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False  # these names, as torch's compiler reads them
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.benchmark = not settings.deterministic
     torch.use_deterministic_algorithms(settings.deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a kernel each time

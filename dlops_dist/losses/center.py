@@ -50,8 +50,8 @@ class CenterLoss(nn.Module):
         """What `update` needs of a batch, or of a part of one. Same bits at each call, on every device."""
         labels = checked_labels(labels, len(embeddings), len(self.centers))
         differences = self.centers[labels] - embeddings.to(self.centers.dtype)
-        sums = _sum_rows(differences, labels, len(self.centers))
-        return CenterSums(sums, _sum_rows(sums.new_ones(len(labels)), labels, len(sums)))
+        sums, counts = torch.zeros_like(self.centers), self.centers.new_zeros(len(self.centers))
+        return CenterSums(add_rows(sums, labels, differences), add_rows(counts, labels, counts.new_ones(len(labels))))
 
     @torch.no_grad()
     def update(self, sums: CenterSums) -> None:
@@ -59,9 +59,11 @@ class CenterLoss(nn.Module):
         self.centers.addcdiv_(sums.differences, 1 + sums.counts[:, None], value=-self.alpha)
 
 
-def _sum_rows(rows: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """(C, ...): for each class, the sum of its rows (N, ...), the same bits each time."""
-    sums = rows.new_zeros(num_classes, *rows.shape[1:])
+def add_rows(sums: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
+    """Add to the rows of `sums` (C, ...) that the labels (N,) name the rows (N, ...), in a fixed order.
+
+    Of two operations each adds so on one kind of device alone, unless torch's algorithms are deterministic.
+    """
     if sums.is_cpu:
         return sums.index_add_(0, labels, rows)
-    return sums.index_put_((labels,), rows, accumulate=True)  # slower, but a GPU adds in a fixed order
+    return sums.index_put_((labels,), rows, accumulate=True)

@@ -74,8 +74,8 @@ class TripletLoss(nn.Module):
         add up to those of one process.
 
         Args:
-            largest_class: number of samples with the most frequent label, or more. Where it is given, nothing here
-                waits for a GPU.
+            largest_class: number of samples with the most frequent label. Where it is given, nothing here waits for a
+                GPU.
         """
         labels = checked_labels(labels, len(embeddings))
         first, last, _ = (anchors or slice(None)).indices(len(embeddings))

@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from dlops_dist.losses import CenterLoss
+from dlops_dist.losses.center import add_rows
 
 NUM_CLASSES, DIM = 6, 3
 UNSEEN = [2, 5]
@@ -176,12 +177,27 @@ def test_alpha_out_of_range_is_named(alpha):
 
 
 @pytest.mark.parametrize("labels", [[2, 0, 2, 2, 5], [1], [], [3, 3, 3]])
-def test_sums_of_each_class_are_the_loop(labels):
-    rows, loss = torch.randn(len(labels), 4, dtype=torch.float64), CenterLoss(6, 4).double()
-    differences, counts = torch.zeros(6, 4, dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
+def test_rows_are_added_as_in_the_loop_on_either_device(labels, dtype, rtol, monkeypatch):
+    rows, labels = torch.randn(len(labels), 4, dtype=dtype), torch.tensor(labels, dtype=torch.int64)
+    before = torch.randn(6, 4, dtype=dtype)
+    expected = before.clone()
     for row, label in zip(rows, labels, strict=True):
-        differences[label] -= row
-        counts[label] += 1
-    ours = loss.sums(rows, torch.tensor(labels, dtype=torch.int64))
-    assert_close(ours.differences, differences, rtol=1e-14, atol=1e-14)
-    assert torch.equal(ours.counts, counts)
+        expected[label] += row
+    assert_close(add_rows(before.clone(), labels, rows), expected, rtol=rtol, atol=rtol)
+    as_a_gpu = before.clone().index_put_((labels,), rows, accumulate=True)
+    assert_close(as_a_gpu, expected, rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("size", [128, 512])
+def test_rows_are_added_to_the_same_bits_each_time(size):
+    """With several threads and float32, where an order that changes shows."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        generator = torch.Generator().manual_seed(0)
+        rows, labels = torch.randn(size, 513, generator=generator), torch.randint(7, (size,), generator=generator)
+        first = add_rows(torch.zeros(7, 513), labels, rows)
+        assert all(torch.equal(add_rows(torch.zeros(7, 513), labels, rows), first) for _ in range(100))
+    finally:
+        torch.set_num_threads(threads)

@@ -8,6 +8,7 @@ import torch
 from dlops_dist.engine.device import default_device, memory_errors_explained, use
 from dlops_dist.errors import RunError
 
+ADVICE = "pass a lower --micro-batch-size"
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 1)
 TOO_OLD = (
     "CUDA initialization: The NVIDIA driver on your system is too old (found version 12020). Please update your GPU "
@@ -19,16 +20,43 @@ FULL = (
 )
 
 
-@pytest.mark.parametrize(("local_rank", "index"), [(None, 0), ("0", 0), ("3", 3), ("5", 1)])
-def test_a_worker_takes_the_gpu_of_its_local_rank(local_rank, index, monkeypatch):
-    """Of four; with one visible GPU for each worker its number may be higher than there are."""
+@pytest.mark.parametrize(
+    ("local_rank", "visible", "index"), [(None, 4, 0), ("", 4, 0), ("0", 4, 0), ("3", 4, 3), ("5", 1, 0)]
+)
+def test_a_worker_takes_the_gpu_of_its_local_rank(local_rank, visible, index, monkeypatch):
+    """Where it sees one GPU alone, that is its own."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if local_rank is not None:
         monkeypatch.setenv("LOCAL_RANK", local_rank)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     assert default_device() == torch.device("cuda", index)
+
+
+@pytest.mark.parametrize("local_rank", ["4", "x"])
+def test_more_processes_than_gpus_are_refused(local_rank, monkeypatch, user_error):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with user_error(f"LOCAL_RANK={local_rank}", 4):
+        default_device()
+
+
+def test_a_gpu_without_a_number_is_the_current_one():
+    use(torch.device("cuda"))
+
+
+def test_what_else_torch_says_of_a_gpu_is_still_said(monkeypatch):
+    def unknown() -> bool:
+        warnings.warn("CUDA initialization: CUDA unknown error", stacklevel=1)
+        return False
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", unknown)
+    with pytest.warns(UserWarning, match="CUDA unknown error"):
+        assert default_device() == CPU
 
 
 def test_without_a_gpu_it_is_the_cpu(monkeypatch):
@@ -64,31 +92,33 @@ def test_a_driver_that_is_too_old_is_one_line_where_somebody_else_chose_the_devi
     ("error", "device", "shown"),
     [
         (torch.OutOfMemoryError(FULL), GPU,
-         ["cuda:1 is out of memory", "tried to allocate 20.00 GiB", "of which 1.02 GiB is free", "--data.reader"]),
+         ["cuda:1 is out of memory", "tried to allocate 20.00 GiB", "of which 1.02 GiB is free"]),
         (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"), GPU,
+         ["cuda:1 is out of memory"]),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), GPU,
          ["cuda:1 is out of memory"]),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:124] data. DefaultCPUAllocator: can't allocate memory: you tried "
                       "to allocate 4000000000000 bytes. Error code 12 (Cannot allocate memory)"), CPU,
          ["cpu is out of memory", "you tried to allocate 4000000000000 bytes"]),
+        (MemoryError("Unable to allocate 64.0 GiB for an array"), CPU, ["unable to allocate 64.0 GiB"]),
     ],
-    ids=["torch's allocator", "the driver", "a CPU"],
+    ids=["torch's allocator", "the driver", "a library", "a CPU", "numpy"],
 )  # fmt: skip
 def test_a_full_device_is_one_line_that_says_what_lowers_it(error, device, shown):
-    with pytest.raises(RunError) as caught, memory_errors_explained(device):
+    with pytest.raises(RunError) as caught, memory_errors_explained(device, ADVICE):
         raise error
     message = str(caught.value)
     assert len(message.splitlines()) == 1
-    for part in [*shown, "--micro-batch-size"]:
+    for part in [*shown, ADVICE]:
         assert part in message
-    assert ("--data.reader" in message) == (device != CPU)
 
 
 def test_a_real_allocation_that_fails_is_one_line():
     expected = r"cpu is out of memory: you tried to allocate \d+ bytes"
-    with pytest.raises(RunError, match=expected), memory_errors_explained(CPU):
+    with pytest.raises(RunError, match=expected), memory_errors_explained(CPU, ADVICE):
         torch.empty(2**46, dtype=torch.float64)
 
 
 def test_other_errors_stay_what_they_are():
-    with pytest.raises(RuntimeError, match="a shape"), memory_errors_explained(GPU):
+    with pytest.raises(RuntimeError, match="a shape"), memory_errors_explained(GPU, ADVICE):
         raise RuntimeError("a shape")

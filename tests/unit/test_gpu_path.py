@@ -1,6 +1,7 @@
 """What a GPU would run, without one: where each tensor is, what is waited for, how many kernels are launched."""
 
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,13 +9,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from fake_gpu import GPU, Waits, fake_gpu
 from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dlops_dist.config import Q1, Q2
 from dlops_dist.data.joined import Joined
-from dlops_dist.data.loader import read_ahead
+from dlops_dist.data.loader import largest_class, read_ahead
 from dlops_dist.data.readers import DeviceReader
+from dlops_dist.engine import descent
 from dlops_dist.engine.codes import CodeReader, Codes
 from dlops_dist.engine.evaluation import device_sums
 from dlops_dist.engine.learner import Inputs, Learner
@@ -53,8 +57,9 @@ class Images:
         return np.broadcast_to(ids.astype(np.uint8)[:, None, None, None], (len(ids), 32, 32, 3)).copy()
 
 
-def settings_of(run: str) -> Q1:
-    values = {"compile": False, "precision": "float32", "model": {"width": 16, "stem": "imagenet"}, **RUNS[run]}
+def settings_of(run: str, norm: str = "sync") -> Q1:
+    model = {"width": 16, "stem": "imagenet", "norm": norm}
+    values = {"compile": False, "precision": "float32", "model": model, **RUNS[run]}
     return Q1(**values)
 
 
@@ -78,7 +83,7 @@ def test_batches_reach_a_gpu_without_a_wait(reader, monkeypatch):
             (batch,) = read_ahead(source, parts_of(None), GPU, 1, 1)
         assert {tensor.device for tensor in batch[:3]} == {GPU}
         assert batch.images.shape == (16, 32, 32, 3)
-        assert batch.largest_class == 2
+        assert largest_class([batch]) == 2
     assert waits.found == []
 
 
@@ -95,6 +100,43 @@ def test_a_step_stays_on_the_gpu_and_waits_for_nothing(run, monkeypatch):
         assert {tensor.device for tensor in learner.equal_on_all_ranks().values()} == {GPU}
     assert waits.found == []
     assert waits.num_operations > 200
+
+
+class Undistributed(torch.nn.Module):
+    """What stands for DDP, which asks for a driver."""
+
+    def __init__(self, module, **_) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs):
+        return self.module(*inputs)
+
+    def no_sync(self):
+        return nullcontext()
+
+
+@pytest.fixture
+def two_ranks(monkeypatch):
+    """This process is one of two, whose exchanges do nothing."""
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    monkeypatch.setattr(descent, "DistributedDataParallel", Undistributed)
+    monkeypatch.setattr(descent.Descent, "settle", lambda self, forward: None)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_one_of_two_ranks_waits_for_nothing(run, two_ranks, monkeypatch):
+    settings = settings_of(run, norm="local")  # the statistics of others cannot be faked
+    with fake_gpu(monkeypatch):
+        learner = Learner(settings, INPUTS, 10, GPU)
+        parts = [(ids, slice(0, len(ids) // 2)) for ids, _ in parts_of(settings.micro_batch_size)]
+        batches = list(read_ahead(DeviceReader(Images(), GPU), parts, GPU, 1, 1))
+        learner.step(batches, 0, 0)
+        with Waits() as waits:
+            learner.step(batches, 0, 1)
+    assert waits.found == []
 
 
 @pytest.mark.parametrize("run", RUNS)

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from dlops_dist.metrics import (
-    add_class_sums,
     confusion_counts,
     nearest_center_correct,
     rank_of_label,
@@ -81,35 +80,6 @@ def test_a_row_with_a_nan_is_a_miss_for_every_k():
 def test_infinite_logits_are_ranked():
     logits = torch.tensor([[-math.inf, 0.0, math.inf]]).expand(3, 3)
     assert rank_of_label(logits, torch.tensor([0, 1, 2])).tolist() == [2, 1, 0]
-
-
-def class_sums(values, labels, num_classes):
-    sums = values.new_zeros(num_classes, 1 + values.shape[1])
-    add_class_sums(sums, values, labels)
-    return sums
-
-
-@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.float64, 1e-13)])
-def test_class_sums_equal_the_loop(dtype, rtol):
-    values, labels = samples(num_classes=3, dtype=dtype)
-    labels[labels == 1] = 3
-    sums = class_sums(values, labels, 5)
-    assert sums.dtype == dtype
-    for c in range(5):
-        own = [row for row, y in zip(values.tolist(), labels.tolist(), strict=True) if y == c]
-        expected = [len(own), *(math.fsum(row[d] for row in own) for d in range(5))]
-        assert sums[c].tolist() == pytest.approx(expected, rel=rtol, abs=rtol)
-    assert sums[:, 0].count_nonzero() == 3
-
-
-def test_class_sums_of_parts_add_up_and_repeat_bit_by_bit():
-    values, labels = samples()
-    whole = class_sums(values, labels, 4)
-    parts = [class_sums(values[part], labels[part], 4) for part in (slice(0, 7), slice(7, 7), slice(7, 24))]
-    assert_close(sum(parts), whole, rtol=1e-13, atol=1e-14)
-    assert torch.equal(class_sums(values, labels, 4), whole)
-    add_class_sums(parts[0], values[7:24], labels[7:24])
-    assert_close(parts[0], whole, rtol=1e-13, atol=1e-14)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1000.0])

@@ -104,18 +104,16 @@ def test_gpus_compile_unless_it_is_a_trial_or_unwanted(values, device, expected)
     assert compiles(Q1(**values), device) == expected
 
 
-def test_switches_of_a_gpu_are_set_and_those_of_a_cpu_left_alone():
+def test_switches_of_a_gpu_are_set_and_deterministic_algorithms_everywhere():
     """Read as torch's own compiler reads them: some names raise once others were written."""
-    before = (
-        torch.backends.cudnn.allow_tf32,
-        torch.backends.cudnn.benchmark,
-        torch.are_deterministic_algorithms_enabled(),
-    )
-    set_numerics(Q1(), CPU)
-    assert before == (
-        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark, torch.are_deterministic_algorithms_enabled(),
-    )  # fmt: skip
+    cudnn, matmul, filled = torch.backends.cudnn, torch.backends.cuda.matmul, torch.utils.deterministic
+    before = cudnn.allow_tf32, cudnn.benchmark, matmul.allow_tf32
     try:
+        for deterministic in (True, False):
+            set_numerics(Q1(deterministic=deterministic), CPU)
+            assert (cudnn.allow_tf32, cudnn.benchmark, matmul.allow_tf32) == before
+            assert torch.are_deterministic_algorithms_enabled() == deterministic
+            assert not filled.fill_uninitialized_memory
         for deterministic in (True, False):
             set_numerics(Q1(deterministic=deterministic), GPU)
             assert not torch.backends.cudnn.allow_tf32
@@ -125,8 +123,9 @@ def test_switches_of_a_gpu_are_set_and_those_of_a_cpu_left_alone():
             assert torch.are_deterministic_algorithms_enabled() == deterministic
             assert not torch.utils.deterministic.fill_uninitialized_memory
     finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = before[:2]
-        torch.use_deterministic_algorithms(before[2])
+        cudnn.allow_tf32, cudnn.benchmark, matmul.allow_tf32 = before
+        torch.use_deterministic_algorithms(False)
+        filled.fill_uninitialized_memory = True
 
 
 @pytest.mark.parametrize("name", ["float32", "bf16", "float64"])
