@@ -3,8 +3,8 @@
     python benchmarks/gpu.py [--minutes 10] [--sections 1 2 3 ...] [--out FILE.jsonl]
     python benchmarks/gpu.py --shards shards/tiny-imagenet [--epochs 20] [--batch 128] [--losses ce triplet center]
 
-Needs one GPU, neither Ray nor a network. Without a GPU the same runs in miniature on the CPU, in half a minute,
-and no speed is judged. Each figure is printed once it is known, with its target where there is one; --out gets a line of JSON
+Needs one GPU, neither Ray nor a network. Without a GPU the same runs in miniature on the CPU, in half a minute, and no
+speed is judged. Each figure is printed once it is known, with its target where there is one; --out gets a line of JSON
 for each. No section begins in the last 40 seconds. Exit code 1 if a target was missed.
 """
 
