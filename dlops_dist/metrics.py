@@ -4,6 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+COMPARED = 64
+"""Nearest samples of a query whose distances are compared exactly."""
+
 
 def rank_of_label(logits: Tensor, labels: Tensor) -> Tensor:
     """For each row of logits (N, C), how many classes come before its label: below k means a top-k hit.
@@ -34,19 +37,25 @@ def nearest_center_correct(embeddings: Tensor, labels: Tensor, centers: Tensor) 
     """
     seen = ~centers.isnan().any(dim=1)
     distances = _squared_distances(embeddings, centers.nan_to_num())
-    classes = torch.arange(len(centers), device=centers.device)
+    classes = torch.arange(len(centers), device=centers.device).expand_as(distances)
     return _nearest_label(distances.masked_fill(~seen, torch.inf), classes) == labels
 
 
 def recall_at_1(embeddings: Tensor, labels: Tensor, queries: slice) -> Tensor:
     """Boolean: for each query among the embeddings (N, D), whether its nearest other sample has its label.
 
+    Of equal ones the first counts. Those that a matrix product finds nearest are compared by their differences: among
+    embeddings that nearly coincide it has few digits left.
+
     (Musgrave et al. 2020, A Metric Learning Reality Check, section 3.)
     """
     rows = torch.arange(*queries.indices(len(embeddings)), device=labels.device)
     distances = _squared_distances(embeddings[queries], embeddings)
     distances.scatter_(1, rows[:, None], torch.inf)
-    return _nearest_label(distances, labels) == labels[queries]
+    near = distances.topk(min(COMPARED, len(embeddings)), dim=1, largest=False).indices.sort(dim=1).values
+    x = _wide(embeddings)
+    exact = torch.cdist(x[queries][:, None], x[near], compute_mode="donot_use_mm_for_euclid_dist")[:, 0]
+    return _nearest_label(exact.masked_fill_(near == rows[:, None], torch.inf), labels[near]) == labels[queries]
 
 
 def unit_length(embeddings: Tensor) -> Tensor:
@@ -55,10 +64,10 @@ def unit_length(embeddings: Tensor) -> Tensor:
 
 
 def _nearest_label(distances: Tensor, labels: Tensor) -> Tensor:
-    """The label of the nearest column of each row; -1 where no distance is finite."""
-    nearest = distances.argmin(dim=1)
-    found = distances.gather(1, nearest[:, None]).squeeze(1).isfinite()
-    return torch.where(found, labels[nearest], -1)
+    """The label, (N, M) as the distances, of each row's nearest column; -1 where no distance is finite."""
+    nearest = distances.argmin(dim=1, keepdim=True)
+    found = distances.gather(1, nearest).isfinite()
+    return torch.where(found, labels.gather(1, nearest), -1).squeeze(1)
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from dlops_dist.losses.terms import Terms, at_least_float32, checked_labels, nan
 Mining = Literal["batch-hard", "semi-hard", "all"]
 Piece = Callable[[Tensor], tuple[Tensor, Tensor]]
 WEYL = 0x9E3779B97F4A7C15 - 2**64  # odd, and far from a pattern of bits
+COMPARED = 64  # samples of a class whose distances from an anchor are compared exactly
 LEAST_LENGTH = 1e-6  # that an embedding is divided by
 CHUNK_ELEMENTS = 2**21  # of a distance matrix held at once: 8 MB in float32
 
@@ -83,8 +84,8 @@ class TripletLoss(nn.Module):
             largest_class = int(labels.unique(return_counts=True)[1].max()) if len(labels) else 0
         with torch.autocast(embeddings.device.type, enabled=False):
             x = self._prepared(embeddings)
-            mates = _class_mates(labels, first, last, largest_class)
-            return Terms(*_ChunkedSum.apply(x, self._pieces(x.detach(), mates)))
+            classes = _Classes(labels, largest_class)
+            return Terms(*_ChunkedSum.apply(x, self._pieces(x.detach(), classes, classes.mates(first, last))))
 
     def _prepared(self, embeddings: Tensor) -> Tensor:
         embeddings = at_least_float32(embeddings)
@@ -100,13 +101,16 @@ class TripletLoss(nn.Module):
         counted = losses > 0 if self.average == "active" else valid
         return losses.sum(), counted.sum(dtype=torch.float64)
 
-    def _pieces(self, x: Tensor, chunks: Iterator["_ClassMates"]) -> Iterator[Piece]:
+    def _pieces(self, x: Tensor, classes: "_Classes", chunks: Iterator["_ClassMates"]) -> Iterator[Piece]:
         """Parts of the sum, each a function of the embeddings."""
         if self.mining == "all":
             yield from (partial(self._all_of_rows, mates=mates) for mates in chunks)
             return
-        pick = _batch_hard if self.mining == "batch-hard" else _semi_hard
-        picked = [pick(mates, nearness) for mates, nearness in _ranked(x, chunks)]
+        ranked = _ranked(x, chunks)
+        if self.mining == "batch-hard":
+            picked = [_batch_hard(x, classes, mates, nearness) for mates, nearness in ranked]
+        else:
+            picked = [_semi_hard(mates, nearness) for mates, nearness in ranked]
         size = max(1, CHUNK_ELEMENTS // x.shape[1])
         columns = [torch.cat(parts).split(size) for parts in zip(*picked, strict=True)]
         for triplets in zip(*columns, strict=True):
@@ -200,27 +204,64 @@ class _Triplets(NamedTuple):
     """(T,) whether the row is a triplet."""
 
 
-def _class_mates(labels: Tensor, first: int, last: int, largest_class: int) -> Iterator[_ClassMates]:
-    """The anchors from first to last, in chunks of CHUNK_ELEMENTS / N."""
-    by_class = labels.argsort(stable=True)
-    ordered = labels[by_class]
-    size = max(1, CHUNK_ELEMENTS // max(1, len(labels)))
-    for rows in torch.arange(first, last, device=labels.device).split(size) if last > first else ():
-        start = torch.searchsorted(ordered, labels[rows])[:, None]
-        end = torch.searchsorted(ordered, labels[rows], right=True)[:, None]
-        place = start + torch.arange(largest_class, device=labels.device)
-        members = by_class[place.minimum(end - 1)]
-        is_positive = (place < end) & (members != rows[:, None])
-        yield _ClassMates(rows, members, is_positive, len(labels) - (end - start)[:, 0])
+class _Classes:
+    """The samples of each class of a batch, of which the largest class has so many."""
+
+    def __init__(self, labels: Tensor, largest_class: int) -> None:
+        self._labels, self._largest = labels, largest_class
+        self._by_class = labels.argsort(stable=True)
+        self._ordered = labels[self._by_class]
+
+    def members(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """For rows (R,): indices (R, M) of the samples of their classes, ascending; which are no repetition of the last
+        one, (R, M); how many these are, (R,)."""
+        labels = self._labels[rows]
+        start = torch.searchsorted(self._ordered, labels)[:, None]
+        end = torch.searchsorted(self._ordered, labels, right=True)[:, None]
+        place = start + torch.arange(self._largest, device=labels.device)
+        return self._by_class[place.minimum(end - 1)], place < end, (end - start)[:, 0]
+
+    def mates(self, first: int, last: int) -> Iterator[_ClassMates]:
+        """Of the anchors from first to last, in chunks of CHUNK_ELEMENTS / N."""
+        num_samples = len(self._labels)
+        size = max(1, CHUNK_ELEMENTS // max(1, num_samples))
+        for rows in torch.arange(first, last, device=self._labels.device).split(size) if last > first else ():
+            members, is_first, number = self.members(rows)
+            yield _ClassMates(rows, members, is_first & (members != rows[:, None]), num_samples - number)
 
 
 @torch.no_grad()
-def _batch_hard(mates: _ClassMates, nearness: Tensor) -> _Triplets:
-    """One triplet for each row. Overwrites `nearness`."""
-    farthest = nearness.gather(1, mates.members).masked_fill_(~mates.is_positive, -torch.inf).argmax(dim=1)
-    positives = mates.members.gather(1, farthest[:, None])[:, 0]
-    negatives = nearness.scatter_(1, mates.members, torch.inf).argmin(dim=1)
-    return _Triplets(mates.rows, positives, negatives, mates.is_positive.any(dim=1) & (mates.num_negatives > 0))
+def _batch_hard(x: Tensor, classes: _Classes, mates: _ClassMates, nearness: Tensor) -> _Triplets:
+    """One triplet for each row. Overwrites `nearness`.
+
+    In a tight class `nearness` has few digits left: the positives, and the nearest negative with its class, are
+    compared by their differences.
+    """
+    rows = mates.rows
+    positives = _at_the_end(x, rows, mates.members, mates.is_positive, nearness)
+    nearest = nearness.scatter_(1, mates.members, torch.inf).argmin(dim=1)
+    members, is_first, _ = classes.members(nearest)
+    negatives = _at_the_end(x, rows, members, is_first, nearness, nearest=True)
+    return _Triplets(rows, positives, negatives, mates.is_positive.any(dim=1) & (mates.num_negatives > 0))
+
+
+def _at_the_end(
+    x: Tensor, rows: Tensor, candidates: Tensor, wanted: Tensor, nearness: Tensor, nearest: bool = False
+) -> Tensor:
+    """(R,) of each row's candidates (R, M), the wanted one that is farthest from it, or nearest; the first of equals.
+
+    Of more than COMPARED candidates, those that `nearness` puts at that end.
+    """
+    sign = -1 if nearest else 1
+    if candidates.shape[1] > COMPARED:
+        score = (sign * nearness.gather(1, candidates)).masked_fill_(~wanted, -torch.inf)
+        place = score.topk(COMPARED, dim=1).indices.sort(dim=1).values
+        candidates, wanted = candidates.gather(1, place), wanted.gather(1, place)
+    size = max(1, CHUNK_ELEMENTS // max(1, candidates.shape[1] * x.shape[1]))
+    parts = zip(rows.split(size), candidates.split(size), strict=True)
+    exact = [torch.cdist(x[a][:, None], x[b], compute_mode="donot_use_mm_for_euclid_dist")[:, 0] for a, b in parts]
+    end = (sign * torch.cat(exact)).masked_fill_(~wanted, -torch.inf).argmax(dim=1, keepdim=True)
+    return candidates.gather(1, end)[:, 0]
 
 
 @torch.no_grad()

@@ -135,6 +135,21 @@ def test_recall_equals_the_loop(offset, dtype):
     assert 0 < sum(expected) < 60
 
 
+@pytest.mark.parametrize("noise", [1e-3, 1e-4, 1e-5])
+def test_recall_in_tight_clusters_of_several_labels_is_that_of_float64(noise):
+    generator = torch.Generator().manual_seed(0)
+    centers = torch.randn(7, 16, generator=generator, dtype=torch.float64)
+    embeddings = (centers.repeat(30, 1) + noise * torch.randn(210, 16, generator=generator)).float()
+    labels = torch.randint(3, (210,), generator=generator)
+    assert recall_at_1(embeddings, labels, slice(None)).tolist() == loop_recall(embeddings.double(), labels)
+
+
+def test_of_equally_near_samples_the_first_counts():
+    embeddings = torch.tensor([[0.0], [1.0], [-1.0], [1.0]])
+    for labels, hits in (([0, 0, 1, 1], [True, False, False, False]), ([0, 1, 0, 0], [False, False, True, False])):
+        assert recall_at_1(embeddings, torch.tensor(labels), slice(None)).tolist() == hits
+
+
 @pytest.mark.parametrize("cuts", [[0, 24], [0, 10, 10, 24], [0, 1, 23, 24]])
 def test_recall_of_blocks_of_queries_is_that_of_all(cuts):
     embeddings, labels = samples()

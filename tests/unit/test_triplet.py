@@ -472,3 +472,28 @@ def test_the_gradient_of_a_short_embedding_is_bounded(length):
     gradient = gradient_of(TripletLoss(0.5)(x, torch.arange(6) % 2), x)
     assert gradient.isfinite().all()
     assert gradient.abs().max() <= 1e6
+
+
+def tight_clusters(noise, per_class, num_classes=8, dim=32):
+    """Unit centres far apart, with so little noise that products of float32 lose it."""
+    generator = torch.Generator().manual_seed(0)
+    centers = F.normalize(torch.randn(num_classes, dim, generator=generator, dtype=torch.float64), dim=1)
+    x = centers.repeat_interleave(per_class, 0)
+    x = x + noise * torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    return x.float(), torch.arange(num_classes).repeat_interleave(per_class)
+
+
+@pytest.mark.parametrize("per_class", [4, 30, 64])
+@pytest.mark.parametrize("noise", [1e-2, 1e-3, 1e-4])
+def test_float32_mines_the_farthest_positive_of_a_tight_class_for_any_share(noise, per_class):
+    x, labels = tight_clusters(noise, per_class)
+    loss = TripletLoss(2.0, normalize=False)  # no hinge closes: each pick shows in the gradient
+
+    def gradient(dtype, shares=1):
+        own = x.to(dtype, copy=True).requires_grad_()
+        ends = [round(len(x) * i / shares) for i in range(shares + 1)]
+        return gradient_of(sum(loss.terms(own, labels, slice(*ends)).sum for ends in pairwise(ends)), own).double()
+
+    exact = gradient(torch.float64)
+    for shares in (1, 3, 5, 7):
+        assert (gradient(torch.float32, shares) - exact).norm() <= 1e-6 * exact.norm(), shares
