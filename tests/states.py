@@ -1,5 +1,6 @@
 """Compares the states that runs leave."""
 
+import pytest
 import torch
 
 
@@ -35,3 +36,8 @@ def same_state(ours, theirs):
     return first.keys() == second.keys() and all(
         torch.equal(first[name].nan_to_num(), second[name].nan_to_num()) for name in first
     )
+
+
+def nearly(row, rel=1e-6):
+    """What the row of a run that rounds otherwise must equal: numbers within `rel`, all else as it is."""
+    return {k: pytest.approx(v, rel=rel) if isinstance(v, float) else v for k, v in row.items()}

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from command import CACHE, ROOT, TINY, rows, run, start, wait_until
-from states import same_checkpoint
+from states import nearly, same_checkpoint
 
 SETTINGS = [*TINY, "--precision", "float64", "--epochs", "2", "--name", "run"]
 RAY = Path(sys.executable).parent / "ray"
@@ -101,7 +101,7 @@ def test_ray_workers_compute_what_one_process_computes(loss, cluster, shapes_sha
     code, output = train(shapes_shards, tmp_path / "local", *arguments, "--local")
     assert code == 0, output
     for ours, theirs in zip(rows(tmp_path / "ray/run"), rows(tmp_path / "local/run"), strict=True):
-        assert ours == {name: pytest.approx(value, rel=1e-6) for name, value in theirs.items()}
+        assert ours == nearly(theirs)
 
 
 @pytest.mark.slow
@@ -116,8 +116,7 @@ def test_q2_on_ray_workers_computes_what_one_process_computes(cluster, stl_shard
     code, output = run(*arguments, "--runs-dir", tmp_path / "local", "--local")
     assert code == 0, output
     for ours, theirs in zip(rows(tmp_path / "ray/run"), rows(tmp_path / "local/run"), strict=True):
-        exact = ("stage", "test/confusion", "test/top1_by_class")
-        assert ours == {n: v if n in exact else pytest.approx(v, rel=1e-6) for n, v in theirs.items()}
+        assert ours == nearly(theirs)
     assert (tmp_path / "ray/run/report/confusion.png").is_file()
 
 
@@ -240,7 +239,7 @@ def test_a_lost_node_leaves_the_others_to_go_on_to_the_same_result(shapes_shards
     code, output = train(shapes_shards, tmp_path / "whole", *arguments, "--local")
     assert code == 0, output
     for ours, theirs in zip(rows(tmp_path / "lost/run"), rows(tmp_path / "whole/run"), strict=True):
-        assert ours == {name: pytest.approx(value, rel=1e-6) for name, value in theirs.items()}
+        assert ours == nearly(theirs)
 
 
 @pytest.mark.root
