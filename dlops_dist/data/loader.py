@@ -81,9 +81,10 @@ def _unfilled(balance: order.Balance) -> str:
     k, sizes = balance.samples_per_class, sorted(balance.sizes.tolist(), reverse=True)
     shown = ", ".join(map(str, sizes[:SHOWN])) + ", ..." * (len(sizes) > SHOWN)
     enough = sum(size >= k for size in sizes)
+    size = balance.classes_per_batch * k
     return (
-        f"data.samples_per_class: a batch holds {balance.classes_per_batch} classes with {k} samples each, and "
-        f"{enough} of {len(sizes)} classes have so many (sizes {shown}); pass a lower --data.samples-per-class or "
+        f"global_batch_size: {size} is {balance.classes_per_batch} classes with {k} samples each "
+        f"(data.samples_per_class), and {enough} of {len(sizes)} classes have so many (sizes {shown}); pass a lower --data.samples-per-class or "
         f"--global-batch-size, --data.small-classes repeat, or --data.order uniform"
     )
 
