@@ -84,8 +84,8 @@ def _unfilled(balance: order.Balance) -> str:
     size = balance.classes_per_batch * k
     return (
         f"global_batch_size: {size} is {balance.classes_per_batch} classes with {k} samples each "
-        f"(data.samples_per_class), and {enough} of {len(sizes)} classes have so many (sizes {shown}); pass a lower --data.samples-per-class or "
-        f"--global-batch-size, --data.small-classes repeat, or --data.order uniform"
+        f"(data.samples_per_class), and {enough} of {len(sizes)} classes have so many (sizes {shown}); pass a "
+        f"lower --data.samples-per-class or --global-batch-size, --data.small-classes repeat, or --data.order uniform"
     )
 
 
