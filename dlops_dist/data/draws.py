@@ -5,6 +5,9 @@ from torch import Tensor
 
 from dlops_dist.data.keys import GOLDEN, MIX_1, MIX_2, PURPOSES, key
 
+PER_GOLDEN = pow(GOLDEN, -1, 2**64)
+"""Draws are counted before they are multiplied by GOLDEN: Triton folds a constant product of an arange into 32 bits."""
+
 
 def epoch_keys(seed: int, epoch: int, device: torch.device | None = None) -> Tensor:
     """The key of each purpose, (P,) int64: a compiled function takes them like images, and any epoch's alike."""
@@ -23,8 +26,9 @@ def uniform(key: int | Tensor, ids: Tensor, num_draws: int) -> Tensor:
     Counter-based: draw j of sample i is the top 24 bits of mix(mix(key + i) + (j + 1) GOLDEN).
     """
     stream = _mix(ids + (_signed(key) if isinstance(key, int) else key))[:, None]
-    counters = torch.arange(1, num_draws + 1, device=ids.device) * _signed(GOLDEN)
-    return _shift_right(_mix(stream + counters), 40).float() * 2**-24
+    counters = torch.arange(1, num_draws + 1, device=ids.device)
+    counted = (stream * _signed(PER_GOLDEN) + counters) * _signed(GOLDEN)
+    return _shift_right(_mix(counted), 40).float() * 2**-24
 
 
 def _mix(x: Tensor) -> Tensor:

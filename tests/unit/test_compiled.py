@@ -73,3 +73,24 @@ def test_a_compiled_run_is_a_plain_one_and_compiles_once(run, compilations):
     assert len(compilations) == training + evaluation
     assert trained_and_evaluated(run, compiled=True) == pytest.approx(plain, rel=1e-9)
     assert len(compilations) == training + evaluation, "another stage or fold takes what is there"
+
+
+def too_wide_for_triton(graph: torch.fx.GraphModule) -> list[str]:
+    """Numbers beyond 32 bits that a graph combines with what no input has part in, as with an arange.
+
+    Such counting is folded into an expression of the kernel's 32-bit index, which Triton refuses to compile.
+    """
+    of_inputs, found = set(), []
+    for node in graph.graph.nodes:
+        depends = node.op == "placeholder" or any(argument in of_inputs for argument in node.all_input_nodes)
+        if depends:
+            of_inputs.add(node)
+        elif node.all_input_nodes and any(type(a) is int and not -(2**31) <= a < 2**31 for a in node.args):
+            found.append(node.format_node())
+    return found
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_compiled_arithmetic_of_64_bits_begins_at_an_input(run, compilations):
+    trained_and_evaluated(run, compiled=True)
+    assert [line for graph in compilations for line in too_wide_for_triton(graph)] == []
