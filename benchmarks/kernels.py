@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dlops_dist.config import Q1
 from dlops_dist.data.loader import Batch
 from dlops_dist.engine.learner import Inputs, Learner
-from dlops_dist.losses import triplet
+from dlops_dist.losses import mining, triplet
 
 LOSSES = {
     "ce": {},
@@ -110,7 +110,11 @@ def names_of(make_step, arguments) -> dict[bool, list[str]]:
     watched_compile = partial(
         torch.compile, backend=aot_autograd(fw_compiler=compiler, keep_inference_input_mutations=True)
     )
-    with mock.patch("torch.compile", watched_compile), mock.patch.object(triplet, "_may_repeat", lambda original: True):
+    with (
+        mock.patch("torch.compile", watched_compile),
+        mock.patch.object(mining, "on_gpu", lambda x: True),
+        mock.patch.object(triplet, "on_gpu", lambda x: True),
+    ):
         step = make_step(arguments)
         step()
         step()

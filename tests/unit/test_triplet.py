@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dlops_dist.losses import TripletLoss
+from dlops_dist.losses.mining import CHUNK_ELEMENTS, Classes, Nearness, mined
 
 MININGS = ["batch-hard", "semi-hard", "all"]
 AVERAGES = ["valid", "active"]
@@ -241,7 +242,7 @@ def test_the_size_of_the_chunks_does_not_matter(mining, average, elements, monke
     embeddings, labels = batch(num=13)
     loss = TripletLoss(0.4, mining, average=average)
     whole = loss.terms(embeddings, labels, slice(1, None))
-    monkeypatch.setattr("dlops_dist.losses.triplet.CHUNK_ELEMENTS", elements)
+    monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", elements)
     chunked = loss.terms(embeddings, labels, slice(1, None))
     assert_close(chunked.sum, whole.sum, rtol=1e-13, atol=0)
     assert chunked.count.item() == whole.count.item() > 0
@@ -270,7 +271,7 @@ class Kept:
 @each_mining
 @pytest.mark.parametrize("num_classes", [2, 32])
 def test_memory_stays_below_n_squared(mining, num_classes, monkeypatch):
-    monkeypatch.setattr("dlops_dist.losses.triplet.CHUNK_ELEMENTS", 4 * 128)
+    monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", 4 * 128)
     embeddings, labels = batch(num=128)[0], torch.arange(128) % num_classes
     kept = weakref.WeakSet()  # what is saved for the backward pass, and still alive when the forward pass is over
     with torch.autograd.graph.saved_tensors_hooks(lambda x: Kept(x, kept), lambda saved: saved.tensor):
@@ -497,3 +498,25 @@ def test_float32_mines_the_farthest_positive_of_a_tight_class_for_any_share(nois
     exact = gradient(torch.float64)
     for shares in (1, 3, 5, 7):
         assert (gradient(torch.float32, shares) - exact).norm() <= 1e-6 * exact.norm(), shares
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-2, 1e-4])
+@pytest.mark.parametrize("per_class", [3, 70])
+def test_what_a_cpu_does_not_compare_exactly_comes_out_as_what_a_gpu_does(spread, per_class, monkeypatch):
+    generator = torch.Generator().manual_seed(5)
+    labels = torch.arange(210) % (210 // per_class)
+    centers = torch.randn(210, 24, generator=generator)
+    embeddings = centers[labels] + spread * torch.randn(210, 24, generator=generator)
+    compared = []
+    exact = Nearness.exact
+    monkeypatch.setattr(Nearness, "exact", lambda self, rows, _: compared.append(len(rows)) or exact(self, rows, _))
+    triplets = []
+    for on_gpu in (False, True):
+        monkeypatch.setattr("dlops_dist.losses.mining.on_gpu", lambda x, on_gpu=on_gpu: on_gpu)
+        classes = Classes(labels, per_class)
+        (found,) = mined(embeddings, classes, classes.mates(0, 210), "batch-hard")
+        triplets.append(found)
+    assert torch.equal(triplets[0].others, triplets[1].others)
+    assert compared[2:] == [210, 210]
+    if spread == 1.0:
+        assert sum(compared[:2]) < 30, "far apart, few are compared"
