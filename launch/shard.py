@@ -22,6 +22,7 @@ from urllib.parse import urlparse
 from dlops_dist.errors import OneLineParser, RunError, UserError, exit_code_of
 
 if TYPE_CHECKING:
+    from dlops_dist.data.shards import Packing
     from dlops_dist.data.sources import Source
 
 STUDY = ("tiny-imagenet", "stl10")
@@ -119,7 +120,10 @@ def pack_all() -> None:
 
     if arguments.source and (len(arguments.datasets) != 1 or arguments.datasets[0] not in WITH_SOURCE):
         raise UserError(f"--source goes with exactly one of {', '.join(WITH_SOURCE)}: name it")
+    if arguments.test_fraction is not None and arguments.datasets != ["folder"]:
+        raise UserError("--test-fraction goes with folder: other datasets have a test split")
     asked_for = {name: getattr(arguments, name) for name in ("seed", "shard_size", "classes", "limit", "size")}
+    asked_for |= {n: v for n in ("test_fraction", "skip_bad") if (v := getattr(arguments, n))}
     for dataset in arguments.datasets or STUDY:
         name = folder_name(arguments.source) if dataset == "folder" else dataset
         out = arguments.out / name
@@ -132,22 +136,21 @@ def pack_all() -> None:
         pack_one(dataset, name, out, arguments, asked_for)
 
 
-def pack_one(
-    dataset: str, name: str, out: Path, arguments: argparse.Namespace, asked_for: dict[str, int | None]
-) -> None:
+def pack_one(dataset: str, name: str, out: Path, arguments: argparse.Namespace, asked_for: "Packing") -> None:
     from dlops_dist.data.pack import pack
-    from dlops_dist.data.sources import Limited, Resized
+    from dlops_dist.data.sources import ImageFolder, Limited
 
     with tempfile.TemporaryDirectory() as scratch:
         source = open_source(dataset, arguments, Path(scratch))
+        if isinstance(source, ImageFolder):
+            print(source.described, flush=True)
         if arguments.limit is not None:
             source = Limited(source, arguments.limit, arguments.seed)
-        if arguments.size is not None:
-            source = Resized(source, arguments.size)
         started = time.monotonic()
         manifest = pack(
             source, out, name, arguments.seed, arguments.shard_size, arguments.workers,
-            progress(f"packing {name}", "images"), asked_for, arguments.again,
+            progress(f"packing {name}", "images"), asked_for, arguments.again, arguments.size, arguments.skip_bad,
+            print,
         )  # fmt: skip
     seconds = time.monotonic() - started
     images = sum(manifest.splits.values())
@@ -180,6 +183,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--classes", type=positive, help="only the first so many classes, by sorted name")
     parser.add_argument("--limit", type=positive, help="at most so many images of each split, evenly over the classes")
     parser.add_argument("--size", type=size, help="scale and crop images to so many pixels square, where they differ")
+    parser.add_argument(
+        "--test-fraction", type=fraction, help="part of each class to test on where a folder has no test (default: 0.1)"
+    )
+    parser.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="leave out images that cannot be read; they are listed, in the manifest too",
+    )
     parser.add_argument("--shard-size", type=positive, default=5000, help="samples in a shard (default: 5000)")
     parser.add_argument("--seed", type=seed, default=0, help="seed of the order in the shards (default: 0)")
     parser.add_argument("--workers", type=positive, help="packing processes (default: one for each core)")
@@ -195,6 +206,13 @@ def seed(text: str) -> int:
     value = int(text)
     if not 0 <= value < 2**32:
         raise argparse.ArgumentTypeError(f"{value} must be from 0 to 2^32 - 1")
+    return value
+
+
+def fraction(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{value} must be above 0 and below 1")
     return value
 
 
@@ -241,7 +259,7 @@ def open_source(dataset: str, arguments: argparse.Namespace, scratch: Path) -> "
         if not path.exists():
             raise UserError(f"--source {path}: no such file or folder")
     if dataset == "folder":
-        return ImageFolder(path, arguments.classes)
+        return ImageFolder(path, arguments.classes, arguments.test_fraction or 0.1)
     if dataset == "tiny-imagenet":
         return TinyImageNet(path, arguments.classes)
     return STL10(path if path.is_dir() else unpack_stl10(path, path.parent), arguments.classes)

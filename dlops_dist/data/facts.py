@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dlops_dist.data.shards import COLUMNS, INDEX, MANIFEST, Manifest, Shard
+from dlops_dist.data.shards import COLUMNS, INDEX, MANIFEST, Manifest, Packing, Shard
 from dlops_dist.errors import UserError
 
 SPLITS = ("train", "test", "unlabeled")
@@ -27,6 +27,10 @@ class Facts(NamedTuple):
     """(3, 3) exact integers, count, sum and sum of squares by channel, of a training shard; zeros for others."""
     columns: dict[str, list]
     """key, offset, size, crc32, label, folds of each sample."""
+    bad: dict[str, str]
+    """{name: why} of the images that could not be read."""
+    changed: dict[str, int]
+    """How many images had to be changed, by what was done to them."""
 
 
 class FactsOfSamples:
@@ -34,6 +38,8 @@ class FactsOfSamples:
 
     def __init__(self, split: str) -> None:
         self.shape: tuple[int, ...] = ()
+        self.bad: dict[str, str] = {}
+        self.changed = Counter[str]()
         self._split = split
         self._sums = np.zeros((3, 3), np.int64)
         self._columns: dict[str, list] = {name: [] for name in COLUMNS if name != "shard"}
@@ -55,11 +61,17 @@ class FactsOfSamples:
     def done(self, name: str, num_bytes: int, sha256: str) -> Facts:
         number = len(self._columns["key"])
         shard = Shard(name=name, split=self._split, samples=number, bytes=num_bytes, sha256=sha256)
-        return Facts(shard, self.shape, self._sums.tolist(), self._columns)
+        return Facts(shard, self.shape, self._sums.tolist(), self._columns, self.bad, self.changed)
 
 
 def write_index_and_manifest(
-    out: Path, dataset: str, packing: dict[str, int | None], extension: str, classes: list[str], facts: list[Facts]
+    out: Path,
+    dataset: str,
+    packing: Packing,
+    extension: str,
+    classes: list[str],
+    facts: list[Facts],
+    skipped: dict[str, str] | None = None,
 ) -> Manifest:
     """Both files of a folder whose shards are there, the manifest last. `facts` in the order of the shards.
 
@@ -83,7 +95,8 @@ def write_index_and_manifest(
     manifest = Manifest(
         dataset=dataset, packing=packing, extension=extension,  # type: ignore[arg-type]
         height=height, width=width, mean=mean, std=std, classes=classes, splits=splits,
-        num_folds=max(folds).bit_length(), shards=[f.shard for f in facts], index_sha256=_write_index(out, facts),
+        num_folds=max(folds).bit_length(), shards=[f.shard for f in facts], skipped=skipped or {},
+        index_sha256=_write_index(out, facts),
     )  # fmt: skip
     replace(out / MANIFEST, manifest.to_bytes())
     return manifest

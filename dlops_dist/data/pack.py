@@ -9,25 +9,28 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from dlops_dist.data.codec import decode
 from dlops_dist.data.facts import Facts, FactsOfSamples, replace, write_index_and_manifest
+from dlops_dist.data.images import packable
 from dlops_dist.data.keys import key
 from dlops_dist.data.locks import locked
 from dlops_dist.data.order import shuffled
 from dlops_dist.data.processes import in_processes
-from dlops_dist.data.shards import FORMAT, MANIFEST, UNLABELED, Manifest, Shard, read_manifest, sha256_of
+from dlops_dist.data.shards import FORMAT, MANIFEST, UNLABELED, Manifest, Packing, Shard, read_manifest, sha256_of
 from dlops_dist.data.sources import Source
 from dlops_dist.data.tar import BLOCK, END, member_bytes
 from dlops_dist.errors import UserError
 
 PLAN = ".packing.json"
 OWN_FILE = re.compile(r"(train|test|unlabeled)-\d{6}\.tar|\..*\.(partial|done)")
+
+LISTED = 20
+"""So many bad images are named; more are in a file."""
 
 
 class Planned(NamedTuple):
@@ -46,8 +49,11 @@ def pack(
     shard_size: int = 5000,
     workers: int | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-    asked_for: dict[str, int | None] | None = None,
+    asked_for: Packing | None = None,
     again: bool = True,
+    size: int | None = None,
+    skip_bad: bool = False,
+    on_note: Callable[[str], None] = lambda note: None,
 ) -> Manifest:
     """Write a source as shards into `out`. Each shard is a pure function of (sorted source, seed, its number).
 
@@ -57,6 +63,12 @@ def pack(
         on_progress: called with (samples done, samples in all).
         asked_for: whatever else the manifest is to tell of the packing.
         again: pack anew what is complete, perhaps since a moment ago.
+        size: of all images, as `packable` takes it.
+        skip_bad: leave out images that cannot be read; the manifest lists them. Without it they are an error.
+        on_note: called with what was done to images, and with what was left out.
+
+    Raises:
+        UserError: names all images that cannot be read, and why.
     """
     plan = _plan(source, seed, shard_size)
     packing = {"seed": seed, "shard_size": shard_size, **(asked_for or {})}
@@ -68,27 +80,71 @@ def pack(
         stamp = source.stamp()
         _begin(out, dataset, packing, source, stamp)
         total, done, facts = sum(len(p.indices) for p in plan), 0, []
-        for result in in_processes(_write, (source, out), plan, workers or os.cpu_count() or 1):
+        held = source, out, size, skip_bad
+        for planned, result in zip(plan, in_processes(_write, held, plan, workers or os.cpu_count() or 1), strict=True):
             facts.append(result)
-            done += result.shard.samples
+            _check_size(source, planned.split, facts)
+            done += len(planned.indices)
             on_progress(done, total)
         if source.stamp() != stamp:
             raise UserError(f"the files of {dataset} changed while they were packed; pack them again")
-        manifest = write_index_and_manifest(out, dataset, packing, source.extension, source.classes, facts)
+        bad = {name: why for f in facts for name, why in f.bad.items()}
+        if bad and (not skip_bad or not any(f.shard.split == "train" and f.shard.samples for f in facts)):
+            raise UserError(_refusal(source.path, bad, out))
+        for note in _notes(source.path, facts, bad, out):
+            on_note(note)
+        manifest = write_index_and_manifest(out, dataset, packing, source.extension, source.classes, facts, bad)
         _clear(out, keep={shard.name for shard in manifest.shards})
     return manifest
 
 
-def packed_before(out: Path, packing: dict[str, int | None]) -> Manifest | None:
+def _check_size(source: Source, split: str, facts: list[Facts]) -> None:
+    """Of the last shard, against the first one with an image in it; within a shard they are equal."""
+    first = next((f for f in facts if f.shape), facts[-1])
+    if facts[-1].shape and facts[-1].shape != first.shape:
+        name = source.name(split, source.splits[split].keys.index(facts[-1].columns["key"][0]))
+        raise UserError(f"{source.path}: {name} is {facts[-1].shape}, others are {first.shape}: sizes must be equal; "
+                        f"see --size")  # fmt: skip
+
+
+def _refusal(source: Path, bad: dict[str, str], out: Path) -> str:
+    ways = "mend or remove them, or leave them out by --skip-bad"
+    return f"{source}: {len(bad):,} images cannot be packed: {_listed(bad, out)}; {ways}"
+
+
+def _listed(bad: dict[str, str], out: Path) -> str:
+    """All of them where they are few, else the first, and a file with all of them."""
+    lines = [f"{name} ({why})" for name, why in bad.items()]
+    if len(lines) <= LISTED:
+        return ", ".join(lines)
+    path = out.absolute().parent / f"{out.absolute().name}-bad.txt"
+    replace(path, "".join(f"{line}\n" for line in lines).encode())
+    return f"{', '.join(lines[:LISTED])}, and so on; {path} lists them all"
+
+
+def _notes(source: Path, facts: list[Facts], bad: dict[str, str], out: Path) -> Iterator[str]:
+    changed = sum((Counter(f.changed) for f in facts), Counter[str]())
+    yield from (f"{source}: {number:,} images {what}" for what, number in changed.items())
+    if bad:
+        yield f"{source}: {len(bad):,} images left out: {_listed(bad, out)}"
+
+
+def packed_before(out: Path, packing: Packing) -> Manifest | None:
     """The manifest of a complete folder, None where there is none. Refuses what was packed otherwise."""
     if not (out / MANIFEST).is_file():
         return None
     manifest = read_manifest(out)
-    there = ", ".join(f"--{n.replace('_', '-')} {v}" for n, v in manifest.packing.items() if v != packing.get(n))
+    there = ", ".join(_option(name, manifest.packing.get(name)) for name in {**manifest.packing, **packing}
+                      if manifest.packing.get(name) != packing.get(name))  # fmt: skip
     if there or not manifest.packing:
-        was = f"with {there}" if there else "by others"
+        was = f"with {there}" if manifest.packing else "by others"
         raise UserError(f"{out} was packed {was}; choose another --out, or pass --again")
     return manifest
+
+
+def _option(name: str, value: int | float | None) -> str:
+    option = f"--{name.replace('_', '-')}"
+    return f"no {option}" if value is None else option if value is True else f"{option} {value}"
 
 
 def _plan(source: Source, seed: int, shard_size: int) -> list[Planned]:
@@ -128,7 +184,7 @@ def _has_our_manifest(out: Path) -> bool:
         return True
 
 
-def _begin(out: Path, dataset: str, packing: dict[str, int | None], source: Source, stamp: str) -> None:
+def _begin(out: Path, dataset: str, packing: Packing, source: Source, stamp: str) -> None:
     """Forget what an earlier packing of something else left behind.
 
     Its facts go first, its manifest after the new plan: whatever kills this, the next call knows whose shards are here.
@@ -156,20 +212,25 @@ def _clear(out: Path, keep: set[str]) -> None:
             path.unlink()
 
 
-def _write(source_and_out: tuple[Source, Path], planned: Planned) -> Facts:
-    """One shard, under a temporary name until it was synced, and read back; one that is whole is kept."""
-    source, out = source_and_out
+def _write(held: tuple[Source, Path, int | None, bool], planned: Planned) -> Facts:
+    """One shard, under a temporary name until it was synced, and read back; one that is whole is kept.
+
+    None is written of which images are bad that may not be left out: only its facts come back.
+    """
+    source, out, size, skip_bad = held
     done = out / f".{planned.name}.done"
     if (facts := _facts_of_whole(out / planned.name, done)) is not None:
         return facts
-    tar, collected = _tar_of(source, planned)
+    tar, collected = _tar_of(source, planned, size)
     sha256 = hashlib.sha256(tar).hexdigest()
+    facts = collected.done(planned.name, len(tar), sha256)
+    if facts.bad and not skip_bad:
+        return facts
     path = out / planned.name
     replace(path, tar)
     if sha256_of(path) != sha256:
         path.unlink()
         raise UserError(f"{path} reads back otherwise than it was written: is the disk failing?")
-    facts = collected.done(planned.name, len(tar), sha256)
     replace(done, json.dumps(facts._replace(shard=facts.shard.model_dump())).encode())  # type: ignore[arg-type]
     return facts
 
@@ -179,22 +240,30 @@ def _facts_of_whole(path: Path, done: Path) -> Facts | None:
     if not (path.is_file() and done.is_file()):
         return None
     shard, shape, *rest = json.loads(done.read_bytes())
+    if len(rest) + 2 != len(Facts._fields):  # of another version
+        return None
     facts = Facts(Shard(**shard), tuple(shape), *rest)
     return facts if sha256_of(path) == facts.shard.sha256 else None
 
 
-def _tar_of(source: Source, planned: Planned) -> tuple[bytearray, FactsOfSamples]:
+def _tar_of(source: Source, planned: Planned, size: int | None) -> tuple[bytearray, FactsOfSamples]:
     listing, extension = source.splits[planned.split], source.extension
     tar, collected = bytearray(), FactsOfSamples(planned.split)
     for index in planned.indices.tolist():
         sample, label = listing.keys[index], int(listing.labels[index])
         folds = 0 if listing.folds is None else int(listing.folds[index])
-        data = source.read(planned.split, index)
         try:
-            collected.add(sample, len(tar) + BLOCK, data, decode(data, extension), label, folds)
-            tar += member_bytes(f"{sample}.{extension}", data)
+            image = packable(source.read(planned.split, index), extension, size)
+        except ValueError as error:
+            collected.bad[source.name(planned.split, index)] = str(error)
+            continue
+        try:
+            collected.add(sample, len(tar) + BLOCK, image.data, image.pixels, label, folds)
+            tar += member_bytes(f"{sample}.{extension}", image.data)
             if label != UNLABELED:
                 tar += member_bytes(f"{sample}.cls", str(label).encode())
         except ValueError as error:
-            raise UserError(f"{planned.split} sample {sample} cannot be packed: {error}") from None
+            raise UserError(f"{source.path}: {source.name(planned.split, index)}: {error}") from None
+        if image.changed:
+            collected.changed[image.changed] += 1
     return tar + END, collected

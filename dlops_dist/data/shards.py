@@ -33,6 +33,7 @@ REMOTE = re.compile(r"(pipe:|[a-z][a-z0-9+.-]*://)", re.IGNORECASE)
 
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Packing = dict[str, bool | int | float | None]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -53,8 +54,10 @@ class Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     format: int = FORMAT
     dataset: str
-    packing: dict[str, int | None] = {}
+    packing: Packing = {}
     """What the packing was asked for: seed, shard_size, classes, limit, size. Empty for shards that others wrote."""
+    skipped: dict[str, str] = {}
+    """{image: why it was left out}."""
     extension: Literal["jpg", "npy"]
     height: int = Field(ge=1)
     width: int = Field(ge=1)
@@ -81,7 +84,8 @@ class Manifest(BaseModel):
         return self
 
     def to_bytes(self) -> bytes:
-        return (json.dumps(self.model_dump(), indent=1) + "\n").encode()
+        left_out = set() if self.skipped else {"skipped"}  # as earlier versions wrote it
+        return (json.dumps(self.model_dump(exclude=left_out), indent=1) + "\n").encode()
 
     @property
     def id(self) -> str:

@@ -206,12 +206,41 @@ def test_a_tree_of_folders_is_packed_and_trained_on(tmp_path):
     assert (code, "--size" in output.splitlines()[-1]) == (2, True), output
     code, output = run(*arguments, "--size", "32")
     assert code == 0, output
+    assert "pets: 24 images to train in train/, 6 to test in val/, 2 classes: cat 12, dog 12" in output
     assert "24 train, 6 test, 2 classes" in output
     shards = tmp_path / "shards/pets"
     options = ("--local", "--runs-dir", tmp_path / "runs", "--epochs", "1", "--data.shards", shards)
     code, output = run("train", "q1", *options, *TINY)
     assert code == 0, output
     assert "data.reader: decoded" in output
+
+
+def test_bad_images_are_left_out_and_a_test_split_is_held_out_where_that_is_asked_for(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for i in range(10):
+            Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(tmp_path / "pets" / name / f"{i}.jpg")
+    (tmp_path / "pets/cat/3.jpg").write_bytes(b"")
+    arguments = (
+        "shard",
+        "folder",
+        "--source",
+        tmp_path / "pets",
+        "--out",
+        tmp_path / "shards",
+        "--test-fraction",
+        "0.3",
+    )
+    code, output = run(*arguments)
+    assert (code, "cat/3.jpg (it is empty)" in output.splitlines()[-1]) == (2, True), output
+    code, output = run(*arguments, "--skip-bad")
+    assert code == 0, output
+    manifest = read_manifest(tmp_path / "shards/pets")
+    assert manifest.skipped == {"cat/3.jpg": "it is empty"}
+    assert sum(manifest.splits.values()) == 19
+    code, output = run(*arguments)
+    assert (code, "packed with --skip-bad;" in output) == (2, True), output
 
 
 def test_shards_of_others_are_indexed_and_trained_on(shards, tmp_path):
@@ -235,6 +264,8 @@ def test_shards_of_others_are_indexed_and_trained_on(shards, tmp_path):
 
 MISTAKES = {
     "no source": (["folder"], ["--source"]),
+    "a part that is none": (["folder", "--test-fraction", "1.5"], ["1.5", "below 1"]),
+    "a part of what has a test": (["shapes", "--test-fraction", "0.2"], ["--test-fraction goes with folder"]),
     "a pipe": (["tiny-imagenet", "--source", "pipe:touch {}/executed"], ["pipe:", "nothing is run"]),
     "an index of nothing": (["index", "{}"], [".tar"]),
     "an index of nowhere": (["index", "{}/nowhere"], ["nowhere"]),

@@ -31,6 +31,7 @@ class Images:
     """A source in memory: {split: [(key, label, bytes), ...]}."""
 
     extension = "jpg"
+    path = Path("memory")
     classes: ClassVar = ["a", "b"]
 
     def __init__(self, samples: dict[str, list[tuple[str, int, bytes]]]) -> None:
@@ -42,6 +43,9 @@ class Images:
 
     def read(self, split: str, index: int) -> bytes:
         return self.samples[split][index][2]
+
+    def name(self, split: str, index: int) -> str:
+        return f"{split}/{self.samples[split][index][0]}"
 
     def stamp(self) -> str:
         return ""
@@ -364,6 +368,39 @@ def test_an_image_that_cannot_be_packed_is_named(fault, shard_size, tmp_path, jp
     with user_error(key):
         pack(images_with(jpeg, key, data.get(fault, jpeg(noise))), tmp_path, "bad", shard_size=shard_size, workers=1)
     assert not (tmp_path / "manifest.json").exists()
+
+
+def test_all_bad_images_are_named_at_once_or_left_out(tmp_path, jpeg, user_error):
+    good = [(f"good-{i}", i % 2, jpeg(np.full((8, 8, 3), i, np.uint8))) for i in range(6)]
+    bad = [("empty", 0, b""), ("page", 1, b"<!DOCTYPE html>"), ("cut", 0, good[0][2][:-60])]
+    source = Images({"train": [*good, *bad], "test": [("other", 0, b"text"), *good[:2]]})
+    with user_error("memory: 4 images cannot be packed", "train/empty (it is empty)", "train/page", "<!DOCTY",
+                    "train/cut", "unreadable JPEG", "test/other", "--skip-bad"):  # fmt: skip
+        pack(source, tmp_path / "out", "bad", shard_size=3, workers=1)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    notes = []
+    manifest = pack(source, tmp_path / "out", "bad", shard_size=3, workers=1, skip_bad=True, on_note=notes.append)
+    assert manifest.splits == {"train": 6, "test": 2}
+    assert sorted(manifest.skipped) == ["test/other", "train/cut", "train/empty", "train/page"]
+    assert notes[0].startswith("memory: 4 images left out: ")
+    assert read_manifest(tmp_path / "out") == manifest
+    whole = Images({"train": good, "test": good[:2]})
+    found = Split(tmp_path / "out", manifest, "train")
+    pack(whole, tmp_path / "whole", "bad", workers=1)
+    wanted = Split(tmp_path / "whole", read_manifest(tmp_path / "whole"), "train")
+    images = [dict(zip(split.keys, split.read(np.arange(6)), strict=True)) for split in (found, wanted)]
+    assert all(np.array_equal(images[0][key], images[1][key]) for key in images[1])
+    assert (manifest.mean, manifest.std) == (wanted.manifest.mean, wanted.manifest.std)
+    with user_error("2 images cannot be packed"):
+        pack(Images({"train": bad[:2]}), tmp_path / "none", "bad", workers=1, skip_bad=True)
+
+
+def test_many_bad_images_are_listed_in_a_file(tmp_path, jpeg, user_error):
+    good = [(f"good-{i}", i % 2, jpeg(np.full((8, 8, 3), i, np.uint8))) for i in range(5)]
+    source = Images({"train": [*good, *((f"bad-{i}", 0, b"") for i in range(30))]})
+    with user_error("30 images cannot be packed", "train/bad-", tmp_path / "out-bad.txt"):
+        pack(source, tmp_path / "out", "bad", workers=1)
+    assert len((tmp_path / "out-bad.txt").read_text().splitlines()) == 30
 
 
 def test_a_source_without_training_images_is_refused(tmp_path, jpeg, user_error):

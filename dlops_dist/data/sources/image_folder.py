@@ -1,28 +1,46 @@
-"""Any tree with a folder for each class: ROOT/train/CLASS/*.jpg and ROOT/test/..., or ROOT/CLASS/*.jpg alone."""
+"""Any tree with a folder for each class, or with folders of splits and those of the classes in them."""
 
 import hashlib
-import io
+import os
 import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import NamedTuple
+from unicodedata import normalize
 
 import numpy as np
 
-from dlops_dist.data.codec import check_size, encode
 from dlops_dist.data.order import hold_out
-from dlops_dist.data.sources.source import MAX_BYTES, Listing
+from dlops_dist.data.sources.source import MAX_BYTES, Listing, is_litter
 from dlops_dist.errors import UserError
 
-JPEG = (".jpg", ".jpeg")
-OTHERS = (".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+JPEG = (".jpg", ".jpeg", ".jpe", ".jfif")
+OTHERS = (".png", ".bmp", ".webp", ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff")
 LONGEST_KEY = 80
 """Bytes: with a number and its ending it must fit the 100 of a tar header."""
 SPLITS = {"train": ("train", "training"), "test": ("test", "val", "valid", "validation")}
-"""Folders that a split may lie in, in any case, where a tree has no others; of several, the first is taken."""
+"""Folders that a split may lie in, in any case; of several, the first is taken."""
+SPLIT_WORDS = tuple(word for words in SPLITS.values() for word in words)
+NAMED = 3
+"""Of what is passed over for one reason, and of the classes, so many are named."""
+
+
+class Tree(NamedTuple):
+    """The files below a root, also behind links, as paths from there."""
+
+    images: list[PurePath]
+    """By their endings, sorted."""
+    others: dict[str, list[str]]
+    """{why they are passed over: their names}."""
 
 
 class ImageFolder:
-    """Classes are the names of the folders, sorted; images lie anywhere below them.
+    """Classes are the names of folders, sorted; their images lie anywhere below them.
+
+    ROOT/CLASS/..., or ROOT/train/CLASS/... and perhaps ROOT/test/CLASS/...; whatever else lies there is passed over and
+    told by `described`. A tree that may be meant otherwise is refused.
 
     Args:
         path: the root.
@@ -33,56 +51,94 @@ class ImageFolder:
     def __init__(self, path: Path, num_classes: int | None = None, test_fraction: float = 0.1) -> None:
         self.path, self.num_classes, self.test_fraction = path, num_classes, test_fraction
         if not path.is_dir():
-            raise UserError(f"{path} is not a folder")
+            raise UserError(f"{path} is not a folder; unpack an archive first")
 
     @cached_property
-    def _roots(self) -> dict[str, Path]:
-        """The folder of each split; train alone where the classes lie at the root."""
-        folders = {path.name.lower(): path for path in _folders_in(self.path)}
-        if not folders or not folders.keys() <= {name for names in SPLITS.values() for name in names}:
-            return {"train": self.path}
-        found = {split: [folders[n] for n in names if n in folders] for split, names in SPLITS.items()}
-        if not found["train"]:
-            raise UserError(f"{self.path} has no folder 'train' beside {', '.join(sorted(folders))}")
-        return {split: paths[0] for split, paths in found.items() if paths}
+    def _tree(self) -> Tree:
+        return _tree_of(self.path)
+
+    def _folders_in(self, place: PurePath) -> list[str]:
+        """Names of the folders in it that have images in them."""
+        depth = len(place.parts)
+        inside = (path.parts for path in self._tree.images if path.parts[:depth] == place.parts)
+        return sorted({parts[depth] for parts in inside if len(parts) > depth + 1})
+
+    @cached_property
+    def _roots(self) -> dict[str, PurePath]:
+        """The folder of each split, from the root; train alone, '.', where the classes lie at the root."""
+        names = {name.lower(): PurePath(name) for name in self._folders_in(PurePath())}
+        trains, tests = ([names[word] for word in words if word in names] for words in SPLITS.values())
+        others = sorted(str(name) for word, name in names.items() if word not in SPLIT_WORDS)
+        if tests and not trains:
+            beside = _first(sorted(map(str, names.values())))
+            raise UserError(f"{self.path} has no folder 'train' beside {beside}; put the training images into one")
+        if not trains or (others and not tests and len(self._folders_in(trains[0])) < 2):
+            return {"train": PurePath()}
+        if others and not tests:
+            raise UserError(
+                f"{self.path}: is '{trains[0]}' a split, or a class as '{others[0]}' is? Move the others away, or name "
+                f"--source {self.path / trains[0]}"
+            )
+        test = next((root for root in tests if self._folders_in(root)), None)
+        return {"train": trains[0]} | ({} if test is None else {"test": test})
 
     @cached_property
     def classes(self) -> list[str]:
-        names = [path.name for path in _folders_in(self._roots["train"])]
+        folders = {split: self._class_folders(root) for split, root in self._roots.items()}
+        names, train = sorted(folders["train"]), self._roots["train"]
         if not names:
-            raise UserError(f"{self._roots['train']} has no folders of classes in it")
+            raise UserError(f"{self.path / train} has no folders of classes in it")
         if (odd := next((name for name in names if not name.isprintable()), None)) is not None:
-            raise UserError(f"{self._roots['train']}: the folder {odd!r} has a name that is not text; rename it")
-        if strangers := sorted({p.name for root in self._roots.values() for p in _folders_in(root)} - set(names)):
-            raise UserError(f"{self.path}: classes to test on that are not in train: {', '.join(strangers[:3])}")
+            raise UserError(f"{self.path / train}: the folder {odd!r} has a name that is not text; rename it")
+        if len(names) == 1 and len(self._folders_in(only := train / folders["train"][names[0]])) > 1:
+            raise UserError(
+                f"{self.path / train} has one class only, {names[0]!r}, with folders in it; if these are the classes, "
+                f"name --source {self.path / only}" + (", or move them up" if train.parts else "")
+            )
+        if strangers := sorted({name for found in folders.values() for name in found} - set(names)):
+            raise UserError(
+                f"{self.path}: classes to test on that are not in train: {_first(strangers)}; train has {_first(names)}"
+            )
         if self.num_classes is not None and self.num_classes > len(names):
             raise UserError(f"--classes {self.num_classes}: {self.path} has {len(names)} classes")
         return names[: self.num_classes]
 
+    def _class_folders(self, root: PurePath) -> dict[str, str]:
+        """{class: folder in the root}, where a class's name has one Unicode form however a system has written it."""
+        folders: dict[str, str] = {}
+        for folder in self._folders_in(root):
+            if folders.setdefault(normalize("NFC", folder), folder) != folder:
+                raise UserError(
+                    f"{self.path / root}: two folders are both called {folder!r}, in different Unicode forms; put "
+                    f"their images into one"
+                )
+        return folders
+
     @cached_property
     def _files(self) -> dict[str, tuple[list[Path], np.ndarray]]:
         """Images and labels of each split, sorted by class and path."""
+        labels_of = {name: label for label, name in enumerate(self.classes)}
         files: dict[str, tuple[list[Path], np.ndarray]] = {}
         for split, root in self._roots.items():
-            paths, labels = [], []
-            for label, name in enumerate(self.classes):
-                found = sorted(p for p in (root / name).rglob("*") if _is_image(p))
-                if not found and split == "train":
-                    raise UserError(f"{root / name} has no image in it: {', '.join((*JPEG, *OTHERS))}")
-                paths += found
-                labels += [label] * len(found)
-            files[split] = paths, np.array(labels, np.int64)
+            depth, found = len(root.parts), []
+            for path in self._tree.images:
+                if path.parts[:depth] == root.parts and len(path.parts) > depth + 1:
+                    label = labels_of.get(normalize("NFC", path.parts[depth]))
+                    found += [] if label is None else [(label, path)]
+            found.sort()
+            files[split] = [self.path / path for _, path in found], np.array([label for label, _ in found], np.int64)
         if "test" not in files:
-            paths, labels_of_all = files["train"]
-            for split, ids in zip(("train", "test"), hold_out(labels_of_all, self.test_fraction), strict=True):
-                files[split] = [paths[i] for i in ids], labels_of_all[ids]
+            paths, labels = files["train"]
+            for split, ids in zip(("train", "test"), hold_out(labels, self.test_fraction), strict=True):
+                files[split] = [paths[i] for i in ids], labels[ids]
         if self.test_fraction and not files["test"][0]:
-            raise UserError(f"{self.path} has too few images to hold some out for a test; add a folder 'test' to it")
+            raise UserError(f"{self.path} has too few images to hold {self.test_fraction:.0%} of each class out for a "
+                            f"test; add a folder 'test' to it, or raise --test-fraction")  # fmt: skip
         return files
 
     @cached_property
     def extension(self) -> str:
-        """jpg where every image is one, as it comes; else raw pixels, which lose nothing."""
+        """jpg where every image is called one; else raw pixels, which lose nothing."""
         lossy = all(path.suffix.lower() in JPEG for paths, _ in self._files.values() for path in paths)
         return "jpg" if lossy else "npy"
 
@@ -92,46 +148,100 @@ class ImageFolder:
 
     def _keys(self, split: str, paths: list[Path]) -> list[str]:
         """CLASS_NAME of each image, with a number where that occurs twice; a long one is cut and hashed."""
-        root, seen, keys = self._roots.get(split, self._roots["train"]), set(), []
-        for number, path in enumerate(paths):
-            key = re.sub(r"[^\w-]", "_", str(path.relative_to(root).with_suffix(""))).lstrip("_") or "image"
-            if len(key.encode()) > LONGEST_KEY:
-                digest = hashlib.sha256(key.encode()).hexdigest()[:16]
-                key = key.encode()[: LONGEST_KEY - 20].decode(errors="ignore") + digest
-            keys.append(f"{key}-{number}" if key in seen else key)
-            seen.add(key)
+        root = self.path / self._roots.get(split, self._roots["train"])
+        keys, seen = [_key(path.relative_to(root)) for path in paths], set()
+        for place, key in enumerate(keys):
+            number = place
+            while keys[place] in seen:
+                keys[place], number = f"{key}-{number}", number + 1
+            seen.add(keys[place])
         return keys
 
     def read(self, split: str, index: int) -> bytes:
         path = self._files[split][0][index]
         if path.stat().st_size > MAX_BYTES:
-            raise UserError(f"{path} is {path.stat().st_size:,} bytes long, more than {MAX_BYTES:,}")
-        data = path.read_bytes()
-        return data if self.extension == "jpg" else encode(to_rgb(data, str(path)), "npy")
+            raise ValueError(f"it is {path.stat().st_size:,} bytes long, more than {MAX_BYTES:,}")
+        return path.read_bytes()
+
+    def name(self, split: str, index: int) -> str:
+        return str(self._files[split][0][index].relative_to(self.path))
 
     def stamp(self) -> str:
         stats = ((path, path.stat()) for paths, _ in self._files.values() for path in paths)
         facts = (f"{path.relative_to(self.path)!r} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats)
         return hashlib.sha256("\n".join(facts).encode()).hexdigest()
 
+    @cached_property
+    def described(self) -> str:
+        """How the tree was understood, and what of it is passed over."""
+        (train, labels), (test, _) = self._files["train"], self._files["test"]
+        counts = Counter(labels.tolist())
+        numbers = [f"{name} {counts[label]:,}" for label, name in enumerate(self.classes)]
+        places = {split: f" in {root}/" for split, root in self._roots.items() if root.parts}
+        held_out = "" if "test" in self._roots else f" ({self.test_fraction:.0%} of each class)"
+        line = (
+            f"{self.path}: {len(train):,} images to train{places.get('train', '')}, {len(test):,} to test"
+            f"{places.get('test', held_out)}, {len(numbers)} classes: {_first(numbers)}"
+        )
+        return "\n".join([line, *(f"  passed over: {text}" for text in self._passed_over())])
 
-def _folders_in(path: Path) -> list[Path]:
-    return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    def _passed_over(self) -> Iterator[str]:
+        used = {path.relative_to(self.path) for paths, _ in self._files.values() for path in paths}
+        images: dict[str, Counter[str]] = defaultdict(Counter)
+        for path in self._tree.images:
+            if path not in used:
+                root = next((r for r in self._roots.values() if path.parts[: len(r.parts)] == r.parts), None)
+                if root is None:
+                    images["beside the splits"][path.parts[0]] += 1
+                elif len(path.parts) <= len(root.parts) + 1:
+                    images["outside of the folders of classes"][str(path.parent)] += 1
+                else:
+                    images["of further classes"][str(path.parent)] += 1
+        for why, places in images.items():
+            yield f"{places.total():,} images {why}: {_first([f'{place}/ {n:,}' for place, n in places.items()])}"
+        for why, names in self._tree.others.items():
+            yield f"{len(names):,} {why}: {_first(names)}"
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in (*JPEG, *OTHERS) and not path.name.startswith(".")
+def _tree_of(root: Path) -> Tree:
+    tree = Tree([], defaultdict(list))
+    for path, why in _walk(root, PurePath(), (os.path.realpath(root),)):
+        if why:
+            tree.others[why].append(str(path))
+        else:
+            tree.images.append(path)
+    tree.images.sort()
+    return tree
 
 
-def to_rgb(data: bytes, name: str) -> np.ndarray:
-    """Pixels (height, width, 3) uint8 of an image in any common format."""
-    from PIL import Image
+def _walk(root: Path, inside: PurePath, above: tuple[str, ...]) -> Iterator[tuple[PurePath, str]]:
+    """(path, why it is no image to pack, or '') of all files; `above` are the real folders that this one lies in."""
+    for entry in sorted(os.scandir(root / inside), key=lambda entry: entry.name):
+        path = inside / entry.name
+        if is_litter(entry.name):
+            yield path, "that systems leave behind"
+        elif entry.is_dir() and (real := os.path.realpath(entry.path)) in above:
+            yield path, "links to a folder that they lie in"
+        elif entry.is_dir():
+            some = False
+            for below, why in _walk(root, path, (*above, real)):
+                some = some or not why
+                yield below, why
+            if not some:
+                yield path, "folders without an image"
+        elif not Path(entry.path).exists():
+            yield path, "links to nothing"
+        else:
+            yield path, "" if path.suffix.lower() in (*JPEG, *OTHERS) else "no images by their endings"
 
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            check_size(image.height, image.width)
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(f"its pixels are {image.mode}, not of 8 bits")
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{name} is not a readable image ({error})") from None
+
+def _key(path: PurePath) -> str:
+    key = re.sub(r"[^\w-]", "_", normalize("NFC", str(path.with_suffix("")))).lstrip("_") or "image"
+    if len(key.encode()) > LONGEST_KEY:
+        digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+        key = key.encode()[: LONGEST_KEY - 20].decode(errors="ignore") + digest
+    return key
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED:,} more" if len(names) > NAMED else "")

@@ -3,6 +3,7 @@
 A source opens its files when it is first read, so it can be handed to other processes.
 """
 
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -25,8 +26,11 @@ class Source(Protocol):
     """A dataset to pack."""
 
     @property
+    def path(self) -> Path: ...
+
+    @property
     def extension(self) -> str:
-        """Of the image in a shard: jpg (as it comes) or npy (raw uint8, height x width x 3)."""
+        """Of the image in a shard: jpg, or npy (raw uint8, height x width x 3)."""
         ...
 
     @property
@@ -36,9 +40,18 @@ class Source(Protocol):
     def splits(self) -> dict[str, Listing]: ...
 
     def read(self, split: str, index: int) -> bytes:
-        """The image of the index-th sample of a split, as it stands in a shard."""
+        """The image of the index-th sample of a split, as its file holds it. Raises ValueError if that is no image."""
+        ...
+
+    def name(self, split: str, index: int) -> str:
+        """Where a person finds it, below the path."""
         ...
 
     def stamp(self) -> str:
         """Differs once the files have changed: whether an interrupted packing may go on."""
         ...
+
+
+def is_litter(name: str) -> bool:
+    """Whether a file or folder of this name is one that systems leave beside what people put there."""
+    return name.startswith(".") or name.lower() in ("__macosx", "thumbs.db", "desktop.ini", "@eadir")

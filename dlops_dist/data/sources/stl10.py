@@ -124,6 +124,9 @@ class STL10:
         image = self._pixels[split][self._kept[split][index]].transpose(2, 1, 0)  # stored channel, column, row
         return encode(image, self.extension)
 
+    def name(self, split: str, index: int) -> str:
+        return f"{split}_X.bin, image {self._kept[split][index]}"
+
     def stamp(self) -> str:
         stats = ((path.name, path.stat()) for path in sorted(self.path.iterdir()))
         return " ".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)

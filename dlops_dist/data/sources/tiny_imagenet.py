@@ -125,6 +125,9 @@ class TinyImageNet:
     def read(self, split: str, index: int) -> bytes:
         return self._bytes(self._files[split][index][0])
 
+    def name(self, split: str, index: int) -> str:
+        return self._files[split][index][0]
+
     def stamp(self) -> str:
         if self._archive is not None:  # checksums of every member
             facts = [f"{m.filename!r} {m.file_size} {m.CRC}" for m in self._archive.infolist()]

@@ -1,13 +1,11 @@
-"""A source seen otherwise: with fewer images, or with all of one size."""
+"""A source seen otherwise: with fewer images."""
 
 from functools import cached_property
 
 import numpy as np
 
-from dlops_dist.data.codec import decode, encode
 from dlops_dist.data.keys import key
 from dlops_dist.data.order import shuffled
-from dlops_dist.data.sources.image_folder import to_rgb
 from dlops_dist.data.sources.source import Listing, Source
 
 
@@ -16,7 +14,7 @@ class Limited:
 
     def __init__(self, source: Source, limit: int, seed: int) -> None:
         self.source, self.limit, self.seed = source, limit, seed
-        self.extension = source.extension
+        self.extension, self.path = source.extension, source.path
 
     @property
     def classes(self) -> list[str]:
@@ -45,39 +43,8 @@ class Limited:
     def read(self, split: str, index: int) -> bytes:
         return self.source.read(split, int(self._kept[split][index]))
 
-    def stamp(self) -> str:
-        return self.source.stamp()
-
-
-class Resized:
-    """Every image size x size: the shorter side scaled by bicubic interpolation, the longer one cropped in the middle.
-
-    Those that have the size already stay as they are, byte by byte.
-    """
-
-    def __init__(self, source: Source, size: int) -> None:
-        self.source, self.size = source, size
-        self.extension = source.extension
-
-    @property
-    def classes(self) -> list[str]:
-        return self.source.classes
-
-    @property
-    def splits(self) -> dict[str, Listing]:
-        return self.source.splits
-
-    def read(self, split: str, index: int) -> bytes:
-        from PIL import Image, ImageOps
-
-        data = self.source.read(split, index)
-        # Pillow decodes what simplejpeg does not, such as CMYK
-        is_jpeg, name = self.extension == "jpg", self.splits[split].keys[index]
-        pixels = to_rgb(data, name) if is_jpeg else decode(data, self.extension)
-        if pixels.shape[:2] == (self.size, self.size):
-            return data
-        fitted = ImageOps.fit(Image.fromarray(pixels), (self.size, self.size), Image.Resampling.BICUBIC)
-        return encode(np.asarray(fitted), self.extension)
+    def name(self, split: str, index: int) -> str:
+        return self.source.name(split, int(self._kept[split][index]))
 
     def stamp(self) -> str:
         return self.source.stamp()
