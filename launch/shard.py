@@ -259,7 +259,7 @@ def open_source(dataset: str, arguments: argparse.Namespace, scratch: Path) -> "
         if not path.exists():
             raise UserError(f"--source {path}: no such file or folder")
     if dataset == "folder":
-        return ImageFolder(path, arguments.classes, arguments.test_fraction or 0.1)
+        return ImageFolder(path, arguments.classes, arguments.test_fraction)
     if dataset == "tiny-imagenet":
         return TinyImageNet(path, arguments.classes)
     return STL10(path if path.is_dir() else unpack_stl10(path, path.parent), arguments.classes)

@@ -9,6 +9,8 @@ from dlops_dist.data.codec import check_size, decode, encode
 
 JPEG = b"\xff\xd8\xff"
 NPY = b"\x93NUMPY"
+ORIENTATION, UPRIGHT = 0x0112, 1
+"""The EXIF tag; from 2 to 8 an image is to be turned or mirrored."""
 
 
 class Packable(NamedTuple):
@@ -48,48 +50,51 @@ def packable(data: bytes, extension: str, size: int | None = None) -> Packable:
 
 def _pixels(data: bytes, extension: str) -> tuple[np.ndarray, str]:
     """Upright RGB, and what had to be done beside decoding."""
+    if not data:
+        raise ValueError("it is empty")
     if data.startswith(NPY):
         return decode(data, "npy"), ""
-    if data.startswith(JPEG) and b"Exif\0\0" not in data[: 2**16]:
+    if data.startswith(JPEG) and (b"Exif\0\0" not in data[: 2**16] or _orientation(data) == UPRIGHT):
         try:
             return decode(data, "jpg"), ""
         except ValueError:
-            pass  # Pillow reads what its maker calls a JPEG, or says what is wrong with it
+            pass  # Pillow reads more, or says what is wrong with it
     return _by_pillow(data, extension)
+
+
+def _orientation(data: bytes) -> int:
+    """Of a JPEG, by its EXIF; upright where it has none that can be read."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            number = int(image.getexif().get(ORIENTATION, UPRIGHT))
+    except (OSError, ValueError, TypeError, SyntaxError):
+        return UPRIGHT
+    return number if UPRIGHT < number <= 8 else UPRIGHT
 
 
 def _by_pillow(data: bytes, extension: str) -> tuple[np.ndarray, str]:
     from PIL import Image, ImageOps
 
-    if not data:
-        raise ValueError("it is empty")
     kind = "JPEG" if data.startswith(JPEG) else "image"
     try:
         with Image.open(io.BytesIO(data)) as image:
             kind = f"{image.format} of mode {image.mode}"
             check_size(image.height, image.width)
-            orientation = image.getexif().get(0x0112, 1)
-            pixels = _eight_bits(ImageOps.exif_transpose(image) if orientation in range(2, 9) else image)
+            turned = image.getexif().get(ORIENTATION) in range(UPRIGHT + 1, 9)
+            pixels = _eight_bits(ImageOps.exif_transpose(image) if turned else image)
     except Image.UnidentifiedImageError:
         raise ValueError(f"no image: it begins with {data[:8]!r}") from None
     except (OSError, ValueError, SyntaxError, IndexError, Image.DecompressionBombError) as error:
         raise ValueError(f"unreadable {kind} ({error})") from None
-    if orientation in range(2, 9):
+    if turned:
         return pixels, "turned as its EXIF says"
     if getattr(image, "n_frames", 1) > 1:
         return pixels, "first frame taken"
     if image.mode.startswith("I"):
         return pixels, "brought from 16 bits to 8"
-    strict = data.startswith(JPEG) and image.mode in ("RGB", "L") and _decodes(data)
-    return pixels, "" if extension == "npy" or strict else f"made a JPEG of RGB ({kind})"
-
-
-def _decodes(data: bytes) -> bool:
-    try:
-        decode(data, "jpg")
-    except ValueError:
-        return False
-    return True
+    return pixels, f"made a JPEG of RGB ({kind})" if extension == "jpg" else ""
 
 
 def _eight_bits(image) -> np.ndarray:  # type: ignore[no-untyped-def]

@@ -254,8 +254,8 @@ def _tar_of(source: Source, planned: Planned, size: int | None) -> tuple[bytearr
         folds = 0 if listing.folds is None else int(listing.folds[index])
         try:
             image = packable(source.read(planned.split, index), extension, size)
-        except ValueError as error:
-            collected.bad[source.name(planned.split, index)] = str(error)
+        except (ValueError, OSError) as error:
+            collected.bad[source.name(planned.split, index)] = getattr(error, "strerror", None) or str(error)
             continue
         try:
             collected.add(sample, len(tar) + BLOCK, image.data, image.pixels, label, folds)

@@ -107,6 +107,18 @@ def test_a_test_folder_without_classes_is_passed_over_and_a_part_held_out(tree):
     assert "5 images beside the splits: test/ 5" in source.described
 
 
+def test_a_part_to_test_on_is_refused_where_there_is_a_test_split(tree, user_error):
+    root = tree({f"{split}/{c}/0.jpg": (0,) for split in ("train", "val") for c in "ab"})
+    with user_error("--test-fraction 0.2", "has a test split, val/"):
+        _ = ImageFolder(root, test_fraction=0.2).splits
+
+
+def test_names_that_are_no_text_are_told_so_that_they_can_be_printed(tree):
+    root = tree({f"{split}/{c}/0.jpg": (0,) for split in ("train", "val") for c in "ab"})
+    (root / "train/a" / os.fsdecode(b"\xff.txt")).write_bytes(b"")
+    assert "\\udcff.txt" in ImageFolder(root).described.encode().decode()
+
+
 def test_links_are_followed_but_not_in_circles(tree):
     root = tree({"train/a/0.jpg": (0,), "test/a/0.jpg": (0,), "../store/more/1.jpg": (1,), "../store/2.jpg": (2,)})
     store = (root / "../store").resolve()
@@ -115,10 +127,11 @@ def test_links_are_followed_but_not_in_circles(tree):
     (root / "train/b").symlink_to(store / "more")
     (root / "train/a/round").symlink_to(root / "train")
     (root / "train/a/gone.jpg").symlink_to("/nowhere/gone.jpg")
+    os.mkfifo(root / "train/a/pipe.jpg")
     source = ImageFolder(root)
     assert source.splits["train"].keys == ["a_0", "a_2", "a_more_1", "b_1"]
     assert "1 links to a folder that they lie in: train/a/round" in source.described
-    assert "1 links to nothing: train/a/gone.jpg" in source.described
+    assert "2 links to nothing, or no plain files: train/a/gone.jpg, train/a/pipe.jpg" in source.described
 
 
 def test_a_class_has_one_name_in_whatever_unicode_form_it_is_written(tree):

@@ -26,12 +26,21 @@ def with_orientation(number):
     return encoded(SMOOTH, "JPEG", exif=exif, quality=95)
 
 
+def several_pictures():
+    file = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 1
+    Image.fromarray(SMOOTH).save(file, "MPO", save_all=True, append_images=[Image.fromarray(SEEN)], exif=exif)
+    return file.getvalue()
+
+
 def test_an_upright_jpeg_stays_as_it_is():
     for data in (
         encoded(SEEN, "JPEG"),
         encoded(SEEN[..., 0], "JPEG"),
         with_orientation(1),
         encoded(SEEN, "JPEG") + b"more",
+        several_pictures(),
     ):
         image = packable(data, "jpg")
         assert (image.data, image.changed) == (data, "")

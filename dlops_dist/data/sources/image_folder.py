@@ -23,6 +23,7 @@ LONGEST_KEY = 80
 SPLITS = {"train": ("train", "training"), "test": ("test", "val", "valid", "validation")}
 """Folders that a split may lie in, in any case; of several, the first is taken."""
 SPLIT_WORDS = tuple(word for words in SPLITS.values() for word in words)
+TEST_FRACTION = 0.1
 NAMED = 3
 """Of what is passed over for one reason, and of the classes, so many are named."""
 
@@ -45,11 +46,12 @@ class ImageFolder:
     Args:
         path: the root.
         num_classes: only the first so many classes.
-        test_fraction: part of each class that becomes the test split where the tree has none.
+        test_fraction: part of each class that becomes the test split of a tree that has none; by default a tenth.
     """
 
-    def __init__(self, path: Path, num_classes: int | None = None, test_fraction: float = 0.1) -> None:
-        self.path, self.num_classes, self.test_fraction = path, num_classes, test_fraction
+    def __init__(self, path: Path, num_classes: int | None = None, test_fraction: float | None = None) -> None:
+        self.path, self.num_classes, self._asked_for = path, num_classes, test_fraction
+        self.test_fraction = TEST_FRACTION if test_fraction is None else test_fraction
         if not path.is_dir():
             raise UserError(f"{path} is not a folder; unpack an archive first")
 
@@ -87,7 +89,8 @@ class ImageFolder:
         folders = {split: self._class_folders(root) for split, root in self._roots.items()}
         names, train = sorted(folders["train"]), self._roots["train"]
         if not names:
-            raise UserError(f"{self.path / train} has no folders of classes in it")
+            endings = ", ".join((*JPEG, *OTHERS))
+            raise UserError(f"{self.path / train} has no folders of classes in it, with images ({endings})")
         if (odd := next((name for name in names if not name.isprintable()), None)) is not None:
             raise UserError(f"{self.path / train}: the folder {odd!r} has a name that is not text; rename it")
         if len(names) == 1 and len(self._folders_in(only := train / folders["train"][names[0]])) > 1:
@@ -131,6 +134,8 @@ class ImageFolder:
             paths, labels = files["train"]
             for split, ids in zip(("train", "test"), hold_out(labels, self.test_fraction), strict=True):
                 files[split] = [paths[i] for i in ids], labels[ids]
+        elif self._asked_for is not None:
+            raise UserError(f"--test-fraction {self._asked_for}: {self.path} has a test split, {self._roots['test']}/")
         if self.test_fraction and not files["test"][0]:
             raise UserError(f"{self.path} has too few images to hold {self.test_fraction:.0%} of each class out for a "
                             f"test; add a folder 'test' to it, or raise --test-fraction")  # fmt: skip
@@ -192,11 +197,11 @@ class ImageFolder:
             if path not in used:
                 root = next((r for r in self._roots.values() if path.parts[: len(r.parts)] == r.parts), None)
                 if root is None:
-                    images["beside the splits"][path.parts[0]] += 1
+                    images["beside the splits"][_shown(PurePath(path.parts[0]))] += 1
                 elif len(path.parts) <= len(root.parts) + 1:
-                    images["outside of the folders of classes"][str(path.parent)] += 1
+                    images["outside of the folders of classes"][_shown(path.parent)] += 1
                 else:
-                    images["of further classes"][str(path.parent)] += 1
+                    images["of further classes"][_shown(path.parent)] += 1
         for why, places in images.items():
             yield f"{places.total():,} images {why}: {_first([f'{place}/ {n:,}' for place, n in places.items()])}"
         for why, names in self._tree.others.items():
@@ -207,7 +212,7 @@ def _tree_of(root: Path) -> Tree:
     tree = Tree([], defaultdict(list))
     for path, why in _walk(root, PurePath(), (os.path.realpath(root),)):
         if why:
-            tree.others[why].append(str(path))
+            tree.others[why].append(_shown(path))
         else:
             tree.images.append(path)
     tree.images.sort()
@@ -229,8 +234,8 @@ def _walk(root: Path, inside: PurePath, above: tuple[str, ...]) -> Iterator[tupl
                 yield below, why
             if not some:
                 yield path, "folders without an image"
-        elif not Path(entry.path).exists():
-            yield path, "links to nothing"
+        elif not entry.is_file():
+            yield path, "links to nothing, or no plain files"
         else:
             yield path, "" if path.suffix.lower() in (*JPEG, *OTHERS) else "no images by their endings"
 
@@ -241,6 +246,10 @@ def _key(path: PurePath) -> str:
         digest = hashlib.sha256(key.encode()).hexdigest()[:16]
         key = key.encode()[: LONGEST_KEY - 20].decode(errors="ignore") + digest
     return key
+
+
+def _shown(path: PurePath) -> str:
+    return str(path) if str(path).isprintable() else repr(str(path))
 
 
 def _first(names: list[str]) -> str:
