@@ -8,7 +8,7 @@ python -m dlops_dist.evaluate runs/NAME --data.shards shards/other
 
 import argparse
 import sys
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from dlops_dist.errors import OneLineParser, UserError, exit_code_of
@@ -24,6 +24,7 @@ def main() -> None:
     arguments = parser.parse_args()
     figures, epoch = evaluate_run(arguments.run, arguments.shards, arguments.split)
 
+    from dlops_dist.engine.run_folder import RunFolder
     from dlops_dist.tracking import test_figures
 
     for name, value in figures.items():
@@ -35,7 +36,7 @@ def main() -> None:
         else:
             print(f"{name}: {'-' if value is None else repr(value)}")
     row = {f"test/{name}": value for name, value in figures.items()}
-    print(f"result: {PurePath(arguments.run).name} at epoch {epoch:g}, {arguments.split}: {test_figures(row)}")
+    print(f"result: {RunFolder(arguments.run).name} at epoch {epoch:g}, {arguments.split}: {test_figures(row)}")
 
 
 def evaluate_run(run: str, shards: Path | None = None, split_name: str = "test") -> tuple[dict[str, Any], float]:

@@ -3,17 +3,20 @@
     python -m dlops_dist.report runs/A runs/B      one table of all, and report/curves.png in each run's folder
     python -m dlops_dist.report runs/SWEEP         its ranking, what each parameter had to do with it, and plots of both
 
-Beside our figures stand those that the original study reported, never adjusted to one another: its metrics are
-loosely defined.
+Beside figures of the study's own data stand those that it reported after its 10 epochs, never adjusted to one another:
+its metrics are loosely defined.
 """
 
 import argparse
 import sys
-from pathlib import Path, PurePath
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dlops_dist.errors import OneLineParser, UserError, exit_code_of
 from dlops_dist.files import Folder
+
+Rows = list[dict[str, Any]]
 
 STUDY = {
     "ce": {"train/loss": 0.12, "train/top1": 0.7225, "test/loss": 1.567, "test/top5": 0.5936},
@@ -23,6 +26,9 @@ STUDY = {
 }
 STUDY_CLASSES = (0.5123, 0.8234, 0.0345, 0.4456, 0.0789, 0.7734, 0.1528, 0.6556, 0.5512)
 """q2's class-wise test accuracies, classes 1 to 9: the study names no tenth."""
+STUDY_DATA = {"q1": ("tiny-imagenet", 200), "q2": ("stl10", 10)}
+"""What the study trained each task on, and how many classes that has."""
+BESIDE = "original study, 10 epochs"
 COLUMNS = {
     "train/loss": "train loss", "train/top1": "train top-1", "test/loss": "test loss", "test/top1": "test top-1",
     "test/top5": "test top-5", "test/nearest_center": "nearest centre", "test/recall_at_1": "Recall@1",
@@ -42,38 +48,65 @@ def main() -> None:
     from dlops_dist.sweep.summary import summarize
 
     console = Console(width=160 if not sys.stdout.isatty() else None)
-    sweeps = {place: SweepFolder(Path(place)) for place in given if SweepFolder(Path(place)).is_sweep()}
-    for folder in sweeps.values():
+    sweeps = [folder for place in given if (folder := SweepFolder(Path(place).absolute())).is_sweep()]
+    for folder in sweeps:
         summarize(folder, console)
-    loaded = {place: load(place) for place in given if place not in sweeps}
-    if loaded:
-        report_runs(loaded, console)
+    runs = [load(place) for place in given if not SweepFolder(Path(place)).is_sweep()]
+    if runs:
+        report_runs(runs, console)
 
 
-def report_runs(loaded: dict[str, tuple[str, list[dict[str, Any]]]], console: Any) -> None:
+@dataclass(frozen=True)
+class Reported:
+    """A run with at least one epoch."""
+
+    place: str
+    name: str
+    variant: str
+    rows: Rows
+    of_the_study: str | None
+    """Which of the study's figures are of the same data; None where none are."""
+
+
+def report_runs(runs: list[Reported], console: Any) -> None:
     """Print the results of runs side by side, and draw each run's curves."""
-    console.print(table(loaded))
-    stacked = {path: rows for path, (variant, rows) in loaded.items() if variant not in STUDY}
+    console.print(table(runs))
+    stacked = [run for run in runs if run.variant not in STUDY]
     if stacked:
         console.print(class_table(stacked))
-    for path, (_, rows) in loaded.items():
-        print(f"curves: {plot_curves(path, rows)}")
+    for run in runs:
+        print(f"curves: {plot_curves(run)}")
 
 
-def load(run: str) -> tuple[str, list[dict[str, Any]]]:
-    """Variant and rows of metrics of a run with at least one epoch."""
+def load(place: str) -> Reported:
+    """A run, by its folder."""
     from dlops_dist.engine.run_folder import RunFolder
 
-    folder = RunFolder(run)
-    _, settings = folder.settings()
+    folder = RunFolder(place)
+    task, settings = folder.settings()
     rows = folder.rows()
     if not rows:
-        raise UserError(f"{run} has no finished epoch yet")
-    return settings.variant, rows
+        raise UserError(f"{place} has no finished epoch yet")
+    figures = settings.variant if settings.variant in STUDY else "q2"
+    same_data = is_of_the_study(task, Path(settings.data.shards), rows)
+    return Reported(place, folder.name, settings.variant, rows, figures if same_data else None)
 
 
-def table(runs: dict[str, tuple[str, list[dict[str, Any]]]]) -> Any:
-    """The result of each run, and the study's figures of the losses that occur."""
+def is_of_the_study(task: str, shards: Path, rows: Rows) -> bool:
+    """Whether a run's shards, where they are still there, hold all of the study's dataset, in its own size."""
+    from dlops_dist.data.shards import read_manifest
+
+    try:
+        manifest = read_manifest(shards)
+    except UserError:
+        return False
+    whole = manifest.packing.get("limit") is None and manifest.packing.get("size") is None
+    judged = {len(row["test/top1_by_class"]) for row in rows if "test/top1_by_class" in row}
+    return whole and {(manifest.dataset, n) for n in judged | {len(manifest.classes)}} == {STUDY_DATA[task]}
+
+
+def table(runs: list[Reported]) -> Any:
+    """The result of each run, and the study's figures where they are of the same data and loss."""
     from rich.table import Table
 
     from dlops_dist.engine.run_folder import result_row
@@ -82,53 +115,55 @@ def table(runs: dict[str, tuple[str, list[dict[str, Any]]]]) -> Any:
     result = Table(title="result of each run")
     for column in ("run", "loss", "epoch", *COLUMNS.values()):
         result.add_column(column, justify="left" if column in ("run", "loss") else "right")
-    for path, (variant, rows) in runs.items():
-        row = result_row(rows)
-        result.add_row(PurePath(path).name, variant, str(row["epoch"]), *(figure(row, name) for name in COLUMNS))
-    for task in dict.fromkeys(variant if variant in STUDY else "q2" for variant, _ in runs.values()):
-        result.add_row("original study", task, "10", *(figure(STUDY[task], name) for name in COLUMNS), style="dim")
+    for run in runs:
+        row = result_row(run.rows)
+        result.add_row(run.name, run.variant, str(row["epoch"]), *(figure(row, name) for name in COLUMNS))
+    for task in dict.fromkeys(run.of_the_study for run in runs if run.of_the_study):
+        result.add_row(BESIDE, task, "10", *(figure(STUDY[task], name) for name in COLUMNS), style="dim")
     return result
 
 
-def class_table(runs: dict[str, list[dict[str, Any]]]) -> Any:
-    """Class-wise test accuracies of q2's runs, and the study's."""
+def class_table(runs: list[Reported]) -> Any:
+    """Class-wise test accuracies of q2's runs, and the study's beside those of the same data."""
     from rich.table import Table
 
     from dlops_dist.engine.run_folder import result_row
 
-    by_class = {PurePath(path).name: result_row(rows).get("test/top1_by_class", []) for path, rows in runs.items()}
+    by_class = {run.name: result_row(run.rows).get("test/top1_by_class", []) for run in runs}
+    if any(run.of_the_study for run in runs):
+        by_class[BESIDE] = list(STUDY_CLASSES)
     result = Table("run", title="test top-1 of each class, %")
-    for number in range(max(len(STUDY_CLASSES), *map(len, by_class.values()))):
+    for number in range(max(map(len, by_class.values()))):
         result.add_column(str(number + 1), justify="right")
     for name, accuracies in by_class.items():
-        result.add_row(name, *("-" if value is None else f"{100 * value:.1f}" for value in accuracies))
-    result.add_row("original study", *(f"{100 * value:.1f}" for value in STUDY_CLASSES), style="dim")
+        shown = ("-" if value is None else f"{100 * value:.1f}" for value in accuracies)
+        result.add_row(name, *shown, style="dim" if name == BESIDE else None)
     return result
 
 
-def plot_curves(run: str, rows: list[dict[str, Any]]) -> str:
+def plot_curves(run: Reported) -> str:
     """Loss and accuracy of each epoch, train and test; each class's test accuracy; q2's reconstruction errors."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    pretrained = [row for row in rows if "train/top1" not in row]
-    classified = rows[len(pretrained) :]
+    pretrained = [row for row in run.rows if "train/top1" not in row]
+    classified = run.rows[len(pretrained) :]
     panels = [_plot_errors] * bool(pretrained) + [_plot_loss, _plot_accuracy, _plot_classes] * bool(classified)
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), layout="constrained", squeeze=False)
     for panel, plot in zip(axes[0], panels, strict=True):
         plot(panel, pretrained if plot is _plot_errors else classified)
         panel.grid(alpha=0.3)
-    figure.suptitle(PurePath(run).name)
-    report = Folder(run) / "report"
+    figure.suptitle(run.name)
+    report = Folder(run.place) / "report"
     with report.as_path() as folder:
         figure.savefig(folder / "curves.png", dpi=100)
     plt.close(figure)
     return str(report / "curves.png")
 
 
-def _plot_errors(axes: Any, rows: list[dict[str, Any]]) -> None:
+def _plot_errors(axes: Any, rows: Rows) -> None:
     for stage in dict.fromkeys(row["stage"] for row in rows):
         own = [row for row in rows if row["stage"] == stage]
         axes.plot([row["epoch"] for row in own], [row["test/loss"] for row in own], marker=".", label=stage)
@@ -136,14 +171,14 @@ def _plot_errors(axes: Any, rows: list[dict[str, Any]]) -> None:
     axes.legend()
 
 
-def _plot_loss(axes: Any, rows: list[dict[str, Any]]) -> None:
+def _plot_loss(axes: Any, rows: Rows) -> None:
     for split in _splits(rows):
         axes.plot([row["epoch"] for row in rows], [row[f"{split}/loss"] for row in rows], marker=".", label=split)
     axes.set(title="Loss", xlabel="epoch", ylabel="loss")
     axes.legend()
 
 
-def _plot_accuracy(axes: Any, rows: list[dict[str, Any]]) -> None:
+def _plot_accuracy(axes: Any, rows: Rows) -> None:
     epochs = [row["epoch"] for row in rows]
     for split in _splits(rows):
         axes.plot(epochs, [100 * row[f"{split}/top1"] for row in rows], marker=".", label=f"{split} top-1")
@@ -152,13 +187,13 @@ def _plot_accuracy(axes: Any, rows: list[dict[str, Any]]) -> None:
     axes.legend()
 
 
-def _plot_classes(axes: Any, rows: list[dict[str, Any]]) -> None:
+def _plot_classes(axes: Any, rows: Rows) -> None:
     by_class = sorted((100 * (value or 0) for value in rows[-1]["test/top1_by_class"]), reverse=True)
     axes.bar(range(len(by_class)), by_class, width=1.0)
     axes.set(title="Test top-1 of each class, best first", xlabel="class", ylabel="%")
 
 
-def _splits(rows: list[dict[str, Any]]) -> list[str]:
+def _splits(rows: Rows) -> list[str]:
     return [split for split in ("train", "val", "test") if f"{split}/loss" in rows[0]]
 
 

@@ -61,7 +61,7 @@ def run(task: str, settings: Settings, console: Any) -> list[dict[str, Any]]:
     folder = RunFolder.of(settings)
     with folder.locked():
         folder.create(task, settings)
-        if folder.finished_row(settings, read_manifest(Path(settings.data.shards))) is not None:
+        if folder.finished_row(settings, read_manifest(Path(settings.data.shards)), console.warn) is not None:
             console.say(f"run {folder} is complete; another --name trains anew")
         elif settings.local:
             from dlops_dist.data.memory import keep_freed_memory

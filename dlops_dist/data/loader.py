@@ -40,6 +40,11 @@ def largest_class(batches: Iterable[Batch]) -> int:
     return int(np.unique(labels, return_counts=True)[1].max(initial=0))
 
 
+def has_triplet(labels: Ids) -> bool:
+    """Whether samples of these labels hold an anchor with a positive and a negative."""
+    return bool(1 < np.unique(labels, return_counts=True)[1].max(initial=0) < len(labels))
+
+
 class TrainingOrder:
     """The global batches of every epoch of a run: a pure function of its arguments.
 

@@ -1,5 +1,6 @@
 """The checkpoints of a run: copied between two steps, written beside the next ones, checked when they are read."""
 
+import re
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,7 +13,8 @@ from torch import Tensor
 from dlops_dist.errors import RunError, first_line
 from dlops_dist.files import Folder
 
-PREFIX, SUFFIX = "step-", ".pt"
+ANEW = "remove the run's folder to train anew, or choose another --name"
+FILE = re.compile(r"step-(\d{9,})\.pt")
 
 
 class Checkpoints:
@@ -31,8 +33,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Of the checkpoints that are there, ascending."""
-        names = [name for name in self._folder.names() if name.startswith(PREFIX) and name.endswith(SUFFIX)]
-        return [int(name.removeprefix(PREFIX).removesuffix(SUFFIX)) for name in names]
+        return sorted(int(found[1]) for found in map(FILE.fullmatch, self._folder.names()) if found)
 
     def name(self, step: int) -> str:
         """What a person is told of the file."""
@@ -99,7 +100,7 @@ class Checkpoints:
             except RunError as error:
                 warn(f"{error}; going back to the one before")
         if steps:
-            raise RunError(f"{self._folder}: none of the checkpoints can be read; delete them to start anew")
+            raise RunError(f"{self._folder}: none of the checkpoints can be read; {ANEW}")
         return None
 
     def _write(self, step: int, state: dict[str, Any], also_kept: int | None) -> None:
@@ -111,7 +112,7 @@ class Checkpoints:
 
 
 def _file(step: int) -> str:
-    return f"{PREFIX}{step:09d}{SUFFIX}"
+    return f"step-{step:09d}.pt"
 
 
 def _copied(tree: Any, memory: Any) -> Any:

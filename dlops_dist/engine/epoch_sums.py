@@ -45,17 +45,22 @@ class EpochSums(RankSums):
         """`like` has the shape (C, D), type and device of a head."""
         num_classes, embedding_dim = like.shape
         self._losses = losses
-        self.counts = like.new_zeros(3 + len(losses), dtype=torch.float64)
-        """Samples, top-1, top-5, then each loss summed over samples."""
+        self.counts = like.new_zeros(4 + len(losses), dtype=torch.float64)
+        """Samples, top-1, top-5, samples of steps without a triplet, then each loss summed over samples."""
         self.by_class = like.new_zeros(num_classes, 1 + embedding_dim)
         """Samples and summed embeddings of each class."""
         self.unit = like.new_zeros(embedding_dim, dtype=torch.float64)
         """Summed embeddings of length 1."""
         super().__init__(counts=self.counts, by_class=self.by_class, unit=self.unit)
 
-    def add_losses(self, losses: Tensor, num_samples: int) -> None:
-        """Means of a step's losses, in the order of their names, and how many of its samples are this rank's."""
-        self.counts[3:].add_(losses, alpha=num_samples)
+    def add_losses(self, losses: Tensor, num_samples: int, has_triplet: bool) -> None:
+        """Means of a step's losses, in the order of their names, and how many of its samples are this rank's.
+
+        Where the global batch has no triplet, the loss of triplets is 0 and says nothing.
+        """
+        self.counts[4:].add_(losses, alpha=num_samples)
+        if not has_triplet:
+            self.counts[3] += num_samples
 
     def add(self, embeddings: Tensor, logits: Tensor, labels: Tensor) -> None:
         """This rank's samples of a step."""
@@ -71,10 +76,16 @@ class EpochSums(RankSums):
         samples, top1 = self.counts[:2].tolist()
         return top1 / samples
 
-    def metrics(self, total: dict[str, Tensor]) -> dict[str, float]:
-        """Means over the epoch: accuracies of the head, each loss, spread of the embeddings' directions in [0, 1]."""
-        samples, top1, top5, *losses = total["counts"].tolist()
+    def metrics(self, total: dict[str, Tensor]) -> dict[str, float | None]:
+        """Means over the epoch: accuracies of the head, each loss, spread of the embeddings' directions in [0, 1].
+
+        That of the triplet loss is over the steps with a triplet; None where there were none.
+        """
+        samples, top1, top5, without_triplet, *losses = total["counts"].tolist()
         direction = (total["unit"] / samples).square().sum().item()
-        return {"top1": top1 / samples, "top5": top5 / samples, "embedding_spread": 1 - direction} | {
-            name: loss / samples for name, loss in zip(self._losses, losses, strict=True)
+        figures = {"top1": top1 / samples, "top5": top5 / samples, "embedding_spread": 1 - direction}
+        judged = [samples - without_triplet * (name == "triplet") for name in self._losses]
+        return figures | {
+            name: loss / number if number else None
+            for name, loss, number in zip(self._losses, losses, judged, strict=True)
         }

@@ -21,7 +21,7 @@ from dlops_dist.engine.device import default_device, memory_errors_explained, us
 from dlops_dist.engine.events import EpochEnded, Event, Finished, Listener, Started, Stepped, Told, Warned
 from dlops_dist.engine.numerics import set_numerics
 from dlops_dist.engine.q2 import q2_stages
-from dlops_dist.engine.run_folder import METRICS, RunFolder
+from dlops_dist.engine.run_folder import RunFolder, rows_before
 from dlops_dist.engine.stages import Classification, Samples, Span, Stage, StageLearner, named, spans_of
 from dlops_dist.errors import RunError, UserError
 from dlops_dist.files import is_url
@@ -132,13 +132,9 @@ class _Fit:
         self._enter(first, state)
         if rank() == 0:
             self._check_room()
-            self.folder.keep_rows(step)
-            finished, rows = int(self.span.epoch_of(step)), len(self.folder.rows())
-            if rows != finished:
-                where = f"{self.folder}/{METRICS} has {rows} of {finished} finished epochs"
-                raise RunError(f"{where}; put the others back, or choose another --name")
+            self.folder.restore_rows(state, warn=lambda text: self._tell(Warned(text)))
         self._tell(self._started(step))
-        row = self.folder.rows()[-1] if step == self.span.end_step else {}
+        row = rows_before(state)[-1] if step == self.span.end_step else {}
         for index in range(first, len(self.stages)):
             if index > first:
                 self._enter(index, None)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -10,7 +11,7 @@ from dlops_dist.config import Q1, Settings
 from dlops_dist.data.augment import Augmenter, Normalize
 from dlops_dist.data.draws import uniform
 from dlops_dist.data.keys import key
-from dlops_dist.data.loader import Batch, largest_class
+from dlops_dist.data.loader import Batch, has_triplet, largest_class
 from dlops_dist.data.order import part_sizes, rank_part
 from dlops_dist.distributed.collectives import all_sum, gather, rank, world_size
 from dlops_dist.distributed.norm import (
@@ -133,7 +134,8 @@ class Learner:
         if self.loss.center is not None:
             update_centers(self.loss.center, embeddings, labels, [sum(parts) for parts in zip(*sizes, strict=True)])
         losses = torch.stack([values[name] for name in self.loss.weights])
-        self.sums.add_losses(losses, len(labels))
+        everyones = [batch.host_labels for batch in micro_batches]
+        self.sums.add_losses(losses, len(labels), triplet is None or has_triplet(np.concatenate(everyones)))
         self._count(embeddings, logits, labels)
         return (losses * self._weights).sum()
 

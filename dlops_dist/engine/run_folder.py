@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -12,13 +12,16 @@ import yaml
 from dlops_dist.command_line import parse_yaml
 from dlops_dist.config import TASKS, Settings, result_settings
 from dlops_dist.data.locks import locked
-from dlops_dist.data.shards import Manifest
-from dlops_dist.engine.checkpoints import Checkpoints
+from dlops_dist.data.shards import Manifest, read_manifest
+from dlops_dist.engine.checkpoints import ANEW, Checkpoints
 from dlops_dist.errors import RunError, UserError
 from dlops_dist.files import Folder
 
-FORMAT = 2
+FORMAT = 3
 CONFIG, METRICS = "config.yaml", "metrics.jsonl"
+CPU = torch.device("cpu")
+EXTENDABLE = ("constant", "step")
+"""Schedules by which a step's learning rate does not depend on how many are to come."""
 
 
 class RunFolder:
@@ -32,6 +35,8 @@ class RunFolder:
     def __init__(self, place: str | Path, kept: int = 2) -> None:
         self.folder = Folder(place)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", kept)
+        self._trained: list[dict[str, Any]] = []
+        """Rows of the run that is being trained here: those of its checkpoint, and what followed."""
 
     @classmethod
     def of(cls, settings: Settings) -> "RunFolder":
@@ -41,13 +46,32 @@ class RunFolder:
     def __str__(self) -> str:
         return str(self.folder)
 
+    @property
+    def name(self) -> str:
+        """What the run is called where it lies now."""
+        local = self.folder.local
+        return PurePath(str(self)).name if local is None else local.absolute().name
+
     def create(self, task: str, settings: Settings) -> None:
-        """Make the folder, or check that the one that is there belongs to the same settings."""
-        if METRICS in self.folder.names() or self.checkpoints.steps():
-            _, existing = self.settings()
-            refuse_other_settings(self, result_settings(existing), result_settings(settings))
+        """Make the folder, or check that the run in it can go on with these settings; its config then tells them.
+
+        A run may have been moved or renamed, and its config been lost: what it was started with is in its checkpoints.
+        """
+        text = yaml.safe_dump({"task": task, **settings.model_dump()}, sort_keys=False).encode()
+        config = self._read(CONFIG)
+        if not self.checkpoints.steps() and (rows := self.rows()):
+            if config is None or len(rows) > 1:  # a single row may wait for a checkpoint that was never written
+                raise UserError(
+                    f"{self} has rows of {len(rows)} epochs in {METRICS}, but no checkpoint to go on from; put "
+                    f"checkpoints/ back, {ANEW}"
+                )
+            self._refuse_other_settings(result_settings(self.settings()[1]), settings)
+        if config == text:
             return
-        self.folder.write_text(CONFIG, yaml.safe_dump({"task": task, **settings.model_dump()}, sort_keys=False))
+        state = self.checkpoints.latest(CPU, warn=lambda _: None)  # whoever goes on from it warns
+        if state is not None:
+            self._check(state, settings, read_manifest(Path(settings.data.shards)).id)
+        self.folder.write(CONFIG, lambda file: file.write(text))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -64,65 +88,76 @@ class RunFolder:
             yield
 
     def settings(self) -> tuple[str, Settings]:
-        """Task and settings that the run was started with."""
-        where = self.folder / CONFIG
-        try:
-            with self.folder.open(CONFIG) as file:
-                values = parse_yaml(str(where), file.read())
-        except FileNotFoundError:
-            raise UserError(f"{self} is not a run: no {CONFIG} in it") from None
+        """Task and settings that the run was trained with last."""
+        where, content = self.folder / CONFIG, self._read(CONFIG)
+        if content is None:
+            advice = "; the command that trained it writes it again" if self.checkpoints.steps() else ""
+            raise UserError(f"{self} is not a run: no {CONFIG} in it{advice}")
+        values = parse_yaml(str(where), content)
         task = values.pop("task", None)
         if task not in TASKS:
             raise UserError(f"{where}: task {task!r} is none of {', '.join(TASKS)}")
         return task, TASKS[task](**values)
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row of metrics for each epoch."""
+        """One row of metrics for each epoch; those of the latest checkpoint, where the file is damaged or missing."""
+        content, damage = self._read(METRICS), ""
         try:
-            with self.folder.open(METRICS) as file:
-                lines = file.read().splitlines()
-        except FileNotFoundError:
-            return []
-        rows = []
-        for number, line in enumerate(lines, 1):
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                where = f"{self.folder / METRICS}: line {number}"
-                raise RunError(f"{where} is damaged; choose another --name") from None
-        return rows
+            if content:
+                return _parsed(content)
+        except ValueError as error:
+            damage = str(error)
+        state = self.checkpoints.latest(CPU, warn=lambda _: None)
+        if state is not None:
+            self._check_format(state)
+            return rows_before(state)
+        if damage:
+            where = f"{self.folder / METRICS}: {damage}, and no checkpoint holds its rows"
+            raise RunError(f"{where}; {ANEW}")
+        return []
 
-    def finished_row(self, settings: Settings, manifest: Manifest) -> dict[str, Any] | None:
+    def finished_row(
+        self, settings: Settings, manifest: Manifest, warn: Callable[[str], None] = lambda _: None
+    ) -> dict[str, Any] | None:
         """The last row of a run whose last checkpoint is that of its last epoch; refuses what `load` refuses."""
-        rows, steps = self.rows(), self.checkpoints.steps()
-        if (
-            not rows
-            or rows[-1]["epoch"] < settings.total_epochs(manifest.num_folds)
-            or steps[-1:] != [rows[-1]["step"]]
-        ):
-            return None
+        steps = self.checkpoints.steps()
         try:
-            state = self.checkpoints.load(steps[-1], torch.device("cpu"))
+            state = self.checkpoints.load(steps[-1], CPU) if steps else None
         except RunError:  # damaged: going on from the one before finishes the run again
             return None
+        if state is None:
+            return None
         self._check(state, settings, manifest.id)
-        return rows[-1]
+        if state["epoch"] < settings.total_epochs(manifest.num_folds):
+            return None
+        self.restore_rows(state, warn)
+        return rows_before(state)[-1]
 
-    def keep_rows(self, last_step: int) -> None:
-        """Drop the rows that are later than the checkpoint that the run goes on from."""
-        rows = self.rows()
-        if rows and rows[-1]["step"] > last_step:
-            self._write_rows([row for row in rows if row["step"] <= last_step])
+    def restore_rows(self, state: dict[str, Any] | None, warn: Callable[[str], None]) -> None:
+        """Let metrics.jsonl hold the rows before the checkpoint that the run goes on from, and no others."""
+        self._trained = rows_before(state)
+        there, text = self._read(METRICS) or b"", _text(self._trained).encode()
+        if there != text:
+            self.folder.write(METRICS, lambda file: file.write(text))
+            where, later = self.folder / METRICS, len(there.removeprefix(text).splitlines())
+            if there.startswith(text):
+                warn(f"{where}: its last {later} rows are in no checkpoint; the run goes on from before them")
+            else:
+                warn(f"{where} was missing or damaged; its {len(self._trained)} rows are those of the checkpoint")
 
     def add_row(self, row: dict[str, Any]) -> None:
-        self._write_rows([*self.rows(), row])
+        """That of an epoch whose checkpoint follows; the checkpoint before is safe by then."""
+        self.checkpoints.wait()
+        self._trained.append(row)
+        self.folder.write_text(METRICS, _text(self._trained))
 
     def save(self, settings: Settings, state: dict[str, Any]) -> None:
         """Write the checkpoint of state["step"], beside the steps that follow."""
         content = {
-            "format": FORMAT, "settings": result_settings(settings), "threads": torch.get_num_threads(), **state,
+            "format": FORMAT, "settings": result_settings(settings), "threads": torch.get_num_threads(),
+            "rows": _text(self._trained), **state,
         }  # fmt: skip
-        best = best_row(self.rows())
+        best = best_row(self._trained)
         self.checkpoints.save(state["step"], content, None if best is None else best["step"])
 
     def load(
@@ -136,29 +171,70 @@ class RunFolder:
 
     def result(self, device: torch.device, warn: Callable[[str], None]) -> dict[str, Any]:
         """The checkpoint that is the run's result: the best, where a part of train was held out, else the latest."""
-        best = best_row(self.rows())
-        if best is not None and best["step"] in self.checkpoints.steps():
-            state: dict[str, Any] | None = self.checkpoints.load(best["step"], device)
-        else:
-            state = self.checkpoints.latest(device, warn)
+        state = self.checkpoints.latest(device, warn)
         if state is None:
             raise UserError(f"{self} has no checkpoint yet; train it first")
-        self._check(state, self.settings()[1])
+        _, settings = self.settings()
+        self._check(state, settings)
+        best = best_row(rows_before(state))
+        if best is not None and best["step"] != state["step"]:
+            try:
+                state = self.checkpoints.load(best["step"], device)
+            except RunError as error:
+                warn(f"{error}; it is that of the best epoch, {best['epoch']}: the latest is taken in its place")
+            self._check(state, settings)
         return state
 
     def _check(self, state: dict[str, Any], settings: Settings, dataset_id: str | None = None) -> None:
-        if state.get("format") != FORMAT:
-            where = f"{self}: its checkpoints have format {state.get('format')}"
-            raise UserError(f"{where}, this version reads {FORMAT}; choose another --name")
-        refuse_other_settings(self, state["settings"], result_settings(settings))
+        self._check_format(state)
+        self._refuse_other_settings(state["settings"], settings)
         if dataset_id not in (None, state["dataset_id"]):
             raise UserError(
                 f"{self}: the run was trained on dataset {state['dataset_id'][:12]}, data.shards is now "
                 f"{str(dataset_id)[:12]}; choose another --name"
             )
 
-    def _write_rows(self, rows: Sequence[dict[str, Any]]) -> None:
-        self.folder.write_text(METRICS, "".join(json.dumps(row) + "\n" for row in rows))
+    def _check_format(self, state: dict[str, Any]) -> None:
+        if state.get("format") != FORMAT:
+            where = f"{self}: its checkpoints have format {state.get('format')}"
+            raise UserError(f"{where}, this version reads {FORMAT}; choose another --name")
+
+    def _refuse_other_settings(self, existing: dict[str, Any], settings: Settings) -> None:
+        """But for more epochs, where all that was trained would be the same with these from the start."""
+        wanted = result_settings(settings)
+        refuse_other_settings(self, existing, wanted, _hindrance(existing, wanted))
+
+    def _read(self, name: str) -> bytes | None:
+        """The content of a file; None where there is none."""
+        try:
+            with self.folder.open(name) as file:
+                return file.read()
+        except FileNotFoundError:
+            return None
+
+
+def rows_before(state: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The rows of the epochs before a checkpoint."""
+    return [] if state is None else _parsed(state["rows"].encode())
+
+
+def _text(rows: Sequence[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def _parsed(content: bytes) -> list[dict[str, Any]]:
+    """Raises ValueError: names the line that is not a row."""
+    rows = []
+    for number, line in enumerate(content.splitlines(), 1):
+        try:
+            row = json.loads(line)
+            whole = isinstance(row, dict) and {"epoch", "step"} <= row.keys()
+        except ValueError:
+            whole = False
+        if not whole:
+            raise ValueError(f"line {number} is damaged")
+        rows.append(row)
+    return rows
 
 
 def best_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
@@ -175,13 +251,36 @@ def result_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return best_row(rows) or rows[-1]
 
 
-def refuse_other_settings(where: object, existing: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Refuse to go on in a folder whose result comes from settings that are not those wanted."""
+def refuse_other_settings(
+    where: object, existing: dict[str, Any], wanted: dict[str, Any], more_epochs: str | None = "are another run"
+) -> None:
+    """Refuse to go on in a folder whose result comes from settings that are not those wanted.
+
+    Args:
+        more_epochs: why another number of epochs alone is refused, too; None where it is not.
+    """
     changed = [n for n in wanted if _plain(existing.get(n)) != _plain(wanted[n])]
+    if changed == ["epochs"] and more_epochs is None:
+        return
     if changed:
         shown = ", ".join(f"{n} {existing.get(n)} there, {wanted[n]} here" for n in changed[:3])
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        raise UserError(f"{where} was started with other settings ({shown}{more}); choose another --name")
+        why = f": {more_epochs}" if changed == ["epochs"] else ""
+        raise UserError(f"{where} was started with other settings ({shown}{more}{why}); choose another --name")
+
+
+def _hindrance(existing: dict[str, Any], wanted: dict[str, Any]) -> str | None:
+    """Why a run cannot go on to another number of epochs; None where it can."""
+    before, after, schedule = existing.get("epochs", 0), wanted["epochs"], wanted["optimizer.schedule"]
+    warmup = wanted["optimizer.warmup_epochs"]
+    if schedule not in EXTENDABLE:
+        can = " or ".join(EXTENDABLE)
+        return f"each step's rate depends on them under optimizer.schedule {schedule}; under {can}, more may follow"
+    if after < before:
+        return "more may follow, not fewer"
+    if 2 * warmup >= before:
+        return f"optimizer.warmup_epochs {warmup} takes half of a run at most, so the first steps depend on them"
+    return "one fold begins where another ends" if wanted.get("folds") else None
 
 
 def _plain(value: Any) -> Any:

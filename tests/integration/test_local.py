@@ -173,7 +173,7 @@ def test_a_second_process_of_a_run_is_refused(shapes_shards, tmp_path):
         first.kill()
 
 
-def test_a_lost_checkpoint_is_trained_again_and_a_lost_row_is_named(shapes_shards, tmp_path):
+def test_a_lost_checkpoint_is_trained_again_and_lost_rows_are_in_the_checkpoint(shapes_shards, tmp_path):
     arguments = ("--epochs", "3", "--name", "run", "--checkpoint-every", "4")
     assert train(shapes_shards, tmp_path, *arguments)[0] == 0
     whole, metrics = rows(tmp_path / "run"), tmp_path / "run/metrics.jsonl"
@@ -184,7 +184,8 @@ def test_a_lost_checkpoint_is_trained_again_and_a_lost_row_is_named(shapes_shard
     assert rows(tmp_path / "run") == whole
     metrics.unlink()
     code, output = train(shapes_shards, tmp_path, *arguments)
-    assert (code, "0 of 3 finished epochs" in output) == (1, True)
+    assert (code, "metrics.jsonl was missing or damaged" in output, "is complete" in output) == (0, True, True)
+    assert rows(tmp_path / "run") == whole
 
 
 EXECUTED = "!!python/object/apply:os.system ['touch touched']"
@@ -209,7 +210,7 @@ def test_evaluate_names_what_is_not_a_run(tmp_path):
 def test_report_prints_a_table_and_draws_curves(runs):
     code, output = run("report", runs / "ce", runs / "center")
     assert code == 0, output
-    assert output.count("original study") == 2
+    assert "original study" not in output, "it was of other data"
     assert (runs / "center/report/curves.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -229,7 +230,7 @@ def test_a_damaged_latest_checkpoint_falls_back_to_the_one_before_and_to_the_sam
         checkpoint.write_bytes(b"")
     code, output = train(shapes_shards, tmp_path, "--loss", "center", *EIGHT_EPOCHS)
     assert (code, output.splitlines()[-1].split(": ")[0]) == (1, "failed")
-    assert "none of the checkpoints can be read; delete them to start anew" in output
+    assert "none of the checkpoints can be read; remove the run's folder to train anew" in output
 
 
 def test_a_run_may_lie_at_a_url(shapes_shards, tmp_path):
@@ -260,7 +261,7 @@ def test_checkpoints_of_another_format_are_refused_by_name(undisturbed, shapes_s
     torch.save(torch.load(latest, weights_only=True) | {"format": 1}, latest)
     code, output = train(shapes_shards, tmp_path, "--loss", "ce", *LOSSES["ce"], *EIGHT_EPOCHS)
     assert (code, len(output.splitlines())) == (2, 1), output
-    assert "its checkpoints have format 1, this version reads 2; choose another --name" in output
+    assert "its checkpoints have format 1, this version reads 3; choose another --name" in output
 
 
 def test_a_disk_without_room_for_checkpoints_is_refused_before_the_first_step(shapes_shards, tmp_path, monkeypatch):

@@ -1,0 +1,85 @@
+"""What stands beside a run's figures, and that figures which cannot be are drawn as gaps."""
+
+import json
+
+import pytest
+import yaml
+from rich.console import Console
+
+from dlops_dist import report
+from dlops_dist.config import Q1, Q2
+from dlops_dist.data.shards import MANIFEST, Manifest
+
+CLASSES = {"q1": 200, "q2": 10}
+
+
+def manifest(dataset, classes, **packing):
+    return Manifest(
+        dataset=dataset, packing={"seed": 0, **packing}, extension="jpg", height=64, width=64, mean=(0.5,) * 3,
+        std=(0.5,) * 3, classes=[f"c{i}" for i in range(classes)], splits={}, shards=[], index_sha256="",
+    )  # fmt: skip
+
+
+def row(epoch, classes, **more):
+    figures = {f"{split}/{name}": 0.25 for split in ("train", "test") for name in ("loss", "top1", "top5")}
+    return {"epoch": epoch, "step": epoch, **figures, "test/top1_by_class": [0.5] * classes, **more}
+
+
+@pytest.fixture
+def reported(tmp_path, capsys):
+    """What is printed of a run of a task on shards with a manifest."""
+
+    def print_of(task, shown_manifest, num_classes=None, **settings):
+        shards, run = tmp_path / "shards", tmp_path / "run"
+        shards.mkdir()
+        run.mkdir()
+        if shown_manifest is not None:
+            (shards / MANIFEST).write_bytes(shown_manifest.to_bytes())
+        values = {"q1": Q1, "q2": Q2}[task](data={"shards": str(shards)}, **settings).model_dump()
+        (run / "config.yaml").write_text(yaml.safe_dump({"task": task, **values}))
+        rows = [row(epoch, num_classes or CLASSES[task]) for epoch in (1, 2)]
+        (run / "metrics.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in rows))
+        report.report_runs([report.load(str(run))], Console(width=250))
+        return capsys.readouterr().out
+
+    return print_of
+
+
+@pytest.mark.parametrize(
+    ("task", "dataset", "settings", "words"),
+    [
+        ("q1", "tiny-imagenet", {"loss": "triplet"}, ["0.7600", "65.00%"]),
+        ("q1", "tiny-imagenet", {}, ["1.5670", "59.36%"]),
+        ("q2", "stl10", {"finetune": True}, ["52.31%", "47.99%", "1.5100", "82.3"]),
+    ],
+)
+def test_the_studys_figures_stand_beside_a_run_on_its_data(task, dataset, settings, words, reported):
+    output = reported(task, manifest(dataset, CLASSES[task]), **settings)
+    assert "original study, 10 epochs" in output
+    assert all(word in output for word in words), output
+
+
+OTHERS = {
+    "other data": ("q1", manifest("shapes", 200), 200),
+    "fewer classes": ("q1", manifest("tiny-imagenet", 20), 20),
+    "a part of the images": ("q1", manifest("tiny-imagenet", 200, limit=1000), 200),
+    "another size": ("q1", manifest("tiny-imagenet", 200, size=32), 200),
+    "shards that were packed again since": ("q1", manifest("tiny-imagenet", 200), 20),
+    "the other half's data": ("q1", manifest("stl10", 10), 10),
+    "shards that are gone": ("q1", None, 200),
+    "a stand-in": ("q2", manifest("shapes-stl10", 10), 10),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_they_do_not_stand_beside_a_run_on(kind, reported):
+    task, shown_manifest, num_classes = OTHERS[kind]
+    output = reported(task, shown_manifest, num_classes)
+    assert "original study" not in output
+    assert "25.00%" in output
+
+
+def test_a_loss_that_cannot_be_is_a_gap_in_the_curve(tmp_path):
+    rows = [row(1, 3, **{"train/loss": None, "test/loss": None}), row(2, 3)]
+    report.plot_curves(report.Reported(str(tmp_path), "run", "triplet", rows, None))
+    assert (tmp_path / "report/curves.png").read_bytes().startswith(b"\x89PNG")
