@@ -1,6 +1,10 @@
 """Data that many tests share: small generated shards, packed once."""
 
+import os
+
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: several processes share the cores
 
 from dlops_dist.data.pack import pack
 from dlops_dist.data.shapes import write_stl10, write_tiny_imagenet

@@ -1,7 +1,12 @@
 """What ranks exchange: the gather and its gradient, global sums, the one helper, batch norm over all ranks."""
 
+import os
+import time
+
+import numpy as np
 import pytest
 import torch
+from kept_ranks import WORLDS, on_ranks
 from torch import nn
 
 from dlops_dist.data.order import rank_part
@@ -37,7 +42,7 @@ def gathered(x, sizes):
 def test_gather_rebuilds_the_whole_in_rank_order(ranks):
     sizes = PARTS[ranks]
     x = torch.arange(sum(sizes) * 3.0).reshape(-1, 3) - 4
-    for results in run_ranks(gathered, ranks, x, sizes):
+    for results in on_ranks(gathered, ranks, x, sizes):
         for kind, whole in results.items():
             assert torch.equal(whole, x.to(kind))
 
@@ -57,7 +62,7 @@ def test_gradient_flows_back_from_every_rank(ranks):
     x = torch.randn(sum(sizes), 3, generator=generator, dtype=torch.float64)
     weights = torch.randn(ranks, sum(sizes), 3, generator=generator, dtype=torch.float64)
     expected = sum(2 * w.square() * x for w in weights)  # each rank's loss, differentiated by hand
-    torch.testing.assert_close(torch.cat(run_ranks(gradients, ranks, x, weights, sizes)), expected)
+    torch.testing.assert_close(torch.cat(on_ranks(gradients, ranks, x, weights, sizes)), expected)
 
 
 def summed(values):
@@ -68,7 +73,7 @@ def summed(values):
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_all_sum_adds_up_and_leaves_its_argument(ranks):
     values = torch.arange(ranks * 6.0).reshape(ranks, 2, 3)
-    for rank_, (total, before) in enumerate(run_ranks(summed, ranks, values)):
+    for rank_, (total, before) in enumerate(on_ranks(summed, ranks, values)):
         assert torch.equal(total, values.sum(dim=0).T)
         assert torch.equal(before, values[rank_].T)
 
@@ -97,7 +102,7 @@ def test_objective_is_that_of_one_process_for_unequal_counts(ranks):
     ce = nn.functional.cross_entropy(logits, labels)
     positive = logits.relu().sum() / (logits > 0).sum()
     (expected,) = torch.autograd.grad(0.7 * ce + 2.0 * positive, weight)
-    for gradient, values in run_ranks(objective_gradient, ranks, weight.detach(), x, labels, sizes):
+    for gradient, values in on_ranks(objective_gradient, ranks, weight.detach(), x, labels, sizes):
         torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(values["ce"], ce.detach(), rtol=1e-12, atol=0)
         torch.testing.assert_close(values["positive"], positive.detach(), rtol=1e-12, atol=0)
@@ -119,7 +124,7 @@ def test_centers_are_those_of_one_process_and_equal_bits_on_every_rank(ranks, nu
     x = torch.randn(sum(sizes), 5, generator=generator, dtype=torch.float64)
     labels = torch.randint(num_classes, (sum(sizes),), generator=generator)
     expected = centers_after(x, labels, [len(x)], num_classes)
-    centers = run_ranks(centers_after, ranks, x, labels, sizes, num_classes)
+    centers = on_ranks(centers_after, ranks, x, labels, sizes, num_classes)
     torch.testing.assert_close(centers[0], expected, rtol=1e-13, atol=1e-15)
     assert all(torch.equal(c, centers[0]) for c in centers)
 
@@ -146,7 +151,7 @@ def test_sync_batch_norm_is_batch_norm_of_all_samples(ranks, size):
     x = torch.randn(sum(sizes), *size, generator=generator, dtype=torch.float64) * 3 + 1000  # E[x^2] would lose it
     gradient = torch.randn(x.shape, generator=generator, dtype=torch.float64)
     y, dx, dw, db, buffers = normalised(x, gradient, [len(x)])  # one process: torch's own
-    results = run_ranks(normalised, ranks, x, gradient, sizes)
+    results = on_ranks(normalised, ranks, x, gradient, sizes)
     torch.testing.assert_close(torch.cat([r[0] for r in results]), y, rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(torch.cat([r[1] for r in results]), dx, rtol=1e-9, atol=1e-10)
     for result in results:
@@ -164,7 +169,7 @@ def local_statistics(x, sizes):
 
 def test_statistics_of_local_norms_become_their_mean_over_ranks():
     x = torch.randn(8, 3, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    results = run_ranks(local_statistics, 2, x, [3, 5])
+    results = on_ranks(local_statistics, 2, x, [3, 5])
     (mean, var, *_), other = results[0][0], results[1][0]
     assert not torch.equal(mean, other[0])
     for _, after in results:
@@ -182,9 +187,50 @@ def fails_on_one_rank():
     gather(torch.ones(1))
 
 
-def test_a_failing_rank_is_reported_not_waited_for():
-    with pytest.raises(RunError, match="seen by the test"):
-        run_ranks(fails_on_one_rank, 2, timeout_s=30)
+def dies_on_one_rank():
+    if rank() == 1:
+        os._exit(1)
+    time.sleep(30)
+
+
+def hangs_on_one_rank():
+    if rank() == 1:
+        time.sleep(30)
+
+
+@pytest.mark.parametrize(
+    ("function", "named", "timeout_s"),
+    [
+        (fails_on_one_rank, "seen by the test", 30),
+        (dies_on_one_rank, "rank 1: died", 30),
+        (hangs_on_one_rank, "rank 1: hangs", 3),
+    ],
+)
+def test_a_rank_that_fails_dies_or_hangs_is_named_and_not_waited_for(function, named, timeout_s):
+    with pytest.raises(RunError, match=named):
+        run_ranks(function, 2, timeout_s=timeout_s)
+
+
+def leaves_its_marks():
+    torch.manual_seed(rank())
+    torch.use_deterministic_algorithms(True)
+    torch.set_default_dtype(torch.float64)
+    return torch.randn(1)
+
+
+def what_is_found():
+    switches = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    return torch.randn(3).tolist(), np.random.rand(), switches
+
+
+def test_kept_ranks_find_what_new_ones_find():
+    on_ranks(leaves_its_marks, 2)
+    kept = on_ranks(what_is_found, 2)
+    assert kept == on_ranks(what_is_found, 2) == run_ranks(what_is_found, 2)
+    with pytest.raises(RunError, match=r"rank 1: (.|\n)*seen by the test"):
+        on_ranks(fails_on_one_rank, 2)
+    assert 2 not in WORLDS
+    assert on_ranks(rank, 2) == [0, 1]
 
 
 def statistics_after(momentum, batches):
@@ -201,6 +247,6 @@ def test_running_statistics_move_by_the_momentum_as_torchs_do(momentum):
     torchs = nn.BatchNorm1d(3, momentum=momentum).double()
     for x in batches:
         torchs(x)
-    for mean, variance in run_ranks(statistics_after, 2, momentum, batches):
+    for mean, variance in on_ranks(statistics_after, 2, momentum, batches):
         torch.testing.assert_close(mean, torchs.running_mean, rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(variance, torchs.running_var, rtol=1e-12, atol=1e-14)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from kept_ranks import on_ranks
 from torch import nn
 
 from dlops_dist.distributed.collectives import all_sum, gather, rank
 from dlops_dist.distributed.norm import SyncBatchNorm2d, give_norms_a_group
-from dlops_dist.distributed.ranks import run_ranks
 from dlops_dist.losses import TripletLoss
 
 
@@ -38,6 +38,6 @@ def gradients(compiled):
 
 @pytest.mark.parametrize("ranks", [2])
 def test_compiled_is_as_without(ranks):
-    expected = run_ranks(gradients, ranks, False)
-    for compiled, plain in zip(run_ranks(gradients, ranks, True), expected, strict=True):
+    expected = on_ranks(gradients, ranks, False)
+    for compiled, plain in zip(on_ranks(gradients, ranks, True), expected, strict=True):
         torch.testing.assert_close(compiled, plain, rtol=1e-12, atol=1e-14)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from kept_ranks import on_ranks
 
 from dlops_dist.distributed.collectives import all_sum, gather, rank, world_size
 from dlops_dist.distributed.objective import global_objective
-from dlops_dist.distributed.ranks import run_ranks
 from dlops_dist.losses import CenterLoss, CrossEntropyLoss, TripletLoss
 
 PARTS = {2: [5, 11], 3: [9, 0, 7], 4: [1, 8, 0, 7]}
@@ -58,7 +58,7 @@ def gradients(sizes, dtype=torch.float64):
 @pytest.mark.parametrize("ranks", PARTS)
 def test_value_and_gradient_are_those_of_one_process(ranks):
     expected = gradients([16])
-    for result in run_ranks(gradients, ranks, PARTS[ranks]):
+    for result in on_ranks(gradients, ranks, PARTS[ranks]):
         for case, (value, gradient) in expected.items():
             torch.testing.assert_close(result[case][0], value, rtol=1e-12, atol=1e-14, msg=str(case))
             bound = 1e-12 * max(gradient.norm().item(), 1e-3)
@@ -67,7 +67,7 @@ def test_value_and_gradient_are_those_of_one_process(ranks):
 
 def test_in_float32_they_agree_within_rounding():
     expected = gradients([16], torch.float32)
-    for result in run_ranks(gradients, 3, PARTS[3], torch.float32):
+    for result in on_ranks(gradients, 3, PARTS[3], torch.float32):
         for case, (value, gradient) in expected.items():
             assert value.item() == pytest.approx(result[case][0].item(), rel=1e-5, abs=1e-7), case
             assert (result[case][1] - gradient).norm().item() <= 1e-5 * max(gradient.norm().item(), 1e-3), case
@@ -100,5 +100,5 @@ def test_the_lines_in_the_readme_give_the_gradient_of_one_process():
     x, labels = batches()["mixed"]
     weight = torch.randn(6, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64, requires_grad=True)
     TripletLoss(margin=0.5)(x @ weight, labels).backward()
-    for gradient in run_ranks(from_readme, 3, code, weight.detach(), x, labels, PARTS[3]):
+    for gradient in on_ranks(from_readme, 3, code, weight.detach(), x, labels, PARTS[3]):
         torch.testing.assert_close(gradient, weight.grad, rtol=1e-12, atol=1e-14)

@@ -2,11 +2,17 @@
 
 import json
 import random
+import shutil
+from functools import cache
+from itertools import product
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from covering import covering
+from kept_ranks import on_ranks
 from states import distance, nearly, same_state, tensors, with_total_sums
 
 from dlops_dist.config import Q1
@@ -14,7 +20,6 @@ from dlops_dist.data.loader import read_ahead
 from dlops_dist.data.order import blocks, rank_part
 from dlops_dist.data.shards import Split, read_manifest
 from dlops_dist.distributed.collectives import rank, world_size
-from dlops_dist.distributed.ranks import run_ranks
 from dlops_dist.engine import evaluation, fit, prepare
 from dlops_dist.engine.events import Started
 from dlops_dist.engine.fit import _Fit
@@ -43,15 +48,21 @@ LOSSES = {
 """Learning rates at which a run is stable: elsewhere two correct runs drift apart tenfold with each step."""
 
 
-def settings_of(loss, shards, runs, **changes):
+def settings_of(loss, shards, runs, val_fraction=0.1, **changes):
     """Two epochs of about ten float64 steps; 22 samples a step, which neither 3 nor 4 ranks share evenly."""
     batch = {"samples_per_class": None if LOSSES[loss].get("loss") != "triplet" else 4}
     values = {
         "name": "run", "runs_dir": str(runs), "epochs": 2, "global_batch_size": 20 if loss.endswith("hard") else 22,
         "precision": "float64", "model": {"width": 8, "stem": "imagenet"}, **LOSSES[loss],
     }  # fmt: skip
-    cache = {"cache_dir": str(Path(shards).parent / "cache")}
-    values["data"] = {"shards": str(shards), **cache, "val_fraction": 0.1, **batch, **LOSSES[loss].get("data", {})}
+    cached = {"cache_dir": str(Path(shards).parent / "cache")}
+    values["data"] = {
+        "shards": str(shards),
+        **cached,
+        "val_fraction": val_fraction,
+        **batch,
+        **LOSSES[loss].get("data", {}),
+    }
     return Q1(**{**values, **changes})
 
 
@@ -105,15 +116,14 @@ def test_micro_batches_add_up_to_the_step_on_the_whole_batch(loss, shapes_shards
             assert distance(ours, whole[path]) <= 1e-11, (size, path)
 
 
-@pytest.mark.parametrize("loss", ["center", "semi-hard"])
-def test_micro_batches_are_cut_before_ranks_are(loss, shapes_shards):
+@pytest.mark.parametrize(("loss", "ranks"), [("center", 2), ("semi-hard", 3)])
+def test_micro_batches_are_cut_before_ranks_are(loss, ranks, shapes_shards):
     """The last micro-batch holds one sample: other ranks have an empty part of it."""
     ids = np.arange(22)
     expected = micro_step(loss, shapes_shards, ids, 7)
-    for ranks in (2, 3):
-        for result in run_ranks(micro_step, ranks, loss, shapes_shards, ids, 7):
-            for path, value in expected.items():
-                assert distance(result[path], value) <= 1e-12, (ranks, path)
+    for result in on_ranks(micro_step, ranks, loss, shapes_shards, ids, 7):
+        for path, value in expected.items():
+            assert distance(result[path], value) <= 1e-12, path
 
 
 def batches(labels):
@@ -128,19 +138,24 @@ def batches(labels):
     }
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_one_step_on_any_number_of_ranks_is_that_of_one_process(loss, shapes_shards):
-    odd = batches(Split(shapes_shards, read_manifest(shapes_shards), "train").labels)
-    expected = {name: tensors(one_step(loss, shapes_shards, ids)) for name, ids in odd.items()}
-    for ranks in (2, 3, 4):
-        results = run_ranks(steps, ranks, loss, shapes_shards, odd)
-        for name, ours in results[0].items():
-            for path, value in expected[name].items():
-                assert distance(ours[path], value) <= 1e-12, (ranks, name, path)
+CASES = list(product((2, 3, 4), LOSSES, batches(np.arange(10))))
+FEW = covering((2, 3, 4), list(LOSSES), list(batches(np.arange(10))))
+
+
+@pytest.mark.parametrize(
+    "cases", [FEW, pytest.param([c for c in CASES if c not in FEW], marks=pytest.mark.slow)], ids=["few", "others"]
+)
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_one_step_on_any_number_of_ranks_is_that_of_one_process(ranks, cases, shapes_shards):
+    """Few: each loss on each batch, each on each number of ranks."""
+    cases = [case[1:] for case in cases if case[0] == ranks]
+    results = on_ranks(steps, ranks, cases, shapes_shards)
+    for case in cases:
+        for path, value in steps([case], shapes_shards)[case].items():
+            assert distance(results[0][case][path], value) <= 1e-12, (case, path)
         for other in results[1:]:
-            for name, ours in other.items():
-                for path, value in results[0][name].items():
-                    assert torch.equal(ours[path].nan_to_num(), value.nan_to_num()), (ranks, name, path)
+            for path, value in results[0][case].items():
+                assert torch.equal(other[case][path].nan_to_num(), value.nan_to_num()), (case, path)
 
 
 @pytest.mark.parametrize("loss", ["center", "semi-hard"])
@@ -153,51 +168,60 @@ def test_float32_on_ranks_rounds_no_more_than_one_process_does(loss, shapes_shar
     ids = np.arange(22)
     exact = tensors(one_step(loss, shapes_shards, ids)["gradients"])
     one = one_step(loss, shapes_shards, ids, "float32")
-    three = run_ranks(one_step, 3, loss, shapes_shards, ids, "float32")[0]
+    three = on_ranks(one_step, 3, loss, shapes_shards, ids, "float32")[0]
     assert error(three) <= 2 * error(one)
     assert distance(three["value"], one["value"]) <= 1e-5
 
 
-def steps(loss, shards, odd):
-    return {name: tensors(one_step(loss, shards, ids)) for name, ids in odd.items()}
+def steps(cases, shards):
+    """{(loss, batch): what one step of it leaves}."""
+    odd = batches(Split(shards, read_manifest(shards), "train").labels)
+    return {(loss, batch): tensors(one_step(loss, shards, odd[batch])) for loss, batch in cases}
+
+
+@pytest.fixture(scope="module")
+def alone(shapes_shards, tmp_path_factory):
+    """Of a loss: the final state and the rows of metrics of one process."""
+    return cache(lambda loss: train(loss, shapes_shards, tmp_path_factory.mktemp(loss)))
+
+
+TRAINED = [("ce", 4), ("center", 2), ("batch-hard", 3)]
 
 
 @pytest.mark.parametrize(
-    "loss",
-    ["ce", "center", "batch-hard", *(pytest.param(loss, marks=pytest.mark.slow) for loss in ("semi-hard", "all"))],
+    ("loss", "ranks"),
+    [*TRAINED, *(pytest.param(*c, marks=pytest.mark.slow) for c in product(LOSSES, (2, 3, 4)) if c not in TRAINED)],
 )
-def test_twenty_steps_on_any_number_of_ranks_are_those_of_one_process(loss, shapes_shards, tmp_path):
-    expected, expected_rows = train(loss, shapes_shards, tmp_path / "1")
+def test_twenty_steps_on_any_number_of_ranks_are_those_of_one_process(loss, ranks, alone, shapes_shards, tmp_path):
+    expected, expected_rows = alone(loss)
     assert expected["step"] >= 18
-    for ranks in (2, 3, 4):
-        runs = tmp_path / str(ranks)
-        checkpoint, rows = run_ranks(train, ranks, loss, shapes_shards, runs)[0]
-        ours, theirs = tensors(with_total_sums(checkpoint)), tensors(with_total_sums(expected))
-        assert ours.keys() == theirs.keys()
-        for path, value in theirs.items():
-            assert distance(ours[path], value) <= 1e-6, (ranks, path)
-        for row, expected_row in zip(rows, expected_rows, strict=True):
-            same = {k: v for k, v in expected_row.items() if not k.endswith("_s")}
-            assert [k for k in row if not k.endswith("_s")] == list(same)
-            assert {k: row[k] for k in same} == nearly(same)
+    checkpoint, rows = on_ranks(train, ranks, loss, shapes_shards, tmp_path)[0]
+    ours, theirs = tensors(with_total_sums(checkpoint)), tensors(with_total_sums(expected))
+    assert ours.keys() == theirs.keys()
+    for path, value in theirs.items():
+        assert distance(ours[path], value) <= 1e-6, path
+    for row, expected_row in zip(rows, expected_rows, strict=True):
+        same = {k: v for k, v in expected_row.items() if not k.endswith("_s")}
+        assert [k for k in row if not k.endswith("_s")] == list(same)
+        assert {k: row[k] for k in same} == nearly(same)
 
 
 def evaluated(shards, precision):
     """Figures of a model with fixed weights, in blocks of 8: several for each rank, and none for some."""
-    evaluation.BLOCK = 8
     manifest = read_manifest(shards)
     settings = settings_of("center", shards, "unused", precision=precision)
     learner = Learner(settings, Inputs(10, manifest.mean, manifest.std), 10, torch.device("cpu"))
     learner.class_means = torch.randn(10, 64, generator=torch.Generator().manual_seed(0)).to(learner.dtype)
     split = Split(shards, manifest, "test")
-    return [evaluation.evaluate(learner, split, np.arange(n)) for n in (len(split), 13)]
+    with mock.patch.object(evaluation, "BLOCK", 8):
+        return [evaluation.evaluate(learner, split, np.arange(n)) for n in (len(split), 13)]
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_evaluation_of_equal_weights_gives_equal_figures_on_any_number_of_ranks(precision, shapes_shards):
-    (expected,) = run_ranks(evaluated, 1, shapes_shards, precision)
+    (expected,) = on_ranks(evaluated, 1, shapes_shards, precision)
     for ranks in (2, 3, 4):
-        assert run_ranks(evaluated, ranks, shapes_shards, precision) == [expected] * ranks
+        assert on_ranks(evaluated, ranks, shapes_shards, precision) == [expected] * ranks
 
 
 def trained(shards, runs, forgotten, kind):
@@ -214,7 +238,14 @@ def trained(shards, runs, forgotten, kind):
 
 
 def resumable(kind, shards, runs):
-    changes = {"precision": "float32", "checkpoint_every": 1, "keep_checkpoints": 99, **RESUMED[kind]}
+    """Two epochs of about five steps, each with a checkpoint."""
+    changes = {
+        "val_fraction": 0.5,
+        "precision": "float32",
+        "checkpoint_every": 1,
+        "keep_checkpoints": 99,
+        **RESUMED[kind],
+    }
     return settings_of(kind, shards, runs, **changes)
 
 
@@ -225,10 +256,10 @@ RESUMED = {"ce": {"model": {"norm": "local", "width": 8}}, "batch-hard": {"ema_d
 @pytest.mark.parametrize("ranks", [3, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", RESUMED)
 def test_a_resume_at_any_step_on_as_many_ranks_changes_no_bit(kind, ranks, shapes_shards, tmp_path):
-    whole = run_ranks(trained, ranks, shapes_shards, tmp_path, 0, kind)[0]
+    whole = on_ranks(trained, ranks, shapes_shards, tmp_path, 0, kind)[0]
     chance = random.Random(f"{kind} {ranks}")
     for stopped_at in chance.sample(range(1, whole["step"]), 2):
-        resumed = run_ranks(trained, ranks, shapes_shards, tmp_path, stopped_at, kind)
+        resumed = on_ranks(trained, ranks, shapes_shards, tmp_path, stopped_at, kind)
         assert same_state(resumed[0], whole), f"stopped at {stopped_at}"
 
 
@@ -245,33 +276,40 @@ def lagging(shards, runs, steps):
 
 
 def test_ranks_go_on_from_the_latest_checkpoint_that_all_of_them_see(shapes_shards, tmp_path):
-    whole = run_ranks(trained, 2, shapes_shards, tmp_path, 0, "ce")[0]
+    whole = on_ranks(trained, 2, shapes_shards, tmp_path, 0, "ce")[0]
     for path in (tmp_path / "run/checkpoints").iterdir():
         if path.name > "step-000000008.pt":
             path.unlink()
-    resumed, first = run_ranks(lagging, 2, shapes_shards, tmp_path, list(range(1, 9)))[0]
+    resumed, first = on_ranks(lagging, 2, shapes_shards, tmp_path, list(range(1, 9)))[0]
     assert first == [6]
     assert same_state(resumed, whole)
 
 
+@pytest.fixture(scope="module")
+def whole_on_two_ranks(shapes_shards, tmp_path_factory):
+    """Folder of a run on two ranks; what it ended with."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, on_ranks(resumed_in_float64, 2, shapes_shards, folder)[0]
+
+
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_a_resume_in_the_middle_of_an_epoch_on_another_number_of_ranks_computes_the_same(
-    ranks, shapes_shards, tmp_path
+    ranks, whole_on_two_ranks, shapes_shards, tmp_path
 ):
-    whole = run_ranks(resumed_in_float64, 2, shapes_shards, tmp_path / "whole")[0]
-    run_ranks(resumed_in_float64, 2, shapes_shards, tmp_path / "moved")
-    folder = tmp_path / "moved/run/checkpoints"
+    runs, whole = whole_on_two_ranks
+    shutil.copytree(runs, tmp_path, dirs_exist_ok=True)
+    folder = tmp_path / "run/checkpoints"
     max(folder.iterdir()).unlink()
     left = torch.load(max(folder.iterdir()), weights_only=True)
     assert left["step"] < whole["step"], "nothing is left to do"
     assert len(left["sums"]["counts"]) == 2
-    moved = run_ranks(resumed_in_float64, ranks, shapes_shards, tmp_path / "moved")[0]
+    moved = on_ranks(resumed_in_float64, ranks, shapes_shards, tmp_path)[0]
     ours, theirs = tensors(with_total_sums(moved)), tensors(with_total_sums(whole))
     for path, value in theirs.items():
         assert distance(ours[path], value) <= 1e-6, path
     rows = [
-        [json.loads(line) for line in (tmp_path / runs / "run/metrics.jsonl").read_text().splitlines()]
-        for runs in ("moved", "whole")
+        [json.loads(line) for line in (place / "run/metrics.jsonl").read_text().splitlines()]
+        for place in (tmp_path, runs)
     ]
     for ours_row, theirs_row in zip(*rows, strict=True):
         same = {k: v for k, v in theirs_row.items() if not k.endswith("_s")}
@@ -286,7 +324,7 @@ def resumed_in_float64(shards, runs):
 
 def diverging(shards, runs):
     """A run in which rank 1's memory flips one bit of a weight, after the first epoch."""
-    settings = settings_of("center", shards, runs, precision="float32")
+    settings = settings_of("center", shards, runs, val_fraction=0.5, precision="float32")
     run = _Fit(prepare("q1", settings), torch.device("cpu"), [])
     save = run._save
 
@@ -305,8 +343,9 @@ def diverging(shards, runs):
 
 
 def test_a_rank_that_diverges_stops_the_run_and_is_named(shapes_shards, tmp_path):
-    RunFolder(tmp_path / "run").create("q1", prepare("q1", settings_of("center", shapes_shards, tmp_path)))
-    messages = run_ranks(diverging, 3, shapes_shards, tmp_path)
+    settings = settings_of("center", shapes_shards, tmp_path, val_fraction=0.5)
+    RunFolder(tmp_path / "run").create("q1", prepare("q1", settings))
+    messages = on_ranks(diverging, 3, shapes_shards, tmp_path)
     assert len(set(messages)) == 1
     assert "rank 1 (on " in messages[0]
     assert "differs from the other ranks, first in " in messages[0]

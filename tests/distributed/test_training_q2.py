@@ -1,11 +1,15 @@
 """q2, 1 process against 2, 3 and 4 ranks: every stage's step, the codes between them, a whole run, a resume."""
 
 import json
+from itertools import product
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from covering import covering
+from kept_ranks import on_ranks
 from states import distance, nearly, tensors, with_total_sums
 
 from dlops_dist.config import Q2
@@ -13,7 +17,6 @@ from dlops_dist.data.loader import read_ahead
 from dlops_dist.data.order import blocks, rank_part
 from dlops_dist.data.shards import read_manifest
 from dlops_dist.distributed.collectives import rank, world_size
-from dlops_dist.distributed.ranks import run_ranks
 from dlops_dist.engine import codes, fit, prepare
 from dlops_dist.engine.fit import _Fit, stages_of
 from dlops_dist.engine.stages import Samples
@@ -61,40 +64,54 @@ def one_step(stage, ids, size):
     return tensors({"value": value, "gradients": gradients, "figures": figures, **state})
 
 
-def steps(kind, shards):
-    """{(stage, batch): one step from equal state}."""
-    settings = settings_of(kind, shards, "unused")
-    samples = Samples(Path(shards), read_manifest(Path(shards)), settings)
+def steps(cases, shards):
+    """{(kind, stage, batch): one step from equal state}."""
     results = {}
-    for place, name in enumerate(STAGES):
-        for batch, (ids, size) in BATCHES.items():
-            stage = stages_of(settings, samples, CPU)[place]
-            assert stage.name == name
-            results[name, batch] = one_step(stage, [i % 80 for i in ids] if name == "classifier" else ids, size)
+    for kind, name, batch in cases:
+        settings = settings_of(kind, shards, "unused")
+        samples = Samples(Path(shards), read_manifest(Path(shards)), settings)
+        stage = stages_of(settings, samples, CPU)[STAGES.index(name)]
+        assert stage.name == name
+        ids, size = BATCHES[batch]
+        results[kind, name, batch] = one_step(stage, [i % 80 for i in ids] if name == "classifier" else ids, size)
     return results
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_one_step_of_each_stage_on_any_number_of_ranks_is_that_of_one_process(kind, stl_shards):
-    expected = steps(kind, stl_shards)
-    gradients = expected["layer 2", "mixed"]
-    moved = [path for path in gradients if path.startswith("/gradients/1.") and gradients[path].norm() > 0]
-    assert moved
-    for ranks in (2, 4):
-        results = run_ranks(steps, ranks, kind, stl_shards)
-        for where, theirs in expected.items():
-            assert results[0][where].keys() == theirs.keys()
-            for path, value in theirs.items():
-                assert distance(results[0][where][path], value) <= 1e-12, (ranks, where, path)
+CASES = list(product((2, 3, 4), KINDS, STAGES, BATCHES))
+FEW = covering((2, 3, 4), list(KINDS), STAGES, list(BATCHES))
+
+
+@pytest.mark.parametrize(
+    "cases", [FEW, pytest.param([c for c in CASES if c not in FEW], marks=pytest.mark.slow)], ids=["few", "others"]
+)
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_one_step_of_each_stage_on_any_number_of_ranks_is_that_of_one_process(ranks, cases, stl_shards):
+    """Few: of kind, stage, batch and number of ranks, each value meets each of another."""
+    cases = [case[1:] for case in cases if case[0] == ranks]
+    expected = steps(cases, stl_shards)
+    results = on_ranks(steps, ranks, cases, stl_shards)
+    for case, theirs in expected.items():
+        assert results[0][case].keys() == theirs.keys()
+        for path, value in theirs.items():
+            assert distance(results[0][case][path], value) <= 1e-12, (case, path)
         for other in results[1:]:
-            for where, ours in other.items():
-                for path, value in results[0][where].items():
-                    assert torch.equal(ours[path].nan_to_num(), value.nan_to_num()), (ranks, where, path)
+            for path, value in results[0][case].items():
+                assert torch.equal(other[case][path].nan_to_num(), value.nan_to_num()), (case, path)
+
+
+def test_a_layer_learns_on_the_codes_of_the_one_below(stl_shards):
+    case = "tied, masked", "layer 2", "mixed"
+    gradients = steps([case], stl_shards)[case]
+    assert any(path.startswith("/gradients/1.") and value.norm() > 0 for path, value in gradients.items())
 
 
 def all_codes(shards):
     """Codes of every image at each depth, in blocks of 16: made one depth from another, and from pixels."""
-    codes.BLOCK = 16
+    with mock.patch.object(codes, "BLOCK", 16):
+        return codes_in_blocks(shards)
+
+
+def codes_in_blocks(shards):
     settings = settings_of("batch norm, noise, dropout", shards, "unused", precision="float32")
     stages = stages_of(settings, Samples(Path(shards), read_manifest(Path(shards)), settings), CPU)
     shared = stages[0]._shared
@@ -110,10 +127,10 @@ def all_codes(shards):
 
 
 def test_codes_are_the_same_bits_on_any_number_of_ranks(stl_shards):
-    (expected,) = run_ranks(all_codes, 1, stl_shards)
+    (expected,) = on_ranks(all_codes, 1, stl_shards)
     assert expected["train", 2].shape == (125, 9)
     for ranks in (2, 3, 4):
-        for found in run_ranks(all_codes, ranks, stl_shards):
+        for found in on_ranks(all_codes, ranks, stl_shards):
             assert all(torch.equal(found[where], value) for where, value in expected.items())
 
 
@@ -153,14 +170,18 @@ def compare(ours, theirs, where):
         assert {k: row[k] for k in same} == nearly(same), where
 
 
-@pytest.mark.parametrize("kind", ["batch norm, noise, dropout", pytest.param("tied, masked", marks=pytest.mark.slow)])
-def test_a_whole_run_on_any_number_of_ranks_is_that_of_one_process(kind, stl_shards, tmp_path):
+WHOLE = "batch norm, noise, dropout"
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks"),
+    [(WHOLE, 4), *(pytest.param(*c, marks=pytest.mark.slow) for c in ((WHOLE, 2), ("tied, masked", 2)))],
+)
+def test_a_whole_run_on_any_number_of_ranks_is_that_of_one_process(kind, ranks, stl_shards, tmp_path):
     expected = trained(kind, stl_shards, tmp_path / "1")
     assert expected[0]["step"] == 26
     assert [row["stage"] for row in expected[1]] == [*STAGES, "classifier"]
-    for ranks in (2, 4):
-        ours = run_ranks(trained, ranks, kind, stl_shards, tmp_path / str(ranks))[0]
-        compare(ours, expected, ranks)
+    compare(on_ranks(trained, ranks, kind, stl_shards, tmp_path / "ranks")[0], expected, ranks)
 
 
 class StoppedError(Exception):
@@ -219,22 +240,25 @@ def plain(row):
 
 
 def test_a_run_that_stops_on_two_ranks_goes_on_on_three(whole, stl_shards, tmp_path):
-    run_ranks(stopped, 2, stl_shards, tmp_path, 8)
+    on_ranks(stopped, 2, stl_shards, tmp_path, 8)
     assert len(left(tmp_path)[0]["sums"]["counts"]) == 2
-    compare(run_ranks(resumed, 3, stl_shards, tmp_path)[0], whole, "moved")
+    compare(on_ranks(resumed, 3, stl_shards, tmp_path)[0], whole, "moved")
 
 
 def resumed(shards, runs, precision="float64"):
     return trained("batch norm, noise, dropout", shards, runs, checkpoint_every=1, precision=precision)
 
 
-@pytest.mark.parametrize("ranks", [3, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
-def test_a_run_that_stops_in_any_stage_goes_on_to_the_same_bits_on_as_many_ranks(ranks, stl_shards, tmp_path):
-    whole = run_ranks(resumed, ranks, stl_shards, tmp_path / "whole", "float32")[0]
-    for after in (7, 21) if ranks == 3 else (3, 9, 12, 16, 23):
+@pytest.mark.parametrize(
+    ("ranks", "stops"),
+    [(3, (7,)), *(pytest.param(*c, marks=pytest.mark.slow) for c in ((3, (21,)), (2, (3, 12, 23)), (4, (9, 16))))],
+)
+def test_a_run_that_stops_in_any_stage_goes_on_to_the_same_bits_on_as_many_ranks(ranks, stops, stl_shards, tmp_path):
+    whole = on_ranks(resumed, ranks, stl_shards, tmp_path / "whole", "float32")[0]
+    for after in stops:
         runs = tmp_path / str(after)
-        run_ranks(stopped, ranks, stl_shards, runs, after, "float32")
-        same_bits(run_ranks(resumed, ranks, stl_shards, runs, "float32")[0], whole)
+        on_ranks(stopped, ranks, stl_shards, runs, after, "float32")
+        same_bits(on_ranks(resumed, ranks, stl_shards, runs, "float32")[0], whole)
 
 
 def test_folds_start_from_the_same_encoders_and_see_their_own_samples(stl_shards, tmp_path):

@@ -5,21 +5,32 @@ import subprocess
 import sys
 
 import pytest
+from kept_ranks import on_ranks
 
 from dlops_dist import verify
-from dlops_dist.errors import RunError
+from dlops_dist.distributed import ranks
+from dlops_dist.errors import RunError, UserError
 
 
-def run(*arguments):
-    command = [sys.executable, "-m", "dlops_dist.verify", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+@pytest.fixture(scope="module")
+def measured():
+    """What each rank of one and of two measured."""
+    return {number: on_ranks(verify.measure, number) for number in (1, 2)}
 
 
-def test_ours_agree_and_the_usual_formulations_do_not():
-    done = run("--workers", "2")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "result: 2 workers compute what one computes"
-    rows = re.findall(r"[│|] (\w[^│|]*?) +[│|] +(0|\de[+-]\d\d) [│|]", done.stdout)
+@pytest.fixture
+def verified(measured, monkeypatch):
+    """Runs the command for two workers, with what was measured."""
+    monkeypatch.setattr(ranks, "run_ranks", lambda function, number, timeout_s: measured[number])
+    monkeypatch.setattr(sys, "argv", ["verify", "--workers", "2"])
+    return verify.main
+
+
+def test_ours_agree_and_the_usual_formulations_do_not(verified, capsys):
+    verified()
+    output = capsys.readouterr().out
+    assert output.splitlines()[-1] == "result: 2 workers compute what one computes"
+    rows = re.findall(r"[│|] (\w[^│|]*?) +[│|] +(0|\de[+-]\d\d) [│|]", output)
     ours = [float(error) for how, error in rows if how == "ours"]
     usual = [float(error) for how, error in rows if how != "ours"]
     assert len(ours) == 8
@@ -28,17 +39,22 @@ def test_ours_agree_and_the_usual_formulations_do_not():
     assert min(usual) > 1e-2
 
 
-def test_more_than_promised_is_a_failure(monkeypatch):
+def test_more_than_promised_is_a_failure(verified, monkeypatch):
     monkeypatch.setattr(verify, "ONE_STEP", 0.0)
-    monkeypatch.setattr(sys, "argv", ["verify", "--workers", "2"])
     with pytest.raises(RunError, match=r"more than promised: cross-entropy, .*report"):
-        verify.main()
+        verified()
 
 
 @pytest.mark.parametrize("workers", [["0"], ["22"], ["two"], []])
-def test_a_number_of_workers_that_cannot_be_is_refused_in_one_line(workers):
-    done = run("--workers", *workers)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert "--workers" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+def test_a_number_of_workers_that_cannot_be_is_refused(workers, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["verify", "--workers", *workers])
+    with pytest.raises(UserError, match=r"^[^\n]*--workers[^\n]*$"):
+        verify.main()
+
+
+@pytest.mark.parametrize(("workers", "code"), [pytest.param("2", 0, marks=pytest.mark.slow), ("22", 2)])
+def test_as_a_command(workers, code):
+    command = [sys.executable, "-m", "dlops_dist.verify", "--workers", workers]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == code, done.stderr
+    assert (done.stdout + done.stderr).splitlines()[-1].startswith("error: " if code else "result: 2 workers compute")

@@ -1,6 +1,7 @@
 """A compiled run computes what a plain one does, and compiles once for all steps, epochs and blocks."""
 
 from functools import partial
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -35,20 +36,6 @@ class Images:
         return self.pixels[ids]
 
 
-@pytest.fixture
-def compilations(monkeypatch):
-    """The graphs that torch.compile hands to its backend, which runs them as they are."""
-    found = []
-
-    def backend(graph, _):
-        found.append(graph)
-        return graph
-
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    return found
-
-
 def trained_and_evaluated(run, compiled):
     """Two epochs of two steps, each evaluated on a whole block and a short one."""
     values = {"precision": "float64", "model": {"width": 8}, "optimizer": {"lr": 0.01}, **RUNS[run]}
@@ -64,15 +51,29 @@ def trained_and_evaluated(run, compiled):
     return found
 
 
-@pytest.mark.parametrize("run", RUNS)
-def test_a_compiled_run_is_a_plain_one_and_compiles_once(run, compilations):
-    plain = trained_and_evaluated(run, compiled=False)
-    assert compilations == []
-    assert trained_and_evaluated(run, compiled=True) == pytest.approx(plain, rel=1e-9)
+@pytest.fixture(scope="module", params=RUNS)
+def runs(request):
+    """The figures of a plain run and of two compiled ones; the graphs that were handed to the backend after each."""
+    graphs, figures, numbers = [], [], []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph  # run as it is
+
+    torch._dynamo.reset()
+    with mock.patch.object(torch, "compile", partial(torch.compile, backend=backend)):
+        for compiled in (False, True, True):
+            figures.append(trained_and_evaluated(request.param, compiled))
+            numbers.append(len(graphs))
+    return figures, numbers, graphs
+
+
+def test_a_compiled_run_is_a_plain_one_and_compiles_once(runs):
+    (plain, first, second), numbers, _ = runs
+    assert first == pytest.approx(plain, rel=1e-9)
+    assert second == pytest.approx(plain, rel=1e-9)
     training, evaluation = 4, 1  # the network, the losses, the counting, the changes of images; the network
-    assert len(compilations) == training + evaluation
-    assert trained_and_evaluated(run, compiled=True) == pytest.approx(plain, rel=1e-9)
-    assert len(compilations) == training + evaluation, "another stage or fold takes what is there"
+    assert numbers == [0, training + evaluation, training + evaluation], "another stage or fold takes what is there"
 
 
 def too_wide_for_triton(graph: torch.fx.GraphModule) -> list[str]:
@@ -90,7 +91,6 @@ def too_wide_for_triton(graph: torch.fx.GraphModule) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("run", RUNS)
-def test_compiled_arithmetic_of_64_bits_begins_at_an_input(run, compilations):
-    trained_and_evaluated(run, compiled=True)
-    assert [line for graph in compilations for line in too_wide_for_triton(graph)] == []
+def test_compiled_arithmetic_of_64_bits_begins_at_an_input(runs):
+    _, _, graphs = runs
+    assert [line for graph in graphs for line in too_wide_for_triton(graph)] == []

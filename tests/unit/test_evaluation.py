@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from kept_ranks import on_ranks
 from torch import nn
 
 from dlops_dist.config import Q1
 from dlops_dist.distributed.norm import SyncBatchNorm1d, SyncBatchNorm2d
-from dlops_dist.distributed.ranks import run_ranks
 from dlops_dist.engine.evaluation import evaluate
 from dlops_dist.engine.learner import Inputs, Learner
 from dlops_dist.errors import RunError
@@ -93,5 +93,5 @@ def normalised(sizes):
 
 def test_ranks_with_one_value_together_are_one_line_and_with_two_are_not():
     with pytest.raises(RunError, match="one value in each of 3 channels"):
-        run_ranks(normalised, 2, [1, 0])
-    assert run_ranks(normalised, 2, [1, 1]) == [(1, 3), (1, 3)]
+        on_ranks(normalised, 2, [1, 0])
+    assert on_ranks(normalised, 2, [1, 1]) == [(1, 3), (1, 3)]
