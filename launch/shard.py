@@ -47,7 +47,7 @@ def verify() -> None:
     found = damages(folder, manifest, progress(f"reading {folder}", "bytes"))
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        raise RunError(f"{folder}: {', '.join(found[:3])}{more}; pack the shards again")
+        raise RunError(f"{folder}: {', '.join(found[:3])}{more}; {manifest.way_out}")
     print(f"{folder}: {len(manifest.shards)} shards, every byte as it was packed; dataset id {manifest.id[:12]}")
 
 
@@ -81,31 +81,24 @@ def index() -> None:
     parser = OneLineParser(
         prog="shard.py index",
         description="Write index.parquet and manifest.json beside WebDataset shards, whose bytes stay as they are. "
-        "File names must tell the split (train, val or test, unlabeled); samples hold jpg or npy, and cls or json.",
+        "File names must tell the split (train, val or test, unlabeled); samples hold jpg or npy; cls, json or txt.",
     )
     parser.add_argument("folder", type=Path, help="of the .tar files")
     parser.add_argument("--class-names", type=Path, help="file with a class name in each line, in the labels' order")
     parser.add_argument("--workers", type=positive, help="processes (default: one for each core)")
     arguments = parser.parse_args(sys.argv[2:])
-    from dlops_dist.data.adopt import adopt
+    from dlops_dist.config import Q1
+    from dlops_dist.data.adopt import adopt, read_class_names
+    from dlops_dist.data.inspection import doubts
 
-    names = class_names(arguments.class_names) if arguments.class_names else None
+    names = read_class_names(arguments.class_names) if arguments.class_names else None
     folder = arguments.folder
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     manifest = adopt(folder, folder.absolute().name, names, arguments.workers, progress(f"reading {folder}", "shards"))
     print(f"{folder}: {describe(manifest.splits)}, {len(manifest.classes)} classes, {len(manifest.shards)} shards")
-
-
-def class_names(path: Path) -> list[str]:
-    """A name in each line."""
-    try:
-        names = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--class-names {path}: {getattr(error, 'strerror', None) or 'not a text file'}") from None
-    if not names or not all(name.strip() for name in names):
-        raise UserError(f"--class-names {path}: a name is needed in each line")
-    return names
+    for text in doubts(folder, manifest, Q1().global_batch_size):
+        print(f"warning: {text}")
 
 
 def parse_folder(command: str, description: str) -> Path:

@@ -1,19 +1,20 @@
 """WebDataset shards that others wrote: indexed where they lie, without a byte of them being changed."""
 
+import codecs
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from shlex import quote
+from typing import BinaryIO, NamedTuple
 
 from dlops_dist.data.codec import decode
 from dlops_dist.data.facts import Facts, FactsOfSamples, write_index_and_manifest
 from dlops_dist.data.locks import locked
-from dlops_dist.data.pack import PLAN
 from dlops_dist.data.processes import in_processes
-from dlops_dist.data.shards import MANIFEST, SHARD_NAME, UNLABELED, Manifest, read_manifest, sha256_of
-from dlops_dist.data.sources.source import MAX_BYTES
+from dlops_dist.data.shards import MANIFEST, PLAN, SHARD_NAME, UNLABELED, Manifest, read_manifest, sha256_of
+from dlops_dist.data.sources.source import MAX_BYTES, is_litter
 from dlops_dist.data.tar import Member, members
 from dlops_dist.errors import UserError
 
@@ -24,7 +25,18 @@ SPLIT_WORDS = {
 """Of these words a shard's file name must hold one, which tells its split."""
 MAX_CLASSES = 10**6
 IMAGES = {"jpg": "jpg", "jpeg": "jpg", "npy": "npy"}
+OTHER_IMAGES = ("png", "webp", "bmp", "gif", "ppm", "tif", "tiff", "avif", "heic", "jxl", "jp2")
+LABEL_FIELDS = ("label", "class", "cls")
+"""Of a json, the first that it has."""
+UNPACKERS = {
+    ".tar.gz": "gunzip", ".tgz": "gunzip", ".tar.bz2": "bunzip2", ".tbz2": "bunzip2", ".tar.xz": "unxz",
+    ".txz": "unxz", ".tar.zst": "unzstd", ".tzst": "unzstd",
+}  # fmt: skip
+LABELS = ("cls", "json", "txt")
+"""Endings of what may hold a label; of several, the first is taken."""
 PICKLES = ("pyd", "pkl", "pickle", "pth", "pt")
+SHOWN = 6
+"""Members of a sample that an error names."""
 
 
 class Sample(NamedTuple):
@@ -44,23 +56,50 @@ def adopt(
 ) -> Manifest:
     """Write index and manifest beside the shards of a folder.
 
-    A sample is what shares a name up to its first dot, member after member: an image (jpg, jpeg or npy) and a label
-    (cls, or the field "label" of json). Other members are passed over; pickles are refused.
+    A sample is what shares a name up to its first dot, wherever it stands in its shard: an image (jpg, jpeg or npy) and
+    a label (cls, or a field of json, or txt). Other members are passed over; pickles are refused.
 
     Args:
-        class_names: in the order of the labels; by default the labels themselves.
+        class_names: in the order of the labels, which may also be names; by default the labels themselves.
         on_progress: called with (shards done, shards in all).
     """
-    paths = sorted(folder.glob("*.tar"))
-    if not paths:
-        raise UserError(f"{folder} has no .tar files in it")
+    paths = _shards_in(folder)
     if (folder / PLAN).is_file() or ((folder / MANIFEST).is_file() and read_manifest(folder).packing):
         raise UserError(f"{folder} was packed by launch/shard.py, which also writes its index; pack it again")
+    _refuse_missing_splits(folder, map(_split_of, paths))
     words = {word for path in paths for word in _split_words(path) if SPLIT_WORDS[word] == "test"}
     if len({"test" if word == "test" else "val" for word in words}) > 1:
         raise UserError(f"{folder} holds shards of val and of test: put those that are not to be tested on elsewhere")
     with locked(folder, "indexed"):
         return _adopt(folder, paths, dataset, class_names, workers, on_progress)
+
+
+def _shards_in(folder: Path) -> list[Path]:
+    """The .tar files; refuses to leave out what may be meant to be one."""
+    files = sorted(path for path in folder.iterdir() if not is_litter(path.name))
+    names = {path.name for path in files}
+    for path in files:
+        ending = next((ending for ending in UNPACKERS if path.name.endswith(ending)), None)
+        if ending is not None and path.name.removesuffix(ending) + ".tar" not in names:
+            way_out = f"unpack such files first: {UNPACKERS[ending]} {quote(str(folder))}/*{ending}"
+            raise UserError(f"{path} is compressed, and images are read where they lie; {way_out}")
+    if paths := [path for path in files if path.name.lower().endswith(".tar")]:
+        return paths
+    below = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.tar"))
+    if below := [name for name in below if not is_litter(name)]:
+        moved = f"mv {quote(str(folder / below[0]))} {quote(str(folder / below[0].replace('/', '-')))}"
+        raise UserError(f"{folder} has no .tar files in it, only in its folders; put all into it: {moved}, and so on")
+    raise UserError(f"{folder} has no .tar files in it")
+
+
+def _refuse_missing_splits(folder: Path, found: Iterable[str]) -> None:
+    """What no run could train on, or measure itself on."""
+    for split, words in {"train": "'train'", "test": "'val' or 'test'"}.items():
+        if split not in (found := set(found)):
+            way_out = "rename some of the shards, or add others"
+            raise UserError(
+                f"{folder}: no file with {words} in its name holds a sample, and training needs one; {way_out}"
+            )
 
 
 def _adopt(
@@ -69,33 +108,43 @@ def _adopt(
 ) -> Manifest:  # fmt: skip
     found: list[Facts] = []
     extensions = set()
-    for extension, facts in in_processes(_read, None, paths, workers or os.cpu_count() or 1):
+    for extension, facts in in_processes(_read, class_names or [], paths, workers or os.cpu_count() or 1):
         found.append(facts)
         extensions |= {extension} if extension else set()
         on_progress(len(found), len(paths))
     if len(extensions) != 1:
         raise UserError(f"{folder} holds {' and '.join(sorted(extensions)) or 'no'} images; one kind is needed")
-    splits = {facts.shard.split for facts in found if facts.shard.samples}
-    if "train" not in splits:
-        raise UserError(f"{folder}: no file with 'train' in its name holds a sample")
+    _refuse_missing_splits(folder, (facts.shard.split for facts in found if facts.shard.samples))
     labels = [label for facts in found for label in facts.columns["label"]]
     if max(labels) >= MAX_CLASSES:
         raise UserError(f"{folder}: there is a label {max(labels)}, which is no class number")
     names = class_names or [str(label) for label in range(max(labels) + 1)]
     if max(labels) >= len(names):
-        raise UserError(f"{folder}: there is a label {max(labels)}, but only {len(names)} class names")
+        why = "labels count from 0, so the first name is that of 0"
+        raise UserError(f"{folder}: there is a label {max(labels)}, but only {len(names)} class names; {why}")
     return write_index_and_manifest(folder, dataset, {}, extensions.pop(), names, found)
 
 
-def _read(_: None, path: Path) -> tuple[str, Facts]:
+def read_class_names(path: Path) -> list[str]:
+    """A name in each line, by UTF-8, or by UTF-16 where its mark tells so; blank lines at the end are passed over."""
+    try:
+        content = path.read_bytes()
+        is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        names = [name.strip() for name in content.decode("utf-16" if is_utf16 else "utf-8-sig").rstrip().splitlines()]
+    except OSError as error:
+        raise UserError(f"--class-names {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        line = len(content[: error.start].split(b"\n"))
+        raise UserError(f"--class-names {path}: line {line} is not UTF-8 ({error.reason}); save it as UTF-8") from None
+    odd = next((number for number, name in enumerate(names or [""], 1) if not name or not name.isprintable()), None)
+    if odd is not None:
+        raise UserError(f"--class-names {path}: a name is needed in each line, and line {odd} is none")
+    return names
+
+
+def _read(class_names: list[str], path: Path) -> tuple[str, Facts]:
     """The kind of images in a shard, "" where it is empty, and its facts."""
-    splits = {SPLIT_WORDS[word] for word in _split_words(path)}
-    if len(splits) != 1 or not re.fullmatch(SHARD_NAME, path.name):
-        words = ", ".join(SPLIT_WORDS)
-        raise UserError(
-            f"{path}: the name must hold one of {words}, to tell the split, and only letters, digits and .-_"
-        )
-    (split,) = splits
+    split = _split_of(path)
     facts, kind = FactsOfSamples(split), ""
     key = ""
     try:
@@ -106,9 +155,7 @@ def _read(_: None, path: Path) -> tuple[str, Facts]:
                     raise ValueError(f"a {own_kind} image beside {kind}")
                 kind = own_kind
                 data = _content(file, image)
-                number = UNLABELED if label is None else _label(_content(file, label), _extension(label))
-                if number == UNLABELED and split != "unlabeled":
-                    raise ValueError("it has no label (cls, or json with a field 'label')")
+                number = _label(file, label, class_names, split)
                 facts.add(key, image.offset, data, decode(data, kind), number, folds=0)
     except (ValueError, RecursionError) as error:
         where = f"{path}: {key}" if key else str(path)
@@ -116,40 +163,59 @@ def _read(_: None, path: Path) -> tuple[str, Facts]:
     return kind, facts.done(path.name, path.stat().st_size, sha256_of(path))
 
 
+def _split_of(path: Path) -> str:
+    """By the words of a shard's name."""
+    splits = sorted({SPLIT_WORDS[word] for word in _split_words(path)})
+    if len(splits) > 1:
+        raise UserError(f"{path}: its name tells several splits, {' and '.join(splits)}; leave one word of these in it")
+    if not re.fullmatch(SHARD_NAME, path.name):
+        better = path.with_name(re.sub(r"^-|[^A-Za-z0-9._-]", "_", path.stem) + ".tar")
+        way_out = f"mv {quote(str(path))} {quote(str(better))}"
+        raise UserError(f"{path}: the name may hold only letters, digits and .-_ and end in .tar; rename it: {way_out}")
+    if not splits:
+        way_out = f"put train, val, test or unlabeled into it: mv {quote(str(path))} "
+        raise UserError(f"{path}: its name tells no split; {way_out}{quote(str(path.with_name(f'train-{path.name}')))}")
+    return splits[0]
+
+
 def _split_words(path: Path) -> list[str]:
     return [word for word in re.findall("[a-z]+", path.name.lower()) if word in SPLIT_WORDS]
 
 
-def _samples(path: Path) -> Iterator[Sample]:
-    """Raises ValueError where the archive or a sample is not whole; names the sample."""
-    seen: set[str] = set()
-    key = ""
-    parts: dict[str, Member] = {}
+def _samples(path: Path) -> list[Sample]:
+    """In the order of their first members. Raises ValueError where the archive or a sample is not whole; names it."""
+    samples: dict[str, dict[str, Member]] = {}
     for member in members(path):
-        own_key = _key(member)
-        if not _extension(member) or PurePosixPath(member.name).name.startswith("._"):
+        extension = _extension(member)
+        if not extension or is_litter(member.name):
             continue  # a README, or what a Mac adds
-        if _extension(member) in PICKLES:
+        if extension in PICKLES:
             raise ValueError(f"{member.name} is pickled data, which is never read; write the shards without it")
-        if own_key != key:
-            yield from _sample(key, parts)
-            if own_key in seen:
-                raise ValueError(f"{own_key}: its members are not next to each other, or it occurs twice")
-            seen.add(own_key)
-            key, parts = own_key, {}
-        if _extension(member) in parts:
+        parts = samples.setdefault(_key(member), {})
+        if extension in parts:
             raise ValueError(f"{member.name} occurs twice")
-        parts[_extension(member)] = member
-    yield from _sample(key, parts)
+        parts[extension] = member
+    return [
+        Sample(key, _image(key, parts), next((parts[e] for e in LABELS if e in parts), None))
+        for key, parts in samples.items()
+        if not re.fullmatch(r"__[^/]*__", key)  # such as __index__, by webdataset's custom
+    ]
 
 
-def _sample(key: str, parts: dict[str, Member]) -> Iterator[Sample]:
+def _image(key: str, parts: dict[str, Member]) -> Member:
     images = [member for extension, member in parts.items() if extension in IMAGES]
-    if not parts or re.fullmatch(r"__[^/]*__", key):  # such as __index__, by webdataset's custom
-        return
-    if len(images) != 1:
-        raise ValueError(f"{key}: {len(images)} images (jpg, jpeg, npy) among its members {', '.join(parts)}")
-    yield Sample(key, images[0], parts.get("cls") or parts.get("json"))
+    for extension, member in parts.items():
+        more, _, kind = extension.rpartition(".")
+        has_label = any(f"{more}.{label}" in parts for label in LABELS)
+        if more and kind in (*IMAGES, *OTHER_IMAGES) and (has_label or not images):
+            custom = "webdataset ends a sample's name at the first dot"
+            raise ValueError(f"{member.name} has a dot in its name, and {custom}; leave only the last dot in all names")
+        if kind in OTHER_IMAGES and not images:
+            way_out = "put the images into folders by class and run 'python launch/shard.py folder --source DIR'"
+            raise ValueError(f"{member.name} is neither jpg nor npy, which alone are read; {way_out}")
+    if len(images) == 1:
+        return images[0]
+    raise ValueError(f"{key}: {len(images)} images (jpg, jpeg, npy) among its members {', '.join([*parts][:SHOWN])}")
 
 
 def _key(member: Member) -> str:
@@ -162,21 +228,38 @@ def _extension(member: Member) -> str:
     return PurePosixPath(member.name).name.partition(".")[2].lower()
 
 
-def _content(file: Any, member: Member) -> bytes:
+def _content(file: BinaryIO, member: Member) -> bytes:
     if member.size > MAX_BYTES:
         raise ValueError(f"{member.name} is {member.size:,} bytes long, more than {MAX_BYTES:,}")
     file.seek(member.offset)
     return file.read(member.size)
 
 
-def _label(content: bytes, extension: str) -> int:
-    """UNLABELED where a json has none."""
-    text = content.decode()
-    if extension == "json":
-        values = json.loads(text)
-        if not isinstance(values, dict) or "label" not in values:
-            return UNLABELED
-        text = str(values["label"])
-    if not re.fullmatch(r"\s*\d{1,9}\s*", text):
-        raise ValueError(f"its label {text[:20]!r} is not a number from 0")
-    return int(text)
+def _label(file: BinaryIO, member: Member | None, class_names: list[str], split: str) -> int:
+    """UNLABELED where there is none, which only the unlabeled split may have."""
+    text = None if member is None else _label_text(_content(file, member), _extension(member), split)
+    if text is None and split != "unlabeled":
+        raise ValueError(f"it has no label: cls, txt, or json with one of the fields {', '.join(LABEL_FIELDS)}")
+    if text is None:
+        return UNLABELED
+    if re.fullmatch(r"\d{1,9}", text):
+        return int(text)
+    number = class_names.count(text)
+    if number == 1:
+        return class_names.index(text)
+    known = f"and {number} of the class names" if class_names else "pass words by --class-names FILE, one in each line"
+    raise ValueError(f"its label {text[:20]!r} is not a number from 0; {known}")
+
+
+def _label_text(content: bytes, extension: str, split: str) -> str | None:
+    """None where a json has none, and for txt without a label to be."""
+    if extension == "txt" and split == "unlabeled":
+        return None  # a caption
+    text = content.decode("utf-8-sig")
+    if extension != "json":
+        return text.strip()
+    values = json.loads(text)
+    found = [values[field] for field in LABEL_FIELDS if isinstance(values, dict) and values.get(field) is not None]
+    if not found:
+        return None
+    return str(int(found[0]) if isinstance(found[0], float) and found[0].is_integer() else found[0]).strip()

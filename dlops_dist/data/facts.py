@@ -15,6 +15,7 @@ from dlops_dist.data.shards import COLUMNS, INDEX, MANIFEST, Manifest, Packing, 
 from dlops_dist.errors import UserError
 
 SPLITS = ("train", "test", "unlabeled")
+EQUAL_SIZES = "sizes must be equal; images that are packed from files become so by --size"
 
 
 class Facts(NamedTuple):
@@ -47,7 +48,7 @@ class FactsOfSamples:
     def add(self, key: str, offset: int, data: bytes, image: np.ndarray, label: int, folds: int) -> None:
         """Raises ValueError for an image of another size than those before it."""
         if self.shape not in ((), image.shape):
-            raise ValueError(f"it is {image.shape}, others are {self.shape}: sizes must be equal; see --size")
+            raise ValueError(f"it is {image.shape}, others are {self.shape}: {EQUAL_SIZES}")
         self.shape = image.shape
         if self._split == "train":
             rows = image.reshape(len(image), -1)  # summed row by row: seven times faster than by pixel
@@ -82,10 +83,8 @@ def write_index_and_manifest(
     height, width, _ = facts[0].shape
     for f in facts:
         if f.shape != facts[0].shape:
-            raise UserError(
-                f"{f.shard.split} sample {f.columns['key'][0]} is {f.shape}, others are {facts[0].shape}: sizes must "
-                f"be equal; see --size"
-            )
+            where = f"{out / f.shard.name}: {f.columns['key'][0]}"
+            raise UserError(f"{where}: it is {f.shape}, others are {facts[0].shape}: {EQUAL_SIZES}")
     mean, std = _mean_and_std(facts)
     folds = chain.from_iterable(f.columns["folds"] for f in facts)
     counts = Counter[str]()

@@ -8,6 +8,8 @@ import numpy as np
 from dlops_dist.data.shards import INDEX, MANIFEST, Manifest, Split, sha256_of
 
 GRID_COLUMNS, GRID_ROWS = 10, 20
+SHOWN = 5
+"""Classes that a sentence names."""
 
 
 def damages(folder: Path, manifest: Manifest, on_progress: Callable[[int, int], None]) -> list[str]:
@@ -40,6 +42,24 @@ def counts_by_class(folder: Path, manifest: Manifest) -> dict[str, np.ndarray]:
     """{split: number of samples of each class}; those without a label are left out."""
     labels = {name: Split(folder, manifest, name).labels for name in manifest.splits}
     return {name: np.bincount(of[of >= 0], minlength=len(manifest.classes)) for name, of in labels.items()}
+
+
+def doubts(folder: Path, manifest: Manifest, global_batch_size: int) -> list[str]:
+    """What training would refuse with its usual settings, or would do otherwise than meant; a sentence for each."""
+    counts = counts_by_class(folder, manifest)
+    train, found = counts["train"], []
+    if (size := train.sum()) < global_batch_size:
+        found.append(
+            f"{size} training samples fill no batch of {global_batch_size}; train with --global-batch-size {size}"
+        )
+    if len(empty := np.flatnonzero(train == 0)):
+        names = ", ".join(manifest.classes[label] for label in empty[:SHOWN]) + ", ..." * (len(empty) > SHOWN)
+        hint = "; labels count from 0, do these count from 1?" * (empty.tolist() == [0])
+        found.append(f"{len(empty)} of {len(train)} classes have no training sample: {names}{hint}")
+    if (train > 0).sum() == 1:
+        name = manifest.classes[train.argmax()]
+        found.append(f"all training samples are of one class, {name}: there is nothing to tell apart")
+    return found
 
 
 def sample_grid(folder: Path, manifest: Manifest) -> np.ndarray:

@@ -21,12 +21,21 @@ from dlops_dist.data.keys import key
 from dlops_dist.data.locks import locked
 from dlops_dist.data.order import shuffled
 from dlops_dist.data.processes import in_processes
-from dlops_dist.data.shards import FORMAT, MANIFEST, UNLABELED, Manifest, Packing, Shard, read_manifest, sha256_of
+from dlops_dist.data.shards import (
+    FORMAT,
+    MANIFEST,
+    PLAN,
+    UNLABELED,
+    Manifest,
+    Packing,
+    Shard,
+    read_manifest,
+    sha256_of,
+)  # fmt: skip
 from dlops_dist.data.sources import Source
 from dlops_dist.data.tar import BLOCK, END, member_bytes
 from dlops_dist.errors import UserError
 
-PLAN = ".packing.json"
 OWN_FILE = re.compile(r"(train|test|unlabeled)-\d{6}\.tar|\..*\.(partial|done)")
 
 LISTED = 20

@@ -26,6 +26,8 @@ from dlops_dist.errors import UserError
 
 FORMAT = 2
 MANIFEST, INDEX = "manifest.json", "index.parquet"
+PLAN = ".packing.json"
+"""What is being packed, in a folder that is not complete."""
 COLUMNS = {"key": "O", "shard": "i4", "offset": "i8", "size": "i4", "crc32": "u4", "label": "i4", "folds": "i4"}
 UNLABELED = -1
 SHARD_NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]*\.tar$"
@@ -88,6 +90,13 @@ class Manifest(BaseModel):
         return (json.dumps(self.model_dump(exclude=left_out), indent=1) + "\n").encode()
 
     @property
+    def way_out(self) -> str:
+        """Of a file that is not what the manifest says."""
+        if self.packing:
+            return "pack the shards again"
+        return "bring back the file as it was, or write the index anew by launch/shard.py index"
+
+    @property
     def id(self) -> str:
         """The dataset's identity: what checkpoints and runs refer to."""
         return hashlib.sha256(self.to_bytes()).hexdigest()
@@ -101,8 +110,10 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         what = "no such folder" if not folder.is_dir() else f"no {MANIFEST} in it: not packed, or not to the end"
         name = folder.name if folder.name in ("tiny-imagenet", "stl10", "shapes") else "DATASET"
-        command = f"python launch/shard.py {name} --out {folder.parent}"
-        raise UserError(f"data.shards: {folder}: {what}; make them with '{command}'")
+        way_out = f"make them with 'python launch/shard.py {name} --out {folder.parent}'"
+        if any(folder.glob("*.tar")) and not (folder / PLAN).exists():
+            what, way_out = f"no {MANIFEST} beside its shards", f"write it by 'python launch/shard.py index {folder}'"
+        raise UserError(f"data.shards: {folder}: {what}; {way_out}")
     try:
         values = json.loads(path.read_bytes())
         if values["format"] != FORMAT:
@@ -153,7 +164,8 @@ class Split:
         with self._opening:
             if number not in self._files:
                 if not path.is_file() or path.stat().st_size != shard.bytes:
-                    raise UserError(f"{path} is missing or not {shard.bytes} bytes long; pack the shards again")
+                    way_out = self.manifest.way_out
+                    raise UserError(f"{path} is missing or not {shard.bytes} bytes long; {way_out}")
                 self._files[number] = _open(path)
             return self._files[number]
 
@@ -173,7 +185,7 @@ class Split:
                 decode(data, manifest.extension, images[place])
             except ValueError as error:
                 path, key = self._folder / manifest.shards[shard].name, self.keys[ids[place]]
-                raise UserError(f"{path}: {key}: {error}; pack the shards again") from None
+                raise UserError(f"{path}: {key}: {error}; {manifest.way_out}") from None
         return images
 
 
@@ -203,14 +215,14 @@ def read_index(folder: Path, manifest: Manifest) -> dict[str, np.ndarray]:
 
     path = folder / INDEX
     if not path.is_file() or sha256_of(path) != manifest.index_sha256:
-        raise UserError(f"{path} is missing or does not match {MANIFEST}; pack the shards again")
+        raise UserError(f"{path} is missing or does not match {MANIFEST}; {manifest.way_out}")
     try:
         columns = _read_columns(path, manifest.index_sha256)
         problem = _index_problem(columns, manifest)
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         problem = str(error).splitlines()[0]
     if problem:
-        raise UserError(f"{path} is damaged ({problem}); pack the shards again")
+        raise UserError(f"{path} is damaged ({problem}); {manifest.way_out}")
     return columns
 
 

@@ -3,11 +3,17 @@
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from shlex import quote
+from typing import BinaryIO, NamedTuple
 
 BLOCK = 512
 END = bytes(2 * BLOCK)
 """What an archive ends with."""
+COMPRESSED = {
+    b"\x1f\x8b": ("gunzip", ".gz"), b"BZh": ("bunzip2", ".bz2"), b"\xfd7zXZ\0": ("unxz", ".xz"),
+    b"\x28\xb5\x2f\xfd": ("unzstd", ".zst"),
+}  # fmt: skip
+"""First bytes of a compressed file: the command that unpacks it, and the ending which that asks for."""
 
 
 class Member(NamedTuple):
@@ -50,26 +56,61 @@ def member_bytes(name: str, data: bytes) -> bytes:
 def members(path: Path) -> Iterator[Member]:
     """The regular files of an archive that anyone wrote, in its order; folders are passed over.
 
+    Archives that were joined by `cat` are read one after another, as `tar --ignore-zeros` does.
+
     Raises:
-        ValueError: the archive is cut off or damaged, or holds links, devices or sparse files.
+        ValueError: the archive is cut off, damaged or compressed, or holds links, devices or sparse files.
     """
-    try:
-        with tarfile.open(path, "r:") as archive:
-            end = 0
-            for info in archive:
-                end = info.offset_data + -(-max(info.size, 0) // BLOCK) * BLOCK
-                if info.isdir():
-                    continue
-                if not info.name.isprintable():
-                    raise ValueError(f"member {info.name[:40]!r} has a name that is not text")
-                if info.size < 0:
-                    raise ValueError(f"{info.name} has a size below 0")
-                if not info.isreg() or info.issparse():
-                    raise ValueError(f"{info.name} is a link, a device or sparse, not a plain file")
-                yield Member(info.name, info.offset_data, info.size)
-        with path.open("rb") as file:
-            file.seek(end)
-            if file.read(len(END)) != END:
-                raise ValueError("it does not end as an archive does: cut off, or damaged")
-    except (tarfile.TarError, EOFError, OverflowError) as error:
-        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
+    with path.open("rb") as file:
+        _refuse_what_is_no_archive(path, file.read(BLOCK))
+        start: int | None = 0
+        try:
+            while start is not None:
+                file.seek(start)
+                end = start
+                for info in tarfile.TarFile(fileobj=file):
+                    end = info.offset_data + -(-max(info.size, 0) // BLOCK) * BLOCK
+                    if not info.isdir():
+                        yield _member(info)
+                if 0 < start == end:
+                    raise ValueError(f"after its end, from byte {start:,} on, it holds what is no archive: damaged?")
+                start = _start_of_next(file, end)
+        except (tarfile.TarError, EOFError, OverflowError) as error:
+            why = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"it is no tar archive, or damaged ({why})") from None
+
+
+def _refuse_what_is_no_archive(path: Path, first: bytes) -> None:
+    if not first:
+        raise ValueError("it is 0 bytes long, less than an empty archive: fetch it again, or remove it")
+    for begin, (unpack, ending) in COMPRESSED.items():
+        if first.startswith(begin):
+            packed = path.with_name(path.name + ending)
+            how = f"mv {quote(str(path))} {quote(str(packed))} && {unpack} {quote(str(packed))}"
+            raise ValueError(f"it is compressed, and images are read where they lie; unpack it: {how}")
+
+
+def _member(info: tarfile.TarInfo) -> Member:
+    if not info.name.isprintable():
+        raise ValueError(f"member {info.name[:40]!r} has a name that is not text")
+    if info.size < 0:
+        raise ValueError(f"{info.name} has a size below 0")
+    if info.islnk() or info.issym():
+        way_out = "unpack it and pack it again with tar --dereference --hard-dereference"
+        raise ValueError(f"{info.name} is a link, not a plain file: {way_out}")
+    if not info.isreg() or info.issparse():
+        raise ValueError(f"{info.name} is a device or sparse, not a plain file")
+    return Member(info.name, info.offset_data, info.size)
+
+
+def _start_of_next(file: BinaryIO, end: int) -> int | None:
+    """Where the archive begins that was joined to one whose members end there; None where only zeros follow."""
+    file.seek(end)
+    if file.read(len(END)) != END:
+        raise ValueError("it does not end as an archive does: cut off, or damaged")
+    start = end + len(END)
+    while block := file.read(BLOCK):
+        if any(block):
+            return start
+        start += BLOCK
+    return None

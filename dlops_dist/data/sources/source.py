@@ -10,6 +10,13 @@ import numpy as np
 
 MAX_BYTES = 2**26
 """Of one image or text file: an archive's member that claims more is taken for a decompression bomb."""
+LITTER = ("__macosx", "thumbs.db", "desktop.ini", "@eadir")
+
+
+def is_litter(name: str) -> bool:
+    """Whether a path in an archive or folder is what systems leave beside files: hidden, __MACOSX/, Thumbs.db."""
+    parts = name.split("/")
+    return any(part.lower() in LITTER or (part.startswith(".") and part not in ("", ".", "..")) for part in parts)
 
 
 class Listing(NamedTuple):
@@ -50,8 +57,3 @@ class Source(Protocol):
     def stamp(self) -> str:
         """Differs once the files have changed: whether an interrupted packing may go on."""
         ...
-
-
-def is_litter(name: str) -> bool:
-    """Whether a file or folder of this name is one that systems leave beside what people put there."""
-    return name.startswith(".") or name.lower() in ("__macosx", "thumbs.db", "desktop.ini", "@eadir")
