@@ -21,6 +21,7 @@ from PIL import Image
 
 from dlops_dist.data import shapes
 from dlops_dist.data.fetch import Archive, fetch
+from dlops_dist.data.pack import pack
 from dlops_dist.data.sources import STL10, TinyImageNet, unpack_stl10
 
 REAL_ZIP = Path(__file__).parents[3] / "shared" / "data" / "tiny-imagenet-200.zip"
@@ -77,6 +78,105 @@ def test_a_source_that_was_read_can_be_copied_to_another_process(tiny_zip, stl10
     for source in (TinyImageNet(tiny_zip, 2), STL10(stl10, 2)):
         before = contents(source)
         assert contents(pickle.loads(pickle.dumps(source))) == before
+
+
+WNIDS_OF_VAL = {f"val_{i}.JPEG": f"n0{1 + i % 3}" for i in range(12)}
+LAYOUTS = {
+    "CLASS/images": lambda file: f"val/{WNIDS_OF_VAL[file]}/images/{file}",
+    "CLASS": lambda file: f"val/{WNIDS_OF_VAL[file]}/{file}",
+    "half of them sorted": lambda file: f"val/{'images' if '1' in file else WNIDS_OF_VAL[file]}/{file}",
+    "by words": lambda file: f"val/{['cat', 'dog', 'n03'][int(WNIDS_OF_VAL[file][2]) - 1]}/{file}",
+    "at the top": lambda file: f"val/{file}",
+}
+
+
+def sorted_by(layout: str, files: dict[str, bytes]) -> dict[str, bytes]:
+    """The files with the images of val elsewhere."""
+    of_val = [name for name in files if name.startswith("val/images/")]
+    places = {name: LAYOUTS[layout](name.rpartition("/")[2]) for name in of_val}
+    return {places.get(name, name): content for name, content in files.items()}
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("annotations", ["kept", "deleted"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_images_of_val_may_be_sorted_into_folders(
+    layout, annotations, packed, tmp_path, tiny_files, write_zip, write_folder, tiny_zip, user_error
+):
+    files = sorted_by(layout, tiny_files)
+    if annotations == "deleted":
+        del files["val/val_annotations.txt"]
+    path = (write_zip if packed else write_folder)(tmp_path / "sorted", files)
+    if annotations == "deleted" and not layout.startswith("CLASS"):
+        with user_error(path, "val/val_annotations.txt"):
+            contents(TinyImageNet(path))
+        return
+    assert contents(TinyImageNet(path)) == contents(TinyImageNet(tiny_zip))
+
+
+def test_what_was_sorted_or_copied_is_packed_to_the_same_bytes(tmp_path, tiny_files, write_folder, tiny_zip):
+    by_class = sorted_by("CLASS/images", tiny_files)
+    sources = {"official": tiny_zip, "copied": write_folder(tmp_path / "copied", tiny_files | by_class)}
+    del by_class["val/val_annotations.txt"]
+    sources["sorted"] = write_folder(tmp_path / "sorted", by_class)
+    for name, path in sources.items():
+        pack(TinyImageNet(path), tmp_path / "shards" / name, "tiny", shard_size=5, workers=1)
+    official, *others = ({f.name: f.read_bytes() for f in (tmp_path / "shards" / name).iterdir()} for name in sources)
+    assert others == [official] * 2
+
+
+def test_images_that_a_folder_and_the_annotations_call_otherwise_are_named(tmp_path, tiny_files, write_zip, user_error):
+    files = sorted_by("CLASS", tiny_files)
+    files["val/n02/val_0.JPEG"] = files.pop("val/n01/val_0.JPEG")
+    path = write_zip(tmp_path / "tiny.zip", files)
+    with user_error(path, "val/n02/val_0.JPEG is n01"):
+        contents(TinyImageNet(path))
+
+
+def test_files_of_the_same_name_in_folders_of_classes_have_keys_with_the_class(tmp_path, tiny_files, write_folder):
+    files = {name: content for name, content in tiny_files.items() if not name.startswith("val/")}
+    files |= {f"val/n0{1 + i % 3}/{i // 3}.JPEG": tiny_files[f"val/images/val_{i}.JPEG"] for i in range(12)}
+    source = TinyImageNet(write_folder(tmp_path / "named", files))
+    assert contents(source)["test"] == [
+        (f"n0{c}_{i}", c - 1, tiny_files[f"val/images/val_{3 * i + c - 1}.JPEG"]) for c in (1, 2, 3) for i in range(4)
+    ]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_what_systems_leave_beside_files_is_passed_over(
+    packed, tmp_path, tiny_files, write_zip, write_folder, tiny_zip
+):
+    names = (
+        "train/n01/images/n01_0.JPEG",
+        "val/images/val_0.JPEG",
+        "val/n02/val_0.JPEG",
+        "wnids.txt",
+        "val/val_annotations.txt",
+    )
+    litter = {f"{name.rpartition('/')[0]}/._{name.rpartition('/')[2]}".lstrip("/"): b"\0\5\x16\7" for name in names}
+    litter |= {f"__MACOSX/{name}": b"\0" for name in litter} | {f"__MACOSX/tiny/{name}": b"\0" for name in names}
+    litter |= {f"{folder}/{name}": b"\0" for folder in ("train", "val/images") for name in (".DS_Store", "Thumbs.db")}
+    litter |= {"train/n01/images/.checkpoints/n01_0.JPEG": b"\0"}
+    path = (write_zip if packed else write_folder)(tmp_path / "littered", litter | tiny_files)
+    assert contents(TinyImageNet(path)) == contents(TinyImageNet(tiny_zip))
+
+
+def test_marks_of_text_files_are_no_part_of_names(tmp_path, tiny_files, write_zip, stl10, tiny_zip):
+    mark = b"\xef\xbb\xbf"
+    texts = {n: mark + content.replace(b"\n", b"\r\n") for n, content in tiny_files.items() if n.endswith(".txt")}
+    marked = TinyImageNet(write_zip(tmp_path / "marked.zip", tiny_files | texts))
+    assert contents(marked) == contents(TinyImageNet(tiny_zip))
+    assert marked.classes == ["n01 cat", "n02 dog", "n03"]
+    names = stl10 / "class_names.txt"
+    names.write_bytes(mark + names.read_bytes())
+    assert STL10(stl10).classes == ["airplane", "bird", "car"]
+
+
+def test_folders_of_other_names_than_wnids_are_named(tmp_path, tiny_files, write_zip, user_error):
+    files = {name.replace("/n0", "/class"): content for name, content in tiny_files.items()}
+    path = write_zip(tmp_path / "tiny.zip", files)
+    with user_error(path, "train/", "wnids.txt"):
+        contents(TinyImageNet(path))
 
 
 @pytest.mark.parametrize("dataset", [TinyImageNet, STL10])

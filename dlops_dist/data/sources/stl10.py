@@ -13,7 +13,7 @@ import numpy as np
 from dlops_dist.data.codec import encode
 from dlops_dist.data.locks import locked
 from dlops_dist.data.shards import UNLABELED
-from dlops_dist.data.sources.source import Listing
+from dlops_dist.data.sources.source import Listing, is_litter
 from dlops_dist.errors import UserError, first_line
 
 MAX_FOLDS = 31
@@ -45,7 +45,7 @@ class STL10:
     @cached_property
     def _all_classes(self) -> list[str]:
         try:
-            return (self.path / "class_names.txt").read_text().split()
+            return (self.path / "class_names.txt").read_text("utf-8-sig").split()
         except OSError as error:
             raise UserError(f"{self.path} is not STL-10: {error.strerror}: class_names.txt") from None
         except UnicodeDecodeError as error:
@@ -179,7 +179,7 @@ def _unpack(archive: Path, out: Path, partials: dict[Path, Path]) -> None:
 def _is_wanted(member: tarfile.TarInfo) -> bool:
     """Whether it is one of the dataset's files. Raises TarError for one of an absurd size."""
     allowed = next((size for end, size in LARGEST.items() if member.name.endswith(end)), None)
-    if allowed is None or not member.isfile():
+    if allowed is None or not member.isfile() or is_litter(member.name):
         return False
     if member.size > allowed:
         raise tarfile.TarError(f"{member.name} claims {member.size:,} bytes, more than {allowed:,}")
