@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 import torch
 from kept_ranks import on_ranks
+from states import nearly
 from torch import nn
 
 from dlops_dist.config import Q1
+from dlops_dist.data.loader import read_ahead
+from dlops_dist.data.order import rank_part
+from dlops_dist.distributed.collectives import rank, world_size
 from dlops_dist.distributed.norm import SyncBatchNorm1d, SyncBatchNorm2d
 from dlops_dist.engine.evaluation import evaluate
 from dlops_dist.engine.learner import Inputs, Learner
@@ -31,9 +35,15 @@ class Images:
         return self.pixels[ids]
 
 
-def figures_of(labels, **values):
-    learner = Learner(Q1(model={"width": 8}, **values), Inputs(5, (0.5,) * 3, (0.25,) * 3), 1, CPU)
-    return evaluate(learner, Images(labels), np.arange(len(labels)))
+def figures_of(labels, same=None, **values):
+    """Of a new model on random images; `same` says which of them are copies of which."""
+    learner, images = (
+        Learner(Q1(model={"width": 8}, **values), Inputs(5, (0.5,) * 3, (0.25,) * 3), 1, CPU),
+        Images(labels),
+    )
+    for copy, original in (same or {}).items():
+        images.pixels[copy] = images.pixels[original]
+    return evaluate(learner, images, np.arange(len(labels)))
 
 
 @pytest.mark.parametrize("labels", [[3], [0, 1, 2, 4]], ids=["one sample", "no pair"])
@@ -61,6 +71,52 @@ def test_with_a_pair_they_are_numbers():
     assert all(isinstance(figures[name], float) for name in ("loss", "triplet", "recall_at_1"))
 
 
+def trained_figures(labels, steps, **values):
+    """Of an epoch of some steps, each on these samples, on this rank."""
+    settings = Q1(model={"width": 8}, precision="float64", loss="triplet", optimizer={"lr": 0.001}, **values)
+    learner = Learner(settings, Inputs(5, (0.5,) * 3, (0.25,) * 3), len(steps), CPU)
+    batches = [(np.array(ids), rank_part(len(ids), rank(), world_size())) for ids in steps]
+    for step, batch in enumerate(read_ahead(Images(labels), batches, CPU, 1, 1)):
+        learner.step([batch], 0, step)
+    return learner.end_epoch()
+
+
+LABELS = [0, 1, 2, 0, 0, 4]
+WITH, NO_PAIR, ONE_CLASS = [0, 1, 3], [0, 1, 2, 5], [0, 3, 4]
+
+
+@pytest.mark.parametrize("average", ["valid", "active"])
+def test_the_triplet_loss_of_an_epoch_without_a_triplet_is_null_on_any_number_of_ranks(average):
+    values = {"triplet": {"average": average}}
+    none = trained_figures(LABELS, [NO_PAIR, ONE_CLASS], **values)
+    assert none["triplet"] is none["loss"] is None
+    assert none["ce"] > 0
+    row = {f"train/{name}": value for name, value in none.items()}
+    shown = epoch_line({"epoch": 1, "train_images_per_s": 1.0, "epoch_s": 1.0, **row}, 2)
+    assert f"train loss - top-1 {none['top1']:.2%}" in shown
+    assert json.loads(json.dumps(none)) == none
+    some = trained_figures(LABELS, [NO_PAIR, WITH, ONE_CLASS], **values)
+    for ranks in (2, 3):
+        for result in on_ranks(on_ranks, ranks, values):
+            assert result == [nearly(none, 1e-9), nearly(some, 1e-9)]
+
+
+def on_ranks(values):
+    return [trained_figures(LABELS, steps, **values) for steps in ([NO_PAIR, ONE_CLASS], [NO_PAIR, WITH, ONE_CLASS])]
+
+
+def test_the_triplet_loss_of_an_epoch_is_the_mean_over_steps_with_a_triplet():
+    alone = trained_figures(LABELS, [WITH])["triplet"]
+    assert trained_figures(LABELS, [WITH, NO_PAIR])["triplet"] == pytest.approx(alone, rel=1e-12)
+
+
+def test_a_margin_that_all_triplets_keep_is_a_loss_of_0_by_either_average():
+    for average in ("valid", "active"):
+        far = {"margin": 0.0, "normalize": False, "average": average}
+        assert figures_of([0, 0, 1], loss="triplet", triplet=far, same={0: 1})["triplet"] == 0.0
+        assert figures_of([0, 1, 2], loss="triplet", triplet=far)["triplet"] is None
+
+
 @pytest.mark.parametrize(
     ("name", "value", "shown"),
     [
@@ -86,8 +142,6 @@ def test_a_norm_of_one_value_is_one_line(norm, shape):
 
 
 def normalised(sizes):
-    from dlops_dist.distributed.collectives import rank
-
     return SyncBatchNorm1d(3)(torch.randn(sizes[rank()], 3)).shape
 
 
