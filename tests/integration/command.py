@@ -1,15 +1,24 @@
-"""Runs the project's commands as its users do."""
+"""Runs the project's commands as its users do, or in this process: a new one takes seconds to import torch."""
 
 import atexit
+import importlib
+import io
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+
+import pytest
+import torch
+
+from dlops_dist.errors import exit_code_of
 
 # A shell lets its background jobs ignore SIGINT, and they hand that on to what they start: not to commands under test.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -51,6 +60,32 @@ def run(*arguments, timeout_s=120, **options):
     finally:
         process.kill()
     return process.returncode, output
+
+
+def call(*arguments, cwd=None, env=None):
+    """(exit code, everything printed) of a command, as `run` gives it; in this process, which it leaves as it was."""
+    shard = arguments[0] == "shard"
+    script = runpy.run_path(str(ROOT / "launch/shard.py")) if shard else None
+    main = script["main"] if shard else importlib.import_module(f"dlops_dist.{arguments[0]}").main
+    output, threads = io.TextIOWrapper(io.BytesIO(), "utf-8"), torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(output):
+        patch.setattr(sys, "argv", [arguments[0], *map(str, arguments[1:])])
+        for name in [name for name in os.environ if name.startswith(("RAY_", "WANDB_"))]:
+            patch.delenv(name)
+        for name, value in (env or {}).items():
+            patch.setenv(name, value)
+        if cwd is not None:
+            patch.chdir(cwd)
+        try:
+            code = exit_code_of(main)
+        except SystemExit as end:
+            code = end.code
+        finally:
+            torch.set_num_threads(threads)
+            torch.use_deterministic_algorithms(False)
+            torch.utils.deterministic.fill_uninitialized_memory = True
+    output.seek(0)
+    return code, output.read()
 
 
 def rows(run_folder):

@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 import yaml
-from command import TINY, rows, run, start, wait_until
+from command import TINY, call, rows, run, start, wait_until
 from states import same_checkpoint
 
 from dlops_dist.config import Q1
@@ -15,8 +15,8 @@ from dlops_dist.engine import fit
 from dlops_dist.errors import UserError
 
 
-def train(shards, runs, *arguments, **options):
-    return run("train", "q1", "--local", "--data.shards", shards, "--runs-dir", runs, *TINY, *arguments, **options)
+def train(shards, runs, *arguments, by=call, **options):
+    return by("train", "q1", "--local", "--data.shards", shards, "--runs-dir", runs, *TINY, *arguments, **options)
 
 
 def test_smoke_needs_nothing_else(tmp_path):
@@ -45,7 +45,7 @@ def test_evaluate_repeats_a_runs_figures_and_a_finished_run_is_left_alone(loss, 
     before = rows(runs / loss)
     assert [row["epoch"] for row in before] == [1, 2]
     best = max(before, key=lambda row: row["val/top1"])
-    code, output = run("evaluate", runs / loss)
+    code, output = call("evaluate", runs / loss)
     assert code == 0, output
     for name in ("loss", "top1", "top5", "nearest_center", "recall_at_1"):
         assert f"{name}: {best['test/' + name]!r}" in output.splitlines()
@@ -69,7 +69,7 @@ def test_a_run_folder_holds_what_it_should_and_its_config_trains_the_same_again(
     assert len(row["test/top1_by_class"]) == 10
     assert yaml.safe_load((folder / "config.yaml").read_text())["optimizer"]["lr"] == 0.02
     arguments = ("--config", folder / "config.yaml", "--name", "again", "--runs-dir", tmp_path)
-    code, output = run("train", "q1", "--local", *arguments)
+    code, output = call("train", "q1", "--local", *arguments)
     assert code == 0, output
     assert rows(tmp_path / "again") == rows(folder)
 
@@ -127,11 +127,11 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_and_leaves_nothing(mistake, shapes_shards, tmp_path):
+@pytest.mark.parametrize(("mistake", "by"), [*((mistake, call) for mistake in MISTAKES), ("unknown setting", run)])
+def test_a_mistake_is_one_line_and_leaves_nothing(mistake, by, shapes_shards, tmp_path):
     arguments, words = MISTAKES[mistake]
     environment = {"HOME": str(tmp_path)}
-    code, output = train(shapes_shards, tmp_path / "runs", *arguments, cwd=tmp_path, env=environment)
+    code, output = train(shapes_shards, tmp_path / "runs", *arguments, by=by, cwd=tmp_path, env=environment)
     assert code == 2, output
     assert len(output.splitlines()) == 1
     assert all(word in output for word in words), output
@@ -151,11 +151,11 @@ def test_a_name_with_other_settings_or_data_is_refused(runs, shapes_shards, tmp_
     assert code == 2
     assert "seed 0 there, 7 here" in output
     other = tmp_path / "other"
-    assert run("shard", "shapes", "--classes", "5", "--out", other)[0] == 0
+    assert call("shard", "shapes", "--classes", "5", "--out", other)[0] == 0
     code, output = train(other / "shapes", runs, *two_epochs("ce"))
     assert code == 2, output
     assert "dataset" in output
-    code, output = run("evaluate", runs / "ce", "--data.shards", other / "shapes")
+    code, output = call("evaluate", runs / "ce", "--data.shards", other / "shapes")
     assert (code, len(output.splitlines())) == (2, 1)
     assert "5 classes, the run has 10" in output
     assert rows(runs / "ce") == before
@@ -194,9 +194,9 @@ EXECUTED = "!!python/object/apply:os.system ['touch touched']"
 @pytest.mark.parametrize("content", ["", "[]", "task: q9", "task: [", "task: q1\nlr: 1", EXECUTED, f"task: {EXECUTED}"])
 def test_a_damaged_config_is_one_line_and_nothing_of_it_is_executed(content, tmp_path):
     (tmp_path / "config.yaml").write_text(content)
-    code, output = run("evaluate", tmp_path, cwd=tmp_path)
+    code, output = call("evaluate", tmp_path, cwd=tmp_path)
     assert (code, len(output.splitlines())) == (2, 1), output
-    code, output = run("train", "q1", "--local", "--config", tmp_path / "config.yaml", cwd=tmp_path)
+    code, output = call("train", "q1", "--local", "--config", tmp_path / "config.yaml", cwd=tmp_path)
     assert (code, len(output.splitlines())) == (2, 1), output
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
@@ -208,7 +208,7 @@ def test_evaluate_names_what_is_not_a_run(tmp_path):
 
 
 def test_report_prints_a_table_and_draws_curves(runs):
-    code, output = run("report", runs / "ce", runs / "center")
+    code, output = call("report", runs / "ce", runs / "center")
     assert code == 0, output
     assert "original study" not in output, "it was of other data"
     assert (runs / "center/report/curves.png").read_bytes().startswith(b"\x89PNG")
@@ -237,7 +237,7 @@ def test_a_run_may_lie_at_a_url(shapes_shards, tmp_path):
     url = f"file://{tmp_path}/bucket"
     arguments = ("--epochs", "2", "--name", "run", "--data.val-fraction", "0.25", "--wandb", "offline")
     arguments += ("--checkpoint-every", "5", "--keep-checkpoints", "3")
-    code, output = train(shapes_shards, url, *arguments, cwd=tmp_path)
+    code, output = train(shapes_shards, url, *arguments, cwd=tmp_path, by=run)
     assert code == 0, output
     assert list(tmp_path.glob("wandb/offline-run-*-run"))
     best = max(rows(tmp_path / "bucket/run"), key=lambda row: row["val/top1"])
@@ -245,10 +245,10 @@ def test_a_run_may_lie_at_a_url(shapes_shards, tmp_path):
     assert kept == {10, 15, 18, best["step"]}
     code, output = train(shapes_shards, url, *arguments, cwd=tmp_path)
     assert (code, "is complete" in output) == (0, True)
-    code, output = run("evaluate", f"{url}/run")
+    code, output = call("evaluate", f"{url}/run")
     assert code == 0, output
     assert f"top1: {best['test/top1']!r}" in output.splitlines()
-    code, output = run("report", f"{url}/run")
+    code, output = call("report", f"{url}/run")
     assert (code, (tmp_path / "bucket/run/report/curves.png").is_file()) == (0, True)
     code, output = train(shapes_shards, "nowhere://bucket", *arguments)
     assert (code, len(output.splitlines())) == (2, 1)

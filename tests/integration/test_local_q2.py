@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import torch
-from command import CACHE, rows, run, start, wait_until
+from command import CACHE, call, rows, run, start, wait_until
 
 SMALL = [
     *("--data.cache-dir", CACHE, "--global-batch-size", "20", "--epochs", "2", "--model.layers", "24", "16", "12"),
@@ -14,14 +14,14 @@ SMALL = [
 
 
 def train(shards, runs, *arguments, **options):
-    return run("train", "q2", "--local", "--data.shards", shards, "--runs-dir", runs, *SMALL, *arguments, **options)
+    return call("train", "q2", "--local", "--data.shards", shards, "--runs-dir", runs, *SMALL, *arguments, **options)
 
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     """A folder of runs in which --smoke was trained, with each fold in turn; and what was printed."""
     folder = tmp_path_factory.mktemp("smoke")
-    code, output = run("train", "q2", "--smoke", "--folds", "--epochs", "1", "--runs-dir", folder, "--name", "folds")
+    code, output = call("train", "q2", "--smoke", "--folds", "--epochs", "1", "--runs-dir", folder, "--name", "folds")
     assert code == 0, output
     assert "top-1 of 10 folds: mean " in output.splitlines()[-1]
     code, output = run("train", "q2", "--smoke", "--runs-dir", folder, "--name", "run")
@@ -61,7 +61,7 @@ def test_a_run_draws_its_pictures(smoke):
 
 
 def test_evaluate_repeats_the_last_figures_to_the_bit(smoke):
-    code, output = run("evaluate", smoke[0] / "run")
+    code, output = call("evaluate", smoke[0] / "run")
     assert code == 0, output
     row = rows(smoke[0] / "run")[-1]
     for name in ("loss", "top1", "top5", "recall_at_1", "nearest_center"):
@@ -71,7 +71,7 @@ def test_evaluate_repeats_the_last_figures_to_the_bit(smoke):
 
 
 def test_report_prints_tables_and_draws_curves(smoke):
-    code, output = run("report", smoke[0] / "run")
+    code, output = call("report", smoke[0] / "run")
     assert code == 0, output
     assert all(word in output for word in ("frozen", "test top-1 of each class")), output
     assert "original study" not in output, "it was of other data"
@@ -80,7 +80,7 @@ def test_report_prints_tables_and_draws_curves(smoke):
 
 def test_the_same_command_again_says_that_the_run_is_complete(smoke):
     before = rows(smoke[0] / "run")
-    code, output = run("train", "q2", "--smoke", "--runs-dir", smoke[0], "--name", "run")
+    code, output = call("train", "q2", "--smoke", "--runs-dir", smoke[0], "--name", "run")
     assert code == 0, output
     assert "is complete" in output
     assert rows(smoke[0] / "run") == before
@@ -154,13 +154,13 @@ def test_a_run_without_a_classifier_yet_cannot_be_evaluated(stl_shards, tmp_path
     finally:
         process.kill()
         process.communicate()
-    code, output = run("evaluate", tmp_path / "run")
+    code, output = call("evaluate", tmp_path / "run")
     assert (code, len(output.splitlines())) == (2, 1), output
     assert "no classifier yet" in output
 
 
 def test_settings_of_another_size_of_image_are_refused(smoke, shapes_shards):
-    code, output = run("evaluate", smoke[0] / "run", "--data.shards", shapes_shards)
+    code, output = call("evaluate", smoke[0] / "run", "--data.shards", shapes_shards)
     assert (code, len(output.splitlines())) == (2, 1), output
     assert "images of 32x32" in output
 

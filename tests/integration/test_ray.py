@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from command import CACHE, ROOT, TINY, rows, run, start, wait_until
+from command import CACHE, ROOT, TINY, call, rows, run, start, wait_until
 from states import nearly, same_checkpoint
 
 SETTINGS = [*TINY, "--precision", "float64", "--epochs", "2", "--name", "run"]
@@ -85,10 +85,16 @@ def listens(port):
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def train(shards, runs, *arguments, **options):
-    return run(
-        "train", "q1", "--data.shards", shards, "--runs-dir", runs, *SETTINGS, *arguments, timeout_s=180, **options
-    )
+def train(shards, runs, *arguments, env):
+    return run(*command(shards, runs, *arguments), timeout_s=180, env=env)
+
+
+def train_here(shards, runs, *arguments):
+    return call(*command(shards, runs, *arguments), "--local")
+
+
+def command(shards, runs, *arguments):
+    return "train", "q1", "--data.shards", shards, "--runs-dir", runs, *SETTINGS, *arguments
 
 
 @pytest.mark.parametrize("loss", ["triplet", pytest.param("center", marks=pytest.mark.slow)])
@@ -98,7 +104,7 @@ def test_ray_workers_compute_what_one_process_computes(loss, cluster, shapes_sha
     assert code == 0, output
     assert "3 workers on cpu" in output
     assert output.splitlines()[-1].startswith(f"result: q1 {loss} after 2 epochs: test loss ")
-    code, output = train(shapes_shards, tmp_path / "local", *arguments, "--local")
+    code, output = train_here(shapes_shards, tmp_path / "local", *arguments)
     assert code == 0, output
     for ours, theirs in zip(rows(tmp_path / "ray/run"), rows(tmp_path / "local/run"), strict=True):
         assert ours == nearly(theirs)
@@ -113,7 +119,7 @@ def test_q2_on_ray_workers_computes_what_one_process_computes(cluster, stl_shard
     assert code == 0, output
     assert "2 workers on cpu" in output
     assert output.splitlines()[-1].startswith("result: q2 finetuned after 5 epochs: test loss ")
-    code, output = run(*arguments, "--runs-dir", tmp_path / "local", "--local")
+    code, output = call(*arguments, "--runs-dir", tmp_path / "local", "--local")
     assert code == 0, output
     for ours, theirs in zip(rows(tmp_path / "ray/run"), rows(tmp_path / "local/run"), strict=True):
         assert ours == nearly(theirs)
@@ -236,7 +242,7 @@ def test_a_lost_node_leaves_the_others_to_go_on_to_the_same_result(shapes_shards
     assert "2 workers on cpu" in first
     assert "1 worker on cpu" in second
     assert " from step " in second
-    code, output = train(shapes_shards, tmp_path / "whole", *arguments, "--local")
+    code, output = train_here(shapes_shards, tmp_path / "whole", *arguments)
     assert code == 0, output
     for ours, theirs in zip(rows(tmp_path / "lost/run"), rows(tmp_path / "whole/run"), strict=True):
         assert ours == nearly(theirs)

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import psutil
 import pytest
-from command import TINY, run, start, wait_until
+from command import TINY, call, run, start, wait_until
 from PIL import Image
 
 from dlops_dist.data.shapes import write_tiny_imagenet
@@ -46,20 +46,20 @@ def test_verify_finds_nothing_in_what_was_packed(shards):
 
 def test_verify_passes_over_what_a_packing_left_that_was_killed_in_its_last_moment(shards):
     (shards / ".packing.json").write_text("{}")
-    assert run("shard", "verify", shards)[0] == 0
+    assert call("shard", "verify", shards)[0] == 0
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_verify_names_what_is_damaged(damage, shards):
     DAMAGES[damage](shards)
-    code, output = run("shard", "verify", shards)
+    code, output = call("shard", "verify", shards)
     assert code == 1, output
     assert output.splitlines()[-1].startswith(f"failed: {shards}: {damage}")
     assert "Traceback" not in output
 
 
 def test_show_counts_the_classes_and_draws_samples(shards):
-    code, output = run("shard", "show", shards)
+    code, output = call("shard", "show", shards)
     assert code == 0, output
     lines = output.splitlines()
     assert lines[0].split() == ["class", "train", "test"]
@@ -76,7 +76,7 @@ def test_show_counts_the_classes_and_draws_samples(shards):
 
 @pytest.mark.parametrize("command", ["verify", "show"])
 def test_a_folder_that_is_not_packed_is_one_line(command, tmp_path):
-    code, output = run("shard", command, tmp_path)
+    code, output = call("shard", command, tmp_path)
     assert (code, len(output.splitlines())) == (2, 1), output
 
 
@@ -174,7 +174,7 @@ def test_two_packings_of_one_folder_are_refused(packing, tmp_path):
     folder.mkdir()
     held = os.open(folder, os.O_RDONLY)
     fcntl.flock(held, fcntl.LOCK_EX)
-    code, output = run(*packing, "--out", tmp_path)
+    code, output = call(*packing, "--out", tmp_path)
     os.close(held)
     assert (code, len(output.splitlines())) == (2, 1), output
     assert "being packed by another process" in output
@@ -185,10 +185,10 @@ def test_what_is_packed_otherwise_is_refused_by_name(packing, undisturbed, tmp_p
     (tmp_path / "tiny-imagenet").mkdir()
     for name, content in undisturbed.items():
         (tmp_path / "tiny-imagenet" / name).write_bytes(content)
-    code, output = run("shard", "tiny-imagenet", "--out", tmp_path)
+    code, output = call("shard", "tiny-imagenet", "--out", tmp_path)
     assert (code, len(output.splitlines())) == (2, 1), output
     assert "--shard-size 5, --limit 1500" in output
-    code, output = run(*packing, "--out", tmp_path)
+    code, output = call(*packing, "--out", tmp_path)
     assert (code, "already packed" in output) == (0, True)
 
 
@@ -202,15 +202,15 @@ def test_a_tree_of_folders_is_packed_and_trained_on(tmp_path):
                 size = (40, 40 + i, 3)
                 Image.fromarray(rng.integers(0, 256, size, np.uint8)).save(folder / f"{i}.jpg")
     arguments = ("shard", "folder", "--source", tmp_path / "pets", "--out", tmp_path / "shards")
-    code, output = run(*arguments)
+    code, output = call(*arguments)
     assert (code, "--size" in output.splitlines()[-1]) == (2, True), output
-    code, output = run(*arguments, "--size", "32")
+    code, output = call(*arguments, "--size", "32")
     assert code == 0, output
     assert "pets: 24 images to train in train/, 6 to test in val/, 2 classes: cat 12, dog 12" in output
     assert "24 train, 6 test, 2 classes" in output
     shards = tmp_path / "shards/pets"
     options = ("--local", "--runs-dir", tmp_path / "runs", "--epochs", "1", "--data.shards", shards)
-    code, output = run("train", "q1", *options, *TINY)
+    code, output = call("train", "q1", *options, *TINY)
     assert code == 0, output
     assert "data.reader: decoded" in output
 
@@ -232,14 +232,14 @@ def test_bad_images_are_left_out_and_a_test_split_is_held_out_where_that_is_aske
         "--test-fraction",
         "0.3",
     )
-    code, output = run(*arguments)
+    code, output = call(*arguments)
     assert (code, "cat/3.jpg (it is empty)" in output.splitlines()[-1]) == (2, True), output
-    code, output = run(*arguments, "--skip-bad")
+    code, output = call(*arguments, "--skip-bad")
     assert code == 0, output
     manifest = read_manifest(tmp_path / "shards/pets")
     assert manifest.skipped == {"cat/3.jpg": "it is empty"}
     assert sum(manifest.splits.values()) == 19
-    code, output = run(*arguments)
+    code, output = call(*arguments)
     assert (code, "packed with --skip-bad;" in output) == (2, True), output
 
 
@@ -250,18 +250,18 @@ def test_shards_of_others_are_indexed_and_trained_on(shards, tmp_path):
         (shards / name).unlink()
     names = tmp_path / "names.txt"
     names.write_text("".join(f"{name}\n" for name in [*manifest.classes, "unseen"]))
-    code, output = run("shard", "index", shards, "--class-names", names)
+    code, output = call("shard", "index", shards, "--class-names", names)
     assert (code, "warning: 1 of 11 classes have no training sample: unseen" in output) == (0, True), output
     names.write_text("".join(f"{name}\n" for name in manifest.classes))
-    code, output = run("shard", "index", shards, "--class-names", names)
+    code, output = call("shard", "index", shards, "--class-names", names)
     assert (code, "warning" in output) == (0, False), output
     assert "240 train, 60 test, 10 classes, 4 shards" in output
     assert {path.name: path.read_bytes() for path in shards.glob("*.tar")} == before
-    assert run("shard", "verify", shards)[0] == 0
+    assert call("shard", "verify", shards)[0] == 0
     again = read_manifest(shards)
     assert (again.classes, again.mean, again.std) == (manifest.classes, manifest.mean, manifest.std)
     options = ("--local", "--runs-dir", tmp_path / "runs", "--epochs", "1", "--data.shards", shards)
-    code, output = run("train", "q1", *options, *TINY, "--data.reader", "decode")
+    code, output = call("train", "q1", *options, *TINY, "--data.reader", "decode")
     assert code == 0, output
 
 
@@ -279,7 +279,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_line_and_leaves_nothing(mistake, tmp_path):
     arguments, shown = MISTAKES[mistake]
-    code, output = run("shard", *(argument.format(tmp_path) for argument in arguments), cwd=tmp_path)
+    code, output = call("shard", *(argument.format(tmp_path) for argument in arguments), cwd=tmp_path)
     assert (code, len(output.splitlines())) == (2, 1), output
     assert all(word in output for word in shown), output
     assert list(tmp_path.iterdir()) == []
@@ -287,7 +287,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(mistake, tmp_path):
 
 @pytest.mark.parametrize("where", ["pipe:touch executed", "s3://bucket/shards", "http://127.0.0.1:1/shards"])
 def test_shards_that_are_no_folder_are_refused_and_nothing_is_run(where, tmp_path):
-    code, output = run("train", "q1", "--local", "--data.shards", where, *TINY, cwd=tmp_path)
+    code, output = call("train", "q1", "--local", "--data.shards", where, *TINY, cwd=tmp_path)
     assert (code, len(output.splitlines())) == (2, 1), output
     assert "must be a folder" in output
     assert list(tmp_path.iterdir()) == []

@@ -97,11 +97,11 @@ def test_the_triplet_loss_of_an_epoch_without_a_triplet_is_null_on_any_number_of
     assert json.loads(json.dumps(none)) == none
     some = trained_figures(LABELS, [NO_PAIR, WITH, ONE_CLASS], **values)
     for ranks in (2, 3):
-        for result in on_ranks(on_ranks, ranks, values):
+        for result in on_ranks(figures_with_and_without, ranks, values):
             assert result == [nearly(none, 1e-9), nearly(some, 1e-9)]
 
 
-def on_ranks(values):
+def figures_with_and_without(values):
     return [trained_figures(LABELS, steps, **values) for steps in ([NO_PAIR, ONE_CLASS], [NO_PAIR, WITH, ONE_CLASS])]
 
 
