@@ -65,9 +65,9 @@ def _override(defaults: Any, arguments: Sequence[str], prog: str) -> Any:
 
 
 def _first_sentence(box: str) -> str:
-    """The message of tyro's error box, without its frame and its help."""
-    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
-    end = next((i for i, line in enumerate(lines) if line.startswith("──")), len(lines))
+    """The message of tyro's error box, without its frame (of blanks where stdout is not UTF-8) and its help."""
+    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith(("│", "  "))]
+    end = next((i for i, line in enumerate(lines) if line.startswith(("──", "--"))), len(lines))
     return " ".join(lines[:end])
 
 

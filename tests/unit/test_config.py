@@ -1,5 +1,8 @@
 """Settings from YAML, --smoke and the command line; their errors in one line; names of runs; exit codes."""
 
+import io
+import sys
+
 import pytest
 
 from dlops_dist.command_line import read_settings
@@ -125,6 +128,13 @@ def test_help_is_printed_and_ends_well(capsys):
 
 
 # mistakes
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
+def test_a_value_that_is_no_number_is_named_whatever_stdout_can_show(encoding, user_error, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+    with user_error("Error parsing --epochs: invalid literal", "'many'"):
+        read_settings("q1", ["--epochs", "many"])
 
 
 @pytest.mark.parametrize(
