@@ -3,16 +3,24 @@
 import io
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dlops_dist.errors import UserError
+from dlops_dist.errors import UserError, first_line
 
 PARTIAL = ".partial"
 """What is being written, or was when its process died: one at a time in each folder."""
+SOCKET_PATH = 103 if sys.platform == "darwin" else 107
+LONGEST_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+"""Below the folder for temporary files."""
+SHORT_FOLDERS = "/tmp", "/var/tmp", "/dev/shm"
+REMOVED_LAST = -200
+"""The standard library removes its sockets' folder at -100."""
 
 
 class Folder:
@@ -62,7 +70,7 @@ class Folder:
                 there = self._files.exists(self._root)
                 listed = self._files.ls(self._root, detail=True) if there else []
             except Exception as error:  # each kind of storage has its own
-                raise UserError(f"{self}: {type(error).__name__}: {error}") from None
+                raise UserError(f"{self}: {type(error).__name__}: {first_line(error)}") from None
             found = [entry["name"].rsplit("/", 1)[-1] for entry in listed if entry["type"] == "file"]
         return sorted(name for name in found if not name.startswith("."))
 
@@ -111,7 +119,7 @@ class Folder:
             self.local.mkdir(parents=True, exist_ok=True)
             yield self.local
             return
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory(dir=temporary_folder()) as scratch:
             yield Path(scratch)
             for path in Path(scratch).iterdir():
                 with path.open("rb") as file:
@@ -120,3 +128,55 @@ class Folder:
 
 def is_url(place: str) -> bool:
     return "://" in place
+
+
+def make_writable(folder: Path, setting: str, advice: str) -> None:
+    """Make a folder, and refuse one that nothing can be written to, before there is anything to lose.
+
+    Args:
+        setting: that named the folder.
+        advice: what to do.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"{setting}: {folder} cannot be written to ({error.strerror}); {advice}") from None
+
+
+def temporary_folder() -> Path:
+    """The folder for temporary files: the first of TMPDIR, /tmp and others that can be written to."""
+    try:
+        return Path(tempfile.gettempdir()).resolve()
+    except FileNotFoundError:
+        raise UserError("TMPDIR: there is no folder for temporary files; set it to one that you can write to") from None
+
+
+def leave_room_for_sockets(variable: str = "TMPDIR") -> None:
+    """Make the folder that an environment variable names short enough for the paths of sockets below it.
+
+    The system cuts those at 107 bytes, and a job's own folder alone may have 80. Then a short link leads there, and the
+    variable names the link, for this process and those that it starts: what they write lies where it was to lie.
+
+    Raises:
+        UserError: nothing can be written there, or the link has no place.
+    """
+    place = os.environ.get(variable)
+    if not place:
+        return
+    make_writable(Path(place), variable, "set it to a folder of yours")
+    if len(os.fsencode(Path(place).absolute())) <= SOCKET_PATH - len(LONGEST_SOCKET):
+        return
+    for short in SHORT_FOLDERS:
+        with suppress(OSError):
+            folder = tempfile.mkdtemp(prefix="dlops_dist-", dir=short)
+            Finalize(None, shutil.rmtree, (folder, True), exitpriority=REMOVED_LAST)
+            link = Path(folder) / "t"
+            link.symlink_to(Path(place).absolute())
+            os.environ[variable] = str(link)
+            tempfile.tempdir = None  # Python looks again
+            return
+    raise UserError(
+        f"{variable}: {place} is too long for the paths of sockets below it; set it to a folder of at most "
+        f"{SOCKET_PATH - len(LONGEST_SOCKET)} bytes"
+    )

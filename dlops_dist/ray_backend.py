@@ -1,7 +1,6 @@
 """Runs a task on the workers of a Ray cluster."""
 
 import os
-import tempfile
 import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, wait
@@ -14,9 +13,10 @@ from dlops_dist.config import Settings
 from dlops_dist.engine.events import Event, Warned
 from dlops_dist.engine.run_folder import CONFIG, RunFolder
 from dlops_dist.errors import RunError, UserError
-from dlops_dist.files import Folder
+from dlops_dist.files import Folder, temporary_folder
 from dlops_dist.ray_cluster import check_nodes, cluster, resources_for
-from dlops_dist.tracking import Console, Wandb
+from dlops_dist.trackers import Wandb
+from dlops_dist.tracking import Console
 
 MAX_RESTARTS = 3
 COLLECTIVE_TIMEOUT_S = 300
@@ -133,7 +133,7 @@ def _trainer(
     least = settings.min_workers
     start_timeout_s = START_TIMEOUT_S if least is None else ELASTIC_START_TIMEOUT_S
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(start_timeout_s)
-    storage = Folder(settings.runs_dir).local or Path(tempfile.gettempdir())
+    storage = Folder(settings.runs_dir).local or temporary_folder()
     return TorchTrainer(
         _train_on_worker,  # type: ignore[arg-type]
         train_loop_config={"task": task, "settings": settings.model_dump(), "events": events},
@@ -199,8 +199,10 @@ def _put(events: Any, event: object) -> None:
 
 def wandb_environment(settings: Settings) -> dict[str, str]:
     """What W&B needs of the environment, its key included: handed on only where it is used."""
-    used = settings.wandb != "off"
-    return {name: value for name, value in os.environ.items() if used and name.startswith("WANDB_")}
+    if settings.wandb == "off":
+        return {}
+    found = {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
+    return {name: str(Path(value).absolute()) if name == "WANDB_DIR" else value for name, value in found.items()}
 
 
 def _train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -215,7 +217,7 @@ def _train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     settings, events = TASKS[config["task"]](**config["settings"]), config["events"]
     if ray.train.get_context().get_world_rank() == 0:
         events.put_nowait(Placed(str(ray.get_runtime_context().get_placement_group_id())))
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    torch.set_num_threads(num_threads(os.environ.get("OMP_NUM_THREADS", "")))
     keep_freed_memory()
     listeners = [events.put_nowait]
     if settings.wandb != "off":
@@ -225,6 +227,12 @@ def _train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     except (UserError, RunError) as error:
         events.put_nowait(Failed(error))
         raise
+
+
+def num_threads(omp_num_threads: str) -> int:
+    """Of a worker: what OMP_NUM_THREADS says of its outermost level, which Ray sets where nobody has; else 1."""
+    outermost = omp_num_threads.split(",", maxsplit=1)[0].strip()
+    return max(1, int(outermost)) if outermost.isdecimal() else 1
 
 
 def _shortened(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """A Ray cluster to train on: connect to it, see what it has to give, and whether its nodes are alike."""
 
+import logging
 import os
 import socket
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from dlops_dist import preflight
 from dlops_dist.config import Settings
 from dlops_dist.errors import UserError
+from dlops_dist.files import leave_room_for_sockets
 
 CONNECT_TIMEOUT_S = 10
 ANSWER_S = 60
@@ -17,6 +19,13 @@ ANSWER_S = 60
 LEAVING_S = 15
 """What a job that has just ended has to leave its CPUs."""
 UPLOADED = "working_dir_files"
+TRAIN_V2 = "RAY_TRAIN_V2_ENABLED"
+REFUSALS = {
+    "Version mismatch": "Install the same versions here and there",
+    "No node info found": "Run the command on a node of that cluster, or send it there with 'ray job submit'",
+}
+"""What Ray says where it does not join a cluster, and what to do."""
+START_ONE = "start one with 'ray start --head', or unset RAY_ADDRESS to have Ray started for the run"
 QUIET = {
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that still calls Ray after we have left must not join or start another
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -30,34 +39,83 @@ QUIET = {
 def cluster(say: Callable[[str], None]) -> Iterator[None]:
     """Connected to a cluster: never to a stranger's that happens to run here."""
     os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
-    address = os.environ.get("RAY_ADDRESS", "local")
-    say("starting Ray on this machine" if address == "local" else f"connecting to Ray at {address}")
+    if os.environ.get(TRAIN_V2, "1").lower() not in ("1", "true"):
+        raise UserError(f"{TRAIN_V2}={os.environ[TRAIN_V2]}: this trains by Ray Train V2; unset it")
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    if address == "local":
+        say("starting Ray on this machine")
+        _start()
+    else:
+        say(f"connecting to Ray at {address}")
+        _connect(address)
     import ray
 
-    options = {"include_dashboard": False} if address == "local" else {}
-    _refuse_silence(address)
-    try:
-        ray.init(address, log_to_driver=False, logging_level="ERROR", **options)  # type: ignore[arg-type]
-    except ConnectionError as error:
-        raise _no_cluster(address, error) from None
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def _refuse_silence(address: str) -> None:
-    """Ray itself asks an address where nothing listens for minutes."""
-    host, _, port = address.rpartition(":")
-    if host and port.isdigit():
+def _start() -> None:
+    leave_room_for_sockets("RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR")
+    import ray
+
+    try:
+        ray.init("local", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+    except OSError as error:
+        home = Path.home()
+        if error.filename is None or home not in Path(error.filename).parents:
+            raise
+        raise UserError(
+            f"HOME={home}: Ray cannot keep its token there ({error.strerror}); set it to a folder of yours"
+        ) from None
+
+
+def _connect(given: str) -> None:
+    import ray
+
+    address = address_of_head(given)
+    try:
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ray.exceptions.AuthenticationError):
+        raise UserError(
+            f"RAY_ADDRESS={given}: what answers there does not let us in; set RAY_AUTH_MODE, and RAY_AUTH_TOKEN or "
+            f"RAY_AUTH_TOKEN_PATH, as they are on the head, where 'ray get-auth-token' shows the token"
+        ) from None
+    except RuntimeError as error:
+        if (advice := next((advice for said, advice in REFUSALS.items() if said in str(error)), None)) is None:
+            raise
+        raise UserError(f"RAY_ADDRESS={given}: {' '.join(str(error).split())} {advice}") from None
+
+
+def address_of_head(given: str) -> str:
+    """HOST:PORT of the cluster that RAY_ADDRESS names, where something listens: Ray would ask silence for minutes.
+
+    Raises:
+        UserError: it is none, or nothing listens there.
+    """
+    where, address = f"RAY_ADDRESS={given}", given
+    if given == "auto":
+        from ray._private.services import canonicalize_bootstrap_address
+
         try:
-            socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
-        except OSError as error:
-            raise _no_cluster(address, error) from None
-
-
-def _no_cluster(address: str, error: OSError) -> UserError:
-    return UserError(f"RAY_ADDRESS={address}: no cluster answers ({error}); start one with 'ray start --head'")
+            address = str(canonicalize_bootstrap_address("auto"))
+        except ConnectionError:
+            raise UserError(f"{where}: no cluster runs on this machine; {START_ONE}") from None
+        where += f" ({address})"
+    if "://" in address:
+        raise UserError(
+            f"{where}: a URL is for 'ray job submit' or Ray Client; on a node of the cluster, name its head by "
+            f"HOST:PORT, as 'ray start --head' prints it (by default port 6379)"
+        )
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise UserError(f"{where} is not HOST:PORT, as 'ray start --head' prints it (by default port 6379)")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"{where}: no cluster answers ({error}); {START_ONE}") from None
+    return address
 
 
 def refuse_uploaded_folder(settings: Settings) -> None:

@@ -1,28 +1,17 @@
-"""Listeners of a run: a console that shows it, and Weights & Biases."""
+"""What a person sees of a run: a console that shows it, and its figures in words and numbers."""
 
-import netrc
-import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Literal
-from urllib.parse import urlparse
+from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from dlops_dist.config import Settings
 from dlops_dist.engine.events import EpochEnded, Event, Finished, Started, Stepped, Told, Warned
-from dlops_dist.errors import UserError, first_line
-from dlops_dist.files import Folder
 
 PLAIN_EVERY_S = 10.0
-WANDB_PROJECT = "dlops_dist"
-WANDB_TIMEOUT_S = 30.0
-WandbMode = Literal["online", "offline"]
 
 
 class Console:
@@ -151,92 +140,3 @@ def fold_figures(rows: Sequence[dict[str, Any]]) -> str | None:
         return None
     deviation = statistics.stdev(last.values()) if len(last) > 1 else 0.0
     return f"top-1 of {len(last)} folds: mean {statistics.mean(last.values()):.2%} deviation {deviation:.2%}"
-
-
-class Wandb:
-    """Logs settings and every epoch's figures to Weights & Biases; a resumed run goes on as the same run there.
-
-    Runs of one sweep are one group. Whatever W&B refuses is told by `warn`, and never stops the run.
-    """
-
-    def __init__(self, settings: Settings, warn: Callable[[str], None]) -> None:
-        self._mode: WandbMode = "online" if settings.wandb == "online" else "offline"
-        self._name, self._warn = str(settings.name), warn
-        folder = Folder(settings.runs_dir) / self._name
-        self._folder = folder.local or Path.cwd()
-        self._run: Any = None
-
-    def __call__(self, event: Event) -> None:
-        try:
-            self._log(event)
-        except Exception as error:  # W&B raises many kinds; none is worth a run
-            self._run = None
-            _leave_out_wandb(error, self._warn)
-
-    def _log(self, event: Event) -> None:
-        match event:
-            case Started():
-                config = {**event.settings, **event.facts}
-                self._run = _wandb_run(self._mode, self._folder, self._name, config, self._warn)
-            case EpochEnded() if self._run is not None:
-                figures = {k: v for k, v in event.row.items() if not isinstance(v, list)}
-                self._run.log(figures, step=event.row["step"])
-            case Finished() if self._run is not None:
-                self._run.finish()
-
-
-def log_pictures(mode: WandbMode, folder: Path, paths: Sequence[Path], warn: Callable[[str], None]) -> None:
-    """Log pictures of a sweep as a run of its own in the sweep's group."""
-    import wandb
-
-    try:
-        run = _wandb_run(mode, folder, "summary", {}, warn)
-        run.log({path.stem: wandb.Image(str(path)) for path in paths})
-        run.finish()
-    except Exception as error:
-        _leave_out_wandb(error, warn)
-
-
-def _wandb_run(mode: WandbMode, folder: Path, name: str, config: dict[str, Any], warn: Callable[[str], None]) -> Any:
-    """A run at W&B, in the group WANDB_RUN_GROUP if there is one; kept for later where the server refuses it."""
-    import wandb
-
-    run_id = "-".join(filter(None, (os.environ.get("WANDB_RUN_GROUP"), name)))
-    settings = wandb.Settings(
-        console="off", silent=True, init_timeout=WANDB_TIMEOUT_S, finish_timeout=WANDB_TIMEOUT_S,
-        finish_timeout_raises=True,
-    )  # fmt: skip
-    try:
-        return wandb.init(
-            project=WANDB_PROJECT, name=name, id=run_id, resume="allow", dir=folder, config=config, mode=mode,
-            settings=settings,
-        )  # fmt: skip
-    except wandb.Error as error:
-        if mode == "offline":
-            raise
-        warn(f"wandb: {first_line(error)}; logged offline, and 'wandb sync {folder / 'wandb'}/offline-*' sends it")
-        wandb.teardown()  # the name is in use till then
-        return _wandb_run("offline", folder, name, config, warn)
-
-
-def _leave_out_wandb(error: Exception, warn: Callable[[str], None]) -> None:
-    import wandb
-
-    warn(f"wandb: {first_line(error)}; nothing more is logged, 'wandb sync' sends what was")
-    with suppress(Exception):  # else what is left of it fails once more when the process ends
-        wandb.teardown()
-
-
-def check_wandb(mode: str) -> None:
-    """Refuse `online` where nobody is logged in, before anything is made."""
-    if mode == "online" and not (os.environ.get("WANDB_API_KEY") or _key_in_netrc()):
-        raise UserError("wandb: online needs a key; run 'wandb login', set WANDB_API_KEY, or pass --wandb offline")
-
-
-def _key_in_netrc() -> bool:
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    try:
-        return netrc.netrc(path).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False

@@ -8,6 +8,7 @@
 The same command again goes on where it stopped. `TASK --help` lists every setting.
 """
 
+import os
 import signal
 import sys
 import threading
@@ -37,9 +38,10 @@ def main() -> None:
     if settings.local and settings.workers not in (None, 1):
         raise UserError(f"workers: {settings.workers} processes need Ray; leave out --local")
 
-    from dlops_dist.tracking import Console, check_wandb
+    from dlops_dist.trackers import check_wandb
+    from dlops_dist.tracking import Console
 
-    check_wandb(settings.wandb)
+    check_wandb(settings)
     if settings.smoke:
         settings = with_smoke_shards(task, settings)
     with Console() as console:
@@ -57,6 +59,8 @@ def run(task: str, settings: Settings, console: Any) -> list[dict[str, Any]]:
         from dlops_dist.ray_cluster import refuse_uploaded_folder
 
         refuse_uploaded_folder(settings)
+    if settings.name is not None:
+        os.environ.pop("WANDB_NAME", None)  # W&B reads it: here, and in the workers
     settings = prepare(task, settings)
     folder = RunFolder.of(settings)
     with folder.locked():
@@ -65,7 +69,7 @@ def run(task: str, settings: Settings, console: Any) -> list[dict[str, Any]]:
             console.say(f"run {folder} is complete; another --name trains anew")
         elif settings.local:
             from dlops_dist.data.memory import keep_freed_memory
-            from dlops_dist.tracking import Wandb
+            from dlops_dist.trackers import Wandb
 
             keep_freed_memory()
             wandb = [] if settings.wandb == "off" else [Wandb(settings, warn=console.warn)]
@@ -121,11 +125,12 @@ def with_smoke_shards(task: str, settings: Settings) -> Settings:
     from dlops_dist.data.shapes import write_stl10, write_tiny_imagenet
     from dlops_dist.data.shards import MANIFEST
     from dlops_dist.data.sources import STL10, Source, TinyImageNet
-    from dlops_dist.files import Folder
+    from dlops_dist.files import Folder, make_writable, temporary_folder
 
-    out = (Folder(settings.runs_dir).local or Path(tempfile.gettempdir())) / f".smoke-shards-{task}"
+    out = (Folder(settings.runs_dir).local or temporary_folder()) / f".smoke-shards-{task}"
     if not (out / MANIFEST).is_file():
-        with tempfile.TemporaryDirectory() as scratch:
+        make_writable(out, "runs_dir", "choose another --runs-dir")
+        with tempfile.TemporaryDirectory(dir=temporary_folder()) as scratch:
             source: Source
             if task == "q2":
                 write_stl10(Path(scratch) / "stl10_binary", **SMOKE_SHARDS[task])

@@ -33,9 +33,9 @@ def main() -> None:
     sweep = read_sweep(task, arguments)
     check_sweep(sweep)
 
-    from dlops_dist.tracking import check_wandb
+    from dlops_dist.trackers import check_wandb
 
-    check_wandb(sweep.wandb)
+    check_wandb(sweep)
     if sweep.smoke:
         sweep = cast(Sweep, with_smoke_shards(task, sweep))
     print(f"result: {run_sweep(task, sweep)}")
@@ -53,12 +53,16 @@ def run_sweep(task: str, sweep: Sweep) -> str:
     from dlops_dist.sweep.folder import SweepFolder
     from dlops_dist.sweep.plan import known_trials
     from dlops_dist.sweep.summary import best_line, summarize
-    from dlops_dist.tracking import log_pictures
+    from dlops_dist.trackers import log_pictures
 
     refuse_uploaded_folder(sweep)
     prepared = cast(Sweep, prepare(task, sweep))
+    if sweep.name is not None:
+        os.environ.pop("WANDB_RUN_GROUP", None)
     sweep = prepared if sweep.name else prepared.model_copy(update={"name": f"tune-{prepared.name}"})
-    os.environ["WANDB_RUN_GROUP"] = str(sweep.name)  # W&B reads it: here, and in the workers
+    os.environ.setdefault("WANDB_RUN_GROUP", str(sweep.name))  # W&B reads it: here, and in the workers
+    for name in ("WANDB_NAME", "WANDB_RUN_ID"):  # one run's, not all trials'
+        os.environ.pop(name, None)
     folder = SweepFolder(Path(sweep.runs_dir) / str(sweep.name))
     known = known_trials(task, sweep, folder)
     with RunFolder(folder.path).locked(), Board(folder) as board:

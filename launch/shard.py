@@ -132,11 +132,13 @@ def pack_all() -> None:
 def pack_one(dataset: str, name: str, out: Path, arguments: argparse.Namespace, asked_for: "Packing") -> None:
     from dlops_dist.data.pack import pack
     from dlops_dist.data.sources import ImageFolder, Limited
+    from dlops_dist.files import make_writable, temporary_folder
 
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(dir=temporary_folder()) as scratch:
         source = open_source(dataset, arguments, Path(scratch))
         if isinstance(source, ImageFolder):
             print(source.described, flush=True)
+        make_writable(out, "--out", "choose another")
         if arguments.limit is not None:
             source = Limited(source, arguments.limit, arguments.seed)
         started = time.monotonic()

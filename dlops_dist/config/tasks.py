@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -9,6 +10,21 @@ from pydantic import Field
 from dlops_dist.config.autoencoders import Autoencoders, Pretrain, StlData
 from dlops_dist.config.section import Section
 from dlops_dist.config.training import Augment, Ce, Center, Data, Model, Optimizer, Triplet
+from dlops_dist.errors import UserError
+
+WANDB_MODES: dict[str, Literal["online", "offline", "off"]] = {
+    "": "off", "online": "online", "run": "online", "shared": "online", "offline": "offline", "dryrun": "offline",
+    "disabled": "off",
+}  # fmt: skip
+
+
+def wandb_of_environment() -> Literal["online", "offline", "off"]:
+    """What W&B's own variables say of whether to log."""
+    mode = os.environ.get("WANDB_MODE", "")
+    if mode not in WANDB_MODES:
+        raise UserError(f"WANDB_MODE={mode}: must be one of {', '.join(filter(None, WANDB_MODES))}")
+    disabled = os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on")
+    return "off" if disabled else WANDB_MODES[mode]
 
 
 class Run(Section):
@@ -30,8 +46,8 @@ class Run(Section):
     min_workers: int | None = Field(None, ge=1)
     """Go on with as few Ray workers as this where nodes are lost, and with all again once they are back; by default
     wait for as many."""
-    wandb: Literal["online", "offline", "off"] = "off"
-    """Log to Weights & Biases; offline needs neither key nor network."""
+    wandb: Literal["online", "offline", "off"] = Field(default_factory=wandb_of_environment)
+    """Log to Weights & Biases; offline needs neither key nor network. By default as WANDB_MODE says, else off."""
     checkpoint_every: int | None = Field(None, ge=1)
     """Save a checkpoint every so many steps too, besides the end of each epoch."""
     keep_checkpoints: int = Field(2, ge=1)

@@ -7,7 +7,6 @@ device   from a tensor on the GPU that holds all of them
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -19,6 +18,7 @@ from torch import Tensor
 from dlops_dist.data.cache import decoded_pixels, pixels_file
 from dlops_dist.data.memory import available_memory
 from dlops_dist.data.shards import Split
+from dlops_dist.files import temporary_folder
 
 Kind = Literal["auto", "decode", "decoded", "device"]
 LARGEST_PART = 4
@@ -111,7 +111,7 @@ def open_readers(
         warn: called where a wanted way is not possible and another is taken.
         tell: called with a line about what is waited for.
     """
-    folder = Path(cache_dir) if cache_dir else Path(tempfile.gettempdir()) / f"dlops_dist-{os.getuid()}"
+    folder = Path(cache_dir) if cache_dir else temporary_folder() / f"dlops_dist-{os.getuid()}"
     size = sum(map(bytes_of, splits))
     why = "as asked for"
     if kind == "auto":
@@ -124,7 +124,8 @@ def open_readers(
             why += f"; kept in {folder}"
         except OSError as error:
             why = f"{folder} cannot hold {size / 1e9:.2f} GB of decoded images: {error.strerror or error}"
-            warn(f"data.reader: {why}; decoding each image when it is wanted")
+            setting = "data.cache_dir" if cache_dir else "TMPDIR"
+            warn(f"{setting}: {why}; decoding each image when it is wanted, unless --data.cache-dir names another")
             kind = "decode" if kind == "decoded" else kind
     if kind == "device":
         readers = [DeviceReader(reader, device) for reader in readers]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dlops_dist.errors import RunError
+from dlops_dist.files import leave_room_for_sockets, temporary_folder
 
 PRELOADED = ["torch", "torch._dynamo", "torch.nn.parallel", "pandas", "pyarrow.parquet", "dlops_dist.engine"]
 """Imported once, in the server that the ranks are forked from: what DDP, an optimiser's step and the index need."""
@@ -26,10 +27,11 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, ti
     Raises:
         RunError: a rank failed, died or hung; the others are ended with it. Names each of them.
     """
+    leave_room_for_sockets()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     deadline = time.monotonic() + timeout_s
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=temporary_folder()) as folder:
         pipes, processes = [], []
         for rank in range(world_size):
             ours, theirs = context.Pipe(duplex=False)

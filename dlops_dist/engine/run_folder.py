@@ -14,8 +14,8 @@ from dlops_dist.config import TASKS, Settings, result_settings
 from dlops_dist.data.locks import locked
 from dlops_dist.data.shards import Manifest, read_manifest
 from dlops_dist.engine.checkpoints import ANEW, Checkpoints
-from dlops_dist.errors import RunError, UserError
-from dlops_dist.files import Folder
+from dlops_dist.errors import RunError, UserError, first_line
+from dlops_dist.files import Folder, make_writable
 
 FORMAT = 3
 CONFIG, METRICS = "config.yaml", "metrics.jsonl"
@@ -71,7 +71,11 @@ class RunFolder:
         state = self.checkpoints.latest(CPU, warn=lambda _: None)  # whoever goes on from it warns
         if state is not None:
             self._check(state, settings, read_manifest(Path(settings.data.shards)).id)
-        self.folder.write(CONFIG, lambda file: file.write(text))
+        try:
+            self.folder.write(CONFIG, lambda file: file.write(text))
+        except Exception as error:  # each kind of storage has its own
+            why = getattr(error, "strerror", None) or first_line(error)
+            raise UserError(f"runs_dir: {self} cannot be written to ({why}); choose another --runs-dir") from None
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -80,10 +84,7 @@ class RunFolder:
         if path is None:
             yield
             return
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"runs_dir: {error.filename}: {error.strerror}; choose another --runs-dir") from None
+        make_writable(path, "runs_dir", "choose another --runs-dir")
         with locked(path, "trained"):
             yield
 

@@ -1,5 +1,6 @@
 """The command that shows the promise on the user's own machine."""
 
+import os
 import re
 import subprocess
 import sys
@@ -53,8 +54,13 @@ def test_a_number_of_workers_that_cannot_be_is_refused(workers, monkeypatch):
 
 
 @pytest.mark.parametrize(("workers", "code"), [pytest.param("2", 0, marks=pytest.mark.slow), ("22", 2)])
-def test_as_a_command(workers, code):
-    command = [sys.executable, "-m", "dlops_dist.verify", "--workers", workers]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+def test_as_a_command_where_temporary_files_lie_deep(workers, code, tmp_path):
+    folder = tmp_path / ("job-" + "0" * 80)  # a socket's path has 107 bytes
+    folder.mkdir()
+    command, env = (
+        [sys.executable, "-m", "dlops_dist.verify", "--workers", workers],
+        {**os.environ, "TMPDIR": str(folder)},
+    )
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=env)
     assert done.returncode == code, done.stderr
     assert (done.stdout + done.stderr).splitlines()[-1].startswith("error: " if code else "result: 2 workers compute")

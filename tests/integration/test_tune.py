@@ -29,9 +29,11 @@ def trials(sweep):
     return found
 
 
-def test_smoke_ranks_two_trials_and_is_done_once(tmp_path):
-    code, output = run("tune", "--smoke", cwd=tmp_path, timeout_s=170)
+def test_smoke_ranks_two_trials_and_is_done_once_where_temporary_files_lie_deep(tmp_path):
+    deep = tmp_path / ("job-" + "0" * 80)  # a socket's path has 107 bytes
+    code, output = run("tune", "--smoke", cwd=tmp_path, timeout_s=170, env={"TMPDIR": str(deep)})
     assert code == 0, output
+    assert (deep / "ray").is_dir()
     assert output.splitlines()[-1].startswith("result: q1 triplet: triplet.margin ")
     assert "2 of 2 trials to train, " in output
     (sweep,) = (tmp_path / "runs").glob("tune-q1-triplet-*")
