@@ -14,7 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 from command import CACHE, ROOT, TINY, call, rows, run, start, wait_until
+from kept_ranks import on_ranks
 from states import nearly, same_checkpoint
+
+from dlops_dist.command_line import read_settings
+from dlops_dist.engine import fit
 
 SETTINGS = [*TINY, "--precision", "float64", "--epochs", "2", "--name", "run"]
 RAY = Path(sys.executable).parent / "ray"
@@ -208,6 +212,11 @@ def test_a_killed_worker_of_q2_changes_no_bit_of_the_result(cluster, stl_shards,
     killed_and_whole(command, 25, 62, cluster, tmp_path)
 
 
+def fitted(task, *arguments):
+    """A command's run, as a rank that no Ray has started trains it."""
+    fit(read_settings(task, [str(argument) for argument in arguments]), task=task)
+
+
 def killed_and_whole(command, after, epochs, cluster, tmp_path):
     """Kill a worker after so many epochs; compare what Ray then makes of the run with one that nothing stopped."""
     process = start(*command, "--runs-dir", tmp_path / "killed", env=cluster)
@@ -219,8 +228,7 @@ def killed_and_whole(command, after, epochs, cluster, tmp_path):
     output, _ = process.communicate(timeout=180)
     assert process.returncode == 0, output
     assert " from step " in output
-    code, output = run(*command, "--runs-dir", tmp_path / "whole", env=cluster, timeout_s=180)
-    assert code == 0, output
+    on_ranks(fitted, 3, *command[1:], "--runs-dir", tmp_path / "whole", timeout_s=180)
     assert rows(tmp_path / "killed/run") == rows(tmp_path / "whole/run")
     assert same_checkpoint(*(max((tmp_path / runs / "run/checkpoints").iterdir()) for runs in ("killed", "whole")))
 
@@ -368,12 +376,11 @@ def test_a_stopped_job_or_command_goes_on_to_the_same_bits(how, cluster, shapes_
         assert code == 0, output
         assert "STOPPED" in job(cluster, "status", tmp_path.name)[1].upper()
     assert len(metrics.read_text().splitlines()) < 12, "it finished before it was stopped"
-    for runs in ("stopped", "whole"):
-        code, output = run(
-            "train", *training(shapes_shards, tmp_path / runs, *arguments)[3:], env=cluster, timeout_s=180
-        )
-        assert code == 0, output
-        assert (" from step " in output) == (runs == "stopped")
+    again = training(shapes_shards, tmp_path / "stopped", *arguments)[3:]
+    code, output = run("train", *again, env=cluster, timeout_s=180)
+    assert code == 0, output
+    assert " from step " in output
+    on_ranks(fitted, 2, *training(shapes_shards, tmp_path / "whole", *arguments)[3:], timeout_s=180)
     assert rows(tmp_path / "stopped/run") == rows(tmp_path / "whole/run")
     last = [max((tmp_path / runs / "run/checkpoints").iterdir()) for runs in ("stopped", "whole")]
     assert same_checkpoint(*last)
