@@ -91,7 +91,7 @@ def test_a_trial_whose_process_dies_or_that_needs_too_much_memory_is_recorded(sh
     output, _ = process.communicate(timeout=280)
     assert process.returncode == 0, output
     assert output.count("warning: q1-triplet-") == 2
-    assert "can't allocate memory" in output
+    assert "cpu is out of memory: you tried to allocate 225000000000000 bytes; " in output
     assert "Traceback" not in output
 
 
