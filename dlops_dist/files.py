@@ -106,6 +106,19 @@ class Folder:
     def write_text(self, name: str, text: str) -> None:
         self.write(name, lambda file: file.write(text.encode()))
 
+    def append(self, name: str, text: str) -> None:
+        """Add to the end of a file; a process that is killed meanwhile may leave a part of the text."""
+        if self._files is None:
+            path = Path(self._place) / name
+            try:
+                with path.open("ab") as file:
+                    file.write(text.encode())
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(path)) from None  # a full disk names no file
+            return
+        before = self._files.cat_file(f"{self._root}/{name}") if name in self.names() else b""
+        self.write(name, lambda file: file.write(before + text.encode()))
+
     def delete(self, name: str) -> None:
         if self._files is None:
             (Path(self._place) / name).unlink()

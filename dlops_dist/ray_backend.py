@@ -15,7 +15,7 @@ from dlops_dist.engine.run_folder import CONFIG, RunFolder
 from dlops_dist.errors import RunError, UserError
 from dlops_dist.files import Folder, temporary_folder
 from dlops_dist.ray_cluster import check_nodes, cluster, resources_for
-from dlops_dist.trackers import Wandb
+from dlops_dist.trackers import trackers_of
 from dlops_dist.tracking import Console
 
 MAX_RESTARTS = 3
@@ -219,9 +219,7 @@ def _train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
         events.put_nowait(Placed(str(ray.get_runtime_context().get_placement_group_id())))
     torch.set_num_threads(num_threads(os.environ.get("OMP_NUM_THREADS", "")))
     keep_freed_memory()
-    listeners = [events.put_nowait]
-    if settings.wandb != "off":
-        listeners.append(Wandb(settings, warn=lambda text: events.put_nowait(Warned(text))))
+    listeners = [events.put_nowait, *trackers_of(settings, lambda text: events.put_nowait(Warned(text)))]
     try:
         return fit(settings, task=config["task"], device=get_device(), listeners=listeners)  # type: ignore[arg-type]
     except (UserError, RunError) as error:

@@ -9,6 +9,7 @@ its metrics are loosely defined.
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ def main() -> None:
     runs = [load(place) for place in given if not SweepFolder(Path(place)).is_sweep()]
     if runs:
         report_runs(runs, console)
+        log_reports([run.place for run in runs])
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,18 @@ def report_runs(runs: list[Reported], console: Any) -> None:
         console.print(class_table(stacked))
     for run in runs:
         print(f"curves: {plot_curves(run)}")
+
+
+def log_reports(runs: Sequence[str]) -> None:
+    """Send the pictures of runs that were logged to W&B there too; a sweep sends its own, not those of its trials."""
+    from dlops_dist.engine.run_folder import RunFolder
+    from dlops_dist.sweep.folder import SweepFolder
+    from dlops_dist.trackers import log_report
+
+    for run in runs:
+        path = Folder(run).local
+        if path is not None and not SweepFolder(path.absolute().parent).is_sweep():
+            log_report(path, RunFolder(path).settings()[1], lambda text: print(f"warning: {text}", file=sys.stderr))
 
 
 def load(place: str) -> Reported:

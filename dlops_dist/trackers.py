@@ -1,4 +1,4 @@
-"""Where a run is logged besides its own folder: Weights & Biases. Whatever goes wrong there never ends a run."""
+"""Where a run is logged besides its rows: Weights & Biases, TensorBoard. What goes wrong there never ends a run."""
 
 import hashlib
 import netrc
@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
@@ -13,7 +14,8 @@ from urllib.parse import urlparse
 from pydantic import ValidationError
 
 from dlops_dist.config import Settings
-from dlops_dist.engine.events import EpochEnded, Event, Finished, Started
+from dlops_dist.config.tasks import wandb_of_environment
+from dlops_dist.engine.events import EpochEnded, Event, Finished, Listener, Logged, Started
 from dlops_dist.errors import UserError, first_line
 from dlops_dist.files import Folder
 
@@ -22,6 +24,54 @@ TIMEOUT_S = 30.0
 LONGEST_NAME = 128
 """Of a run or a group, as W&B's server takes it."""
 Mode = Literal["online", "offline"]
+
+
+def trackers_of(settings: Settings, warn: Callable[[str], None]) -> list[Listener]:
+    """Those that the settings ask for."""
+    wandb = [Wandb(settings, warn)] if settings.wandb != "off" else []
+    return [*wandb, *([TensorBoard(settings, warn)] if settings.tensorboard else [])]
+
+
+def check_trackers(settings: Settings) -> None:
+    """Refuse, before anything is made, what cannot log or would be refused by W&B."""
+    if settings.tensorboard and find_spec("tensorboard") is None:
+        raise UserError("tensorboard: it is not installed; run pip install 'dlops_dist[tensorboard]'")
+    if settings.wandb != "off":
+        _check_wandb(online=settings.wandb == "online")
+
+
+class TensorBoard:
+    """Writes every epoch's and every logged step's figures into RUN/tensorboard."""
+
+    def __init__(self, settings: Settings, warn: Callable[[str], None]) -> None:
+        self._place, self._warn = str(Folder(settings.runs_dir) / str(settings.name) / "tensorboard"), warn
+        self._writer: Any = None
+
+    def __call__(self, event: Event) -> None:
+        try:
+            self._log(event)
+        except Exception as error:  # of each kind of storage
+            self._writer = None
+            self._warn(f"tensorboard: {first_line(error)}; nothing more is written")
+
+    def _log(self, event: Event) -> None:
+        match event:
+            case Started():
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._writer = SummaryWriter(self._place, purge_step=event.first_step + 1)  # later ones are done again
+            case Logged() if self._writer is not None:
+                self._add(of_step(event.row), event.row["step"])
+            case EpochEnded() if self._writer is not None:
+                self._add(event.row, event.row["step"])
+                self._writer.flush()
+            case Finished() if self._writer is not None:
+                self._writer.close()
+
+    def _add(self, row: dict[str, Any], step: int) -> None:
+        for name, value in row.items():
+            if isinstance(value, int | float):
+                self._writer.add_scalar(name, value, step)
 
 
 class Wandb:
@@ -49,23 +99,52 @@ class Wandb:
             case Started():
                 config = {**event.settings, **event.facts}
                 self._run = _wandb_run(self._mode, self._folder, self._name, config, self._warn)
+                self._run.define_metric("step/*", step_metric="step/step")
+            case Logged() if self._run is not None:
+                self._run.log(of_step(event.row), step=event.row["step"])
             case EpochEnded() if self._run is not None:
                 figures = {k: v for k, v in event.row.items() if not isinstance(v, list)}
                 self._run.log(figures, step=event.row["step"])
             case Finished() if self._run is not None:
+                if pictures := sorted((self._folder / "report").glob("*.png")):
+                    self._run.log(_images(pictures))
                 self._run.finish()
 
 
-def log_pictures(mode: Mode, folder: Path, paths: Sequence[Path], warn: Callable[[str], None]) -> None:
-    """Log pictures of a sweep as a run of its own in the sweep's group."""
-    import wandb
+def of_step(row: dict[str, Any]) -> dict[str, Any]:
+    """A step's figures, by names that are not those of epochs."""
+    return {f"step/{name}": value for name, value in row.items()}
 
+
+def log_pictures(
+    mode: Mode, folder: Path, paths: Sequence[Path], warn: Callable[[str], None], name: str = "summary"
+) -> None:
+    """Log pictures to a run; by default, of a sweep, to one of its own in the sweep's group."""
     try:
-        run = _wandb_run(mode, folder, "summary", {}, warn)
-        run.log({path.stem: wandb.Image(str(path)) for path in paths})
+        run = _wandb_run(mode, folder, name, {}, warn)
+        run.log(_images(paths))
         run.finish()
     except Exception as error:
         _leave_out_wandb(error, warn)
+
+
+def _images(paths: Sequence[Path]) -> dict[str, Any]:
+    import wandb
+
+    return {path.stem: wandb.Image(str(path)) for path in paths}
+
+
+def log_report(folder: Path, settings: Settings, warn: Callable[[str], None]) -> None:
+    """Log the pictures in a run's report to the run at W&B, where it was logged there."""
+    mode = wandb_of_environment() if os.environ.get("WANDB_MODE") else settings.wandb
+    if mode == "off":
+        return
+    try:
+        _check_wandb(online=mode == "online")
+    except UserError as error:
+        warn(f"{error}; the pictures stay in {folder / 'report'}")
+        return
+    log_pictures(mode, folder, sorted((folder / "report").glob("*.png")), warn, str(settings.name))
 
 
 def _wandb_run(mode: Mode, folder: Path, name: str, config: dict[str, Any], warn: Callable[[str], None]) -> Any:
@@ -122,11 +201,9 @@ def _leave_out_wandb(error: Exception, warn: Callable[[str], None]) -> None:
         wandb.teardown()
 
 
-def check_wandb(settings: Settings) -> None:
-    """Refuse, before anything is made, `online` where nobody is logged in, and variables that W&B does not take."""
-    if settings.wandb == "off":
-        return
-    if settings.wandb == "online" and not (os.environ.get("WANDB_API_KEY") or _key_in_netrc()):
+def _check_wandb(online: bool) -> None:
+    """Refuse to be online where nobody is logged in, and variables that W&B does not take."""
+    if online and not (os.environ.get("WANDB_API_KEY") or _key_in_netrc()):
         raise UserError("wandb: online needs a key; run 'wandb login', set WANDB_API_KEY, or pass --wandb offline")
     import wandb
 

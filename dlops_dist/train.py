@@ -38,10 +38,10 @@ def main() -> None:
     if settings.local and settings.workers not in (None, 1):
         raise UserError(f"workers: {settings.workers} processes need Ray; leave out --local")
 
-    from dlops_dist.trackers import check_wandb
+    from dlops_dist.trackers import check_trackers
     from dlops_dist.tracking import Console
 
-    check_wandb(settings)
+    check_trackers(settings)
     if settings.smoke:
         settings = with_smoke_shards(task, settings)
     with Console() as console:
@@ -69,12 +69,12 @@ def run(task: str, settings: Settings, console: Any) -> list[dict[str, Any]]:
             console.say(f"run {folder} is complete; another --name trains anew")
         elif settings.local:
             from dlops_dist.data.memory import keep_freed_memory
-            from dlops_dist.trackers import Wandb
+            from dlops_dist.trackers import trackers_of
 
             keep_freed_memory()
-            wandb = [] if settings.wandb == "off" else [Wandb(settings, warn=console.warn)]
+            listeners = [console, *trackers_of(settings, console.warn)]
             with stop_signals(console.say) as stop:
-                fit(settings, task=task, listeners=[console, *wandb], stop=stop)
+                fit(settings, task=task, listeners=listeners, stop=stop)
         else:
             from dlops_dist.ray_backend import train_on_ray
 

@@ -33,9 +33,9 @@ def main() -> None:
     sweep = read_sweep(task, arguments)
     check_sweep(sweep)
 
-    from dlops_dist.trackers import check_wandb
+    from dlops_dist.trackers import check_trackers
 
-    check_wandb(sweep)
+    check_trackers(sweep)
     if sweep.smoke:
         sweep = cast(Sweep, with_smoke_shards(task, sweep))
     print(f"result: {run_sweep(task, sweep)}")

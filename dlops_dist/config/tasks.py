@@ -48,6 +48,10 @@ class Run(Section):
     wait for as many."""
     wandb: Literal["online", "offline", "off"] = Field(default_factory=wandb_of_environment)
     """Log to Weights & Biases; offline needs neither key nor network. By default as WANDB_MODE says, else off."""
+    tensorboard: bool = False
+    """Write the figures for TensorBoard too, into the run's folder (needs 'dlops_dist[tensorboard]')."""
+    log_every: int = Field(50, ge=0)
+    """Log loss, rate, gradient norm and more every so many steps, in steps.jsonl, W&B and TensorBoard; 0 for never."""
     checkpoint_every: int | None = Field(None, ge=1)
     """Save a checkpoint every so many steps too, besides the end of each epoch."""
     keep_checkpoints: int = Field(2, ge=1)
@@ -136,7 +140,8 @@ SMOKE: dict[str, dict[str, Any]] = {
 """What --smoke changes for each task; its shards are made by the command line."""
 
 MAY_CHANGE = frozenset({
-    "config", "name", "runs_dir", "local", "smoke", "workers", "min_workers", "wandb",
+    "config", "name", "runs_dir", "local", "smoke", "workers", "min_workers", "wandb", "tensorboard",
+    "log_every",
     "checkpoint_every", "keep_checkpoints",
     "data.shards", "data.reader", "data.cache_dir", "data.threads", "data.prefetch",
     "num_samples", "seeds", "concurrency", "scheduler",

@@ -79,10 +79,14 @@ class Descent:
         for parameter in self._parameters:  # the optimizer's own zero_grad takes five times as long
             parameter.grad = None
 
-    def step(self, step: int) -> None:
-        """Move the parameters by their gradients."""
+    def step(self, step: int, figures: dict[str, Tensor] | None = None) -> None:
+        """Move the parameters by their gradients, whose norm before clipping is a figure of the step."""
         if self._chosen.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self._parameters, self._chosen.clip_norm)
+            norm = nn.utils.clip_grad_norm_(self._parameters, self._chosen.clip_norm)
+        elif figures is not None:
+            norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        if figures is not None:
+            figures["gradient_norm"] = norm
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr(step)
         self.optimizer.update()

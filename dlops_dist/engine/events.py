@@ -38,6 +38,14 @@ class Stepped:
 
 
 @dataclass(frozen=True)
+class Logged:
+    """Figures of one step were fetched; every `log_every` steps."""
+
+    row: dict[str, Any]
+    """As steps.jsonl holds it."""
+
+
+@dataclass(frozen=True)
 class EpochEnded:
     """An epoch was trained and evaluated."""
 
@@ -64,5 +72,5 @@ class Finished:
     """The run is complete."""
 
 
-Event = Started | Stepped | EpochEnded | Told | Warned | Finished
+Event = Started | Stepped | Logged | EpochEnded | Told | Warned | Finished
 Listener = Callable[[Event], None]

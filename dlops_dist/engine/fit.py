@@ -18,11 +18,12 @@ from dlops_dist.data.shards import REMOTE, Split, read_manifest
 from dlops_dist.distributed.agreement import describe_divergence
 from dlops_dist.distributed.collectives import of_all_ranks, rank, world_size
 from dlops_dist.engine.device import default_device, memory_errors_explained, use
-from dlops_dist.engine.events import EpochEnded, Event, Finished, Listener, Started, Stepped, Told, Warned
+from dlops_dist.engine.events import EpochEnded, Event, Finished, Listener, Logged, Started, Stepped, Told, Warned
 from dlops_dist.engine.numerics import set_numerics
 from dlops_dist.engine.q2 import q2_stages
 from dlops_dist.engine.run_folder import RunFolder, rows_before
 from dlops_dist.engine.stages import Classification, Samples, Span, Stage, StageLearner, named, spans_of
+from dlops_dist.engine.step_log import StepLog
 from dlops_dist.errors import RunError, UserError
 from dlops_dist.files import is_url
 
@@ -115,6 +116,7 @@ class _Fit:
         self.learner: StageLearner
         self.reader: Reader
         self.samples.open(self._open)
+        self.log = StepLog(settings.log_every if rank() == 0 else 0, settings.global_batch_size, device)
 
     def _open(self, splits: Sequence[Split]) -> list[Reader]:
         data = self.settings.data
@@ -189,9 +191,14 @@ class _Fit:
     def _train_epoch(self, epoch: int, first: int) -> None:
         per_epoch, before = self.span.steps_per_epoch, self.span.first_step_of(epoch)
         told, told_step = time.monotonic(), first
+        self.log.begin()
         for step_in_epoch, parts in enumerate(self._batches(epoch, first), first + 1):
             step = before + step_in_epoch
-            loss = self.learner.step(parts, epoch, step - 1 - self.span.first_step)
+            figures, of_stage = self.log.place(step), step - 1 - self.span.first_step
+            loss = self.learner.step(parts, epoch, of_stage, figures)
+            if figures is not None:
+                row = {"epoch": epoch + 1, "step": step, **self._stage_name(), "lr": self.learner.lr(of_stage)}
+                self.log.add(row, {"loss": loss, **figures})
             if step % CHECK_EVERY[self.device.type] == 0 or step_in_epoch == per_epoch:
                 self._check_finite(loss, epoch, step)
             if step % COMPARE_RANKS_EVERY == 0:
@@ -238,7 +245,11 @@ class _Fit:
         return {} if self.stage.name is None else {"stage": self.stage.name}
 
     def _check_finite(self, loss: torch.Tensor, epoch: int, step: int) -> None:
-        value = loss.item()
+        value, rows = self.log.fetch(loss)
+        if rows:
+            self.folder.add_steps(rows)
+        for row in rows:
+            self._tell(Logged(row))
         if not math.isfinite(value):
             raise RunError(
                 f"the loss became {value} at step {step} (epoch {epoch + 1}); lower optimizer.lr or set "

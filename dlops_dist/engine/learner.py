@@ -93,11 +93,17 @@ class Learner:
         """Learning rate of a step, counted from 0 over all epochs."""
         return self._descent.lr(step)
 
-    def step(self, micro_batches: Sequence[Batch], epoch: int, step: int) -> Tensor:
+    def step(
+        self, micro_batches: Sequence[Batch], epoch: int, step: int, figures: dict[str, Tensor] | None = None
+    ) -> Tensor:
         """Train on this rank's parts of a global batch. Returns the loss over the whole of it, without gradient.
 
         One micro-batch, the usual case, is the global batch. Gradients of several add up to those of the whole;
         triplets are mined among all of it, however little goes through the model at once.
+
+        Args:
+            figures: takes the gradient's norm over all ranks, the share of triplets that are active, the centres'
+                spread.
         """
         if not self.model.training:  # going through all modules takes 0.2 ms
             self._descent.distributed.train()
@@ -105,7 +111,7 @@ class Learner:
         draws = [self._draws(batch, epoch) for batch in micro_batches]
         self._descent.settle(lambda: self._forward(self._descent.distributed, images[0], *draws[0]))
         triplet = self.loss.triplet
-        mined = self._mine_ahead(triplet, images, micro_batches) if triplet and len(images) > 1 else None
+        mined = self._mine_ahead(triplet, images, micro_batches, figures) if triplet and len(images) > 1 else None
         sizes = [part_sizes(len(batch.labels), world_size()) for batch in micro_batches]
         num_samples = sum(len(batch.labels) for batch in micro_batches)
 
@@ -120,6 +126,9 @@ class Learner:
                 if triplet and mined is None:
                     everyone = gather(embeddings, sizes[i])
                     terms["triplet"] = triplet.terms(everyone, batch.labels, batch.part, largest_class([batch]))
+                    if figures is not None:
+                        share = triplet.active_share(everyone.detach(), batch.labels, largest_class([batch]))
+                        figures["active_triplets"] = share
                 objective = global_objective(terms, self.loss.backward_weights, len(batch.labels) / num_samples)
                 objective.backward(*([] if mined is None else [(embeddings, mined.gradients[i])]))
             values |= {name: values[name] + v if name in values else v for name, v in objective.values.items()}
@@ -127,12 +136,14 @@ class Learner:
         if mined is not None:
             values["triplet"] = mined.value
 
-        self._descent.step(step)
+        self._descent.step(step, figures)
         if self.ema is not None:
             self.ema.update(step)
         embeddings, logits, labels = (p[0] if len(p) == 1 else torch.cat(p) for p in zip(*outputs, strict=True))
         if self.loss.center is not None:
             update_centers(self.loss.center, embeddings, labels, [sum(parts) for parts in zip(*sizes, strict=True)])
+            if figures is not None:
+                figures["center_spread"] = self.loss.center.spread()
         losses = torch.stack([values[name] for name in self.loss.weights])
         everyones = [batch.host_labels for batch in micro_batches]
         self.sums.add_losses(losses, len(labels), triplet is None or has_triplet(np.concatenate(everyones)))
@@ -162,7 +173,10 @@ class Learner:
             embeddings, logits = network(images, *draws)
         return at_least_float32(embeddings), logits
 
-    def _mine_ahead(self, triplet: TripletLoss, images: Sequence[Tensor], micro_batches: Sequence[Batch]) -> "_Mined":
+    def _mine_ahead(
+        self, triplet: TripletLoss, images: Sequence[Tensor], micro_batches: Sequence[Batch],
+        figures: dict[str, Tensor] | None,
+    ) -> "_Mined":  # fmt: skip
         """The triplet loss over all micro-batches, as gradients that each can back-propagate on its own.
 
         Gradient caching (Gao et al. 2021, Scaling Deep Contrastive Learning Batch Size): embed everything without
@@ -179,6 +193,8 @@ class Learner:
         terms = {"triplet": triplet.terms(everyone, labels, anchors, largest_class(micro_batches))}
         objective = global_objective(terms, self.loss.backward_weights)
         (gradient,) = torch.autograd.grad(objective.sums, everyone, objective.scales)
+        if figures is not None:
+            figures["active_triplets"] = triplet.active_share(everyone.detach(), labels, largest_class(micro_batches))
         each = all_sum(gradient).split([len(part) for part in parts])
         return _Mined(
             objective.values["triplet"], [g[batch.part] for g, batch in zip(each, micro_batches, strict=True)]

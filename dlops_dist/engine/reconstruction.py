@@ -61,7 +61,9 @@ class ReconstructionLearner:
         """Learning rate of a step, counted from 0 over all epochs of the stage."""
         return self._descent.lr(step)
 
-    def step(self, micro_batches: Sequence[Batch], epoch: int, step: int) -> Tensor:
+    def step(
+        self, micro_batches: Sequence[Batch], epoch: int, step: int, figures: dict[str, Tensor] | None = None
+    ) -> Tensor:
         """Train on this rank's parts of a global batch. Returns the mean squared error over the whole of it.
 
         What is back-propagated is the error as a part of the inputs' mean square, so that one learning rate serves
@@ -83,7 +85,7 @@ class ReconstructionLearner:
                 objective = global_objective(terms, {LOSS: 1 / self.power}, shares[i])
                 objective.backward()
             values.append(objective.values[LOSS])
-        self._descent.step(step)
+        self._descent.step(step, figures)
         value = reduce(torch.add, values)
         self.sums.add(value, sum(len(batch.ids) for batch in micro_batches))
         return value

@@ -1,8 +1,10 @@
 """The folder of a run: its settings, its rows of metrics, its checkpoints."""
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -18,14 +20,14 @@ from dlops_dist.errors import RunError, UserError, first_line
 from dlops_dist.files import Folder, make_writable
 
 FORMAT = 3
-CONFIG, METRICS = "config.yaml", "metrics.jsonl"
+CONFIG, METRICS, STEPS = "config.yaml", "metrics.jsonl", "steps.jsonl"
 CPU = torch.device("cpu")
 EXTENDABLE = ("constant", "step")
 """Schedules by which a step's learning rate does not depend on how many are to come."""
 
 
 class RunFolder:
-    """RUNS_DIR/NAME/: config.yaml, metrics.jsonl, checkpoints/, report/; here or at a URL.
+    """RUNS_DIR/NAME/: config.yaml, metrics.jsonl, steps.jsonl, checkpoints/, report/; here or at a URL.
 
     Args:
         place: path or URL.
@@ -145,6 +147,18 @@ class RunFolder:
                 warn(f"{where}: its last {later} rows are in no checkpoint; the run goes on from before them")
             else:
                 warn(f"{where} was missing or damaged; its {len(self._trained)} rows are those of the checkpoint")
+        self._keep_steps(0 if state is None else state["step"])
+
+    def _keep_steps(self, last_step: int) -> None:
+        """Drop the rows of steps that are later than the checkpoint."""
+        lines = (self._read(STEPS) or b"").splitlines(keepends=True)
+        kept = list(takewhile(lambda line: _step_of(line) <= last_step, lines))
+        if len(kept) < len(lines):
+            self.folder.write(STEPS, lambda file: file.writelines(kept))
+
+    def add_steps(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Rows of steps that were logged, after those that are there."""
+        self.folder.append(STEPS, _text(rows))
 
     def add_row(self, row: dict[str, Any]) -> None:
         """That of an epoch whose checkpoint follows; the checkpoint before is safe by then."""
@@ -236,6 +250,14 @@ def _parsed(content: bytes) -> list[dict[str, Any]]:
             raise ValueError(f"line {number} is damaged")
         rows.append(row)
     return rows
+
+
+def _step_of(line: bytes) -> float:
+    """Of a row of a step; that of a killed process's last, of which only a part was written, is later than all."""
+    try:
+        return float(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
+    except ValueError:
+        return math.inf
 
 
 def best_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

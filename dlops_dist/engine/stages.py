@@ -35,12 +35,15 @@ class StageLearner(Protocol):
         """Of a step, counted from 0 over the stage."""
         ...
 
-    def step(self, micro_batches: Sequence[Batch], epoch: int, step: int) -> Tensor:
+    def step(
+        self, micro_batches: Sequence[Batch], epoch: int, step: int, figures: dict[str, Tensor] | None = None
+    ) -> Tensor:
         """Train on this rank's parts of a global batch. The loss over the whole of it, without gradient.
 
         Args:
             epoch: counted from 0 over the run.
             step: counted from 0 over the stage.
+            figures: takes more that is to be known of the step, on the device; on one rank alone. It changes no bit.
         """
         ...
 

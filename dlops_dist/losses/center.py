@@ -58,6 +58,11 @@ class CenterLoss(nn.Module):
         """Move the centres by the sums of the whole batch (eq. 4); classes without samples stay."""
         self.centers.addcdiv_(sums.differences, 1 + sums.counts[:, None], value=-self.alpha)
 
+    @torch.no_grad()
+    def spread(self) -> Tensor:
+        """Root of the centres' mean squared distance from their mean."""
+        return (self.centers - self.centers.mean(dim=0)).square().sum(dim=1).mean().sqrt()
+
 
 def add_rows(sums: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
     """Add to the rows of `sums` (C, ...) that the labels (N,) name the rows (N, ...), in a fixed order.

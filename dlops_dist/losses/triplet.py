@@ -85,6 +85,16 @@ class TripletLoss(nn.Module):
             classes = Classes(labels, largest_class)
             return Terms(*_ChunkedSum.apply(x, self._pieces(x.detach(), classes, first, last)))
 
+    @torch.no_grad()
+    def active_share(self, embeddings: Tensor, labels: Tensor, largest_class: int | None = None) -> Tensor:
+        """The part of a batch's triplets whose loss is above 0, float64; NaN where there are none."""
+        chosen = self.margin, self.mining, self.normalize, self.squared
+        valid, active = (
+            TripletLoss(*chosen, average).terms(embeddings, labels, None, largest_class).count  # type: ignore[arg-type]
+            for average in ("valid", "active")
+        )
+        return torch.as_tensor(active / valid)
+
     def _prepared(self, embeddings: Tensor) -> Tensor:
         embeddings = at_least_float32(embeddings)
         return F.normalize(embeddings, dim=1, eps=LEAST_LENGTH) if self.normalize else embeddings

@@ -17,7 +17,7 @@ from dlops_dist.errors import UserError
 from dlops_dist.files import Folder
 
 SWEEP, BEST, ENDED = "sweep.yaml", "best.yaml", "ended.json"
-OF_A_PLACE = {"name", "runs_dir", "config", "smoke", "local", "workers", "wandb"}
+OF_A_PLACE = {"name", "runs_dir", "config", "smoke", "local", "workers", "wandb", "tensorboard"}
 """Settings of the sweep's runs that best.yaml leaves to whoever takes it."""
 
 

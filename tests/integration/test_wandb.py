@@ -10,6 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from command import TINY, rows, run
 from wandb.proto import wandb_internal_pb2
 
+from dlops_dist.trackers import run_id
+
 BLOCK = 32768
 
 
@@ -49,15 +51,19 @@ def logged(folder):
     )
 
 
-def test_an_offline_file_holds_the_settings_and_every_epoch(shapes_shards, tmp_path):
-    environment = {"HOME": str(tmp_path), "WANDB_RUN_GROUP": "sweep"}
-    code, output = train(shapes_shards, tmp_path, "--wandb", "offline", env=environment)
+def test_an_offline_file_holds_the_settings_every_epoch_and_logged_steps(shapes_shards, tmp_path):
+    environment = {"HOME": str(tmp_path), "WANDB_RUN_GROUP": "sweep: lr/0.1"}
+    code, output = train(shapes_shards, tmp_path, "--wandb", "offline", "--log-every", "5", env=environment)
     assert code == 0, output
-    started, settings, epochs = logged(tmp_path / "run")
-    assert (started.display_name, started.run_group, started.run_id) == ("run", "sweep", "sweep-run")
+    started, settings, history = logged(tmp_path / "run")
+    epochs = [row for row in history if "epoch" in row]
+    assert (started.display_name, started.run_group) == ("run", "sweep: lr/0.1")
+    assert started.run_id == run_id("sweep: lr/0.1", "run")
     assert (settings["optimizer.lr"], settings["classes"]) == (0.02, 10)
     for ours, theirs in zip(rows(tmp_path / "run"), epochs, strict=True):
         assert theirs.items() >= {name: v for name, v in ours.items() if not isinstance(v, list)}.items()
+    steps = [json.loads(line) for line in (tmp_path / "run/steps.jsonl").read_text().splitlines()]
+    assert [row["step/step"] for row in history if "step/step" in row] == [row["step"] for row in steps] != []
 
 
 @contextmanager

@@ -36,6 +36,13 @@ def test_what_is_written_is_read_listed_replaced_and_deleted(folder):
         folder.open("a")
 
 
+def test_what_is_appended_comes_after_what_is_there(folder):
+    put(folder, "a", b"one\n")
+    folder.append("a", "two\n")
+    folder.append("b", "three\n")
+    assert (get(folder, "a"), get(folder, "b")) == (b"one\ntwo\n", b"three\n")
+
+
 def test_a_write_that_fails_leaves_the_file_that_was_there(folder):
     put(folder, "a", b"whole")
 

@@ -24,6 +24,7 @@ from dlops_dist.engine.evaluation import device_sums
 from dlops_dist.engine.learner import Inputs, Learner
 from dlops_dist.engine.reconstruction import ReconstructionLearner
 from dlops_dist.engine.stacked import build_classifier, build_stack
+from dlops_dist.engine.step_log import StepLog
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import kernels
@@ -100,6 +101,29 @@ def test_a_step_stays_on_the_gpu_and_waits_for_nothing(run, monkeypatch):
         assert {tensor.device for tensor in learner.equal_on_all_ranks().values()} == {GPU}
     assert waits.found == []
     assert waits.num_operations > 200
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_figures_of_a_step_that_is_logged_stay_on_the_gpu_until_the_loss_is_looked_at(run, monkeypatch):
+    settings = settings_of(run)
+    log = StepLog(1, 16, GPU)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 0)
+    with fake_gpu(monkeypatch):
+        learner = Learner(settings, INPUTS, 10, GPU)
+        batches = list(read_ahead(DeviceReader(Images(), GPU), parts_of(settings.micro_batch_size), GPU, 1, 1))
+        learner.step(batches, 0, 0)
+        with Waits() as waits:
+            figures = log.place(1)
+            loss = learner.step(batches, 0, 1, figures)
+            log.add({"step": 1}, {"loss": loss, **figures})
+        figures.pop("gradient_norm")  # of gradients, which nothing fake has
+        with Waits() as looks, pytest.raises(DataDependentOutputException):
+            log.fetch(loss)
+    kind = settings.loss
+    assert figures.keys() == {"triplet": {"active_triplets"}, "center": {"center_spread"}, "ce": set()}[kind]
+    assert {value.device for value in figures.values()} <= {GPU}
+    assert waits.found == []
+    assert len(looks.found) <= 2, "once for all of them"
 
 
 class Undistributed(torch.nn.Module):

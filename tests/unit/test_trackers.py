@@ -1,21 +1,25 @@
 """Weights & Biases' own variables, our settings beside them, and what W&B would refuse."""
 
 import os
+import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import wandb
+from matplotlib.image import imsave
 
-from dlops_dist import train, tune
+from dlops_dist import report, trackers, train, tune
 from dlops_dist.command_line import read_settings
 from dlops_dist.config import Q1
 from dlops_dist.config.sweep import Q1Sweep
-from dlops_dist.engine.events import EpochEnded, Finished, Started
+from dlops_dist.engine.events import EpochEnded, Finished, Logged, Started
 from dlops_dist.engine.run_folder import RunFolder
 from dlops_dist.errors import UserError
 from dlops_dist.ray_backend import wandb_environment
 from dlops_dist.sweep import plan
-from dlops_dist.trackers import LONGEST_NAME, Wandb, check_wandb, fitting, run_id
+from dlops_dist.trackers import LONGEST_NAME, Wandb, check_trackers, fitting, run_id
 
 STARTED = Started("runs/run", {"seed": 0}, {"classes": 10}, 1, 1, 1, 0)
 
@@ -45,7 +49,7 @@ def begun(monkeypatch):
             if value is not None and name != "config":
                 setattr(read, names[name], value)
         asked.append(read)
-        return SimpleNamespace(log=lambda figures, step: None, finish=lambda: None)
+        return SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None, define_metric=lambda *_, **__: None)
 
     monkeypatch.setattr(wandb, "init", init)
     return asked
@@ -80,7 +84,7 @@ VARIABLES = {
 def test_a_variable_of_wandbs_wins_over_our_default(name, begun, monkeypatch):
     setting, value = VARIABLES[name]
     monkeypatch.setenv(name, value)
-    check_wandb(Q1(wandb="offline"))
+    check_trackers(Q1(wandb="offline"))
     assert str(getattr(settings_at_wandb(begun), setting)) in (value, f"{value}.0")
 
 
@@ -120,8 +124,8 @@ REFUSED = {
 def test_what_wandb_would_not_take_is_refused_before_anything_is_made(name, monkeypatch, user_error):
     monkeypatch.setenv(name, REFUSED[name])
     with user_error(f"{name}: ", "--wandb off"):
-        check_wandb(Q1(wandb="offline"))
-    check_wandb(Q1(wandb="off"))
+        check_trackers(Q1(wandb="offline"))
+    check_trackers(Q1(wandb="off"))
 
 
 @pytest.mark.parametrize("group", ["sweep: lr/0.1", "g" * 400, "Ärger #7?", "a;b,c'", " spaces "])
@@ -177,9 +181,8 @@ def test_trouble_is_one_warning_and_the_run_goes_on(when, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("broken\npipe")
 
-    calls = {"log": lambda *_, **__: None, "finish": lambda: None} | {when: fail}
-    run = SimpleNamespace(**{name: calls[name] for name in ("log", "finish")})
-    monkeypatch.setattr(wandb, "init", fail if when == "init" else lambda **_: run)
+    calls = dict.fromkeys(("log", "finish", "define_metric", "init"), lambda *_, **__: None) | {when: fail}
+    monkeypatch.setattr(wandb, "init", fail if when == "init" else lambda **_: SimpleNamespace(**calls))
     monkeypatch.setattr(wandb, "teardown", lambda: None)
     warnings = []
     listener = Wandb(Q1(name="run", wandb="offline"), warnings.append)
@@ -187,3 +190,82 @@ def test_trouble_is_one_warning_and_the_run_goes_on(when, monkeypatch):
         listener(event)
     assert len(warnings) == 1
     assert warnings[0].startswith("wandb: broken; ")
+
+
+def test_steps_have_an_axis_of_their_own_and_pictures_are_images(monkeypatch, tmp_path):
+    logged, axes = [], []
+    run = SimpleNamespace(
+        log=lambda figures, step=None: logged.append((step, figures)), finish=lambda: None,
+        define_metric=lambda name, step_metric: axes.append((name, step_metric)),
+    )  # fmt: skip
+    monkeypatch.setattr(wandb, "init", lambda **_: run)
+    (tmp_path / "runs/run/report").mkdir(parents=True)
+    imsave(tmp_path / "runs/run/report/filters.png", np.zeros((4, 4)))
+    listener = Wandb(Q1(name="run", runs_dir="runs", wandb="offline"), pytest.fail)
+    row = {"epoch": 1, "step": 2, "test/loss": 1.0}
+    for event in (
+        STARTED,
+        Logged({"step": 1, "loss": 0.5}),
+        EpochEnded({**row, "test/top1_by_class": [1.0]}),
+        Finished(),
+    ):
+        listener(event)
+    assert axes == [("step/*", "step/step")]
+    assert logged[:2] == [(1, {"step/step": 1, "step/loss": 0.5}), (2, row)]
+    assert isinstance(logged[2][1]["filters"], wandb.Image)
+
+
+def test_report_sends_its_pictures_where_the_run_was_logged(begun, shapes_shards, monkeypatch, tmp_path, capsys):
+    logged = []
+    monkeypatch.setattr(trackers, "log_pictures", lambda *given: logged.append(given))
+    data = {"shards": str(shapes_shards), "reader": "decode"}
+    for mode in ("off", "offline", "online"):
+        settings = {"name": mode, "runs_dir": str(tmp_path), "wandb": mode, "epochs": 1, "data": data}
+        RunFolder(tmp_path / mode).create("q1", Q1(**settings))
+        row = {"epoch": 1, "step": 1, "train/loss": 1.0, "train/top1": 0.5, "test/loss": 1.0, "test/top1": 0.5}
+        RunFolder(tmp_path / mode).add_row({**row, "test/top5": 0.9, "test/top1_by_class": [0.5]})
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setattr(sys, "argv", ["report", *(str(tmp_path / mode) for mode in ("off", "offline", "online"))])
+    report.main()
+    ((mode, folder, pictures, _, name),) = logged
+    assert (mode, folder, name, [path.name for path in pictures]) == (
+        "offline", tmp_path / "offline", "offline", ["curves.png"],
+    )  # fmt: skip
+    assert capsys.readouterr().err.startswith("warning: wandb: online needs a key")
+
+
+def test_tensorboard_that_is_missing_is_one_line(monkeypatch, user_error):
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    with user_error("tensorboard", "pip install 'dlops_dist[tensorboard]'"):
+        check_trackers(Q1(tensorboard=True, wandb="off"))
+
+
+def test_tensorboard_holds_each_epoch_and_step_once_also_after_a_stop(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    settings = Q1(name="run", runs_dir=str(tmp_path), tensorboard=True, wandb="off")
+    check_trackers(settings)
+    (listener,) = trackers.trackers_of(settings, pytest.fail)
+    steps = [Logged({"epoch": 1, "step": step, "loss": 1 / step, "share": None}) for step in range(1, 5)]
+    ended = [EpochEnded({"epoch": e, "step": 2 * e, "test/top1": e / 2, "test/top1_by_class": [1]}) for e in (1, 2)]
+    for event in (STARTED, *steps[:2], ended[0], steps[2]):  # and then it was killed after the checkpoint of step 2
+        listener(event)
+    listener._writer.close()
+    (listener,) = trackers.trackers_of(settings, pytest.fail)
+    for event in (replace(STARTED, first_step=2), *steps[2:], ended[1], Finished()):
+        listener(event)
+    written = accumulator.EventAccumulator(str(tmp_path / "run/tensorboard"))
+    written.Reload()
+    assert [(e.step, e.value) for e in written.Scalars("test/top1")] == [(2, 0.5), (4, 1.0)]
+    assert [e.step for e in written.Scalars("step/loss")] == [1, 2, 3, 4]
+    assert "step/share" not in written.Tags()["scalars"]
+
+
+def test_trouble_with_tensorboard_is_one_warning(tmp_path):
+    pytest.importorskip("tensorboard")
+    (tmp_path / "run").write_text("a file, where a folder should be")
+    warnings = []
+    listener = trackers.TensorBoard(Q1(name="run", runs_dir=str(tmp_path), wandb="off"), warnings.append)
+    for event in (STARTED, Logged({"step": 1}), Finished()):
+        listener(event)
+    assert len(warnings) == 1
+    assert warnings[0].startswith("tensorboard: ")
