@@ -540,6 +540,28 @@ def test_an_index_that_is_not_the_manifests_is_named(packed, user_error):
         read_all(packed)
 
 
+UNTRUE = {
+    "label is float64": lambda index: index.assign(label=index.label.astype(np.float64)),
+    "keys that are no text": lambda index: index.assign(key=[b"bytes"] * len(index)),
+    "shards that are not in the manifest": lambda index: index.assign(shard=index.shard + 1),
+    "other numbers of samples than in the manifest": lambda index: index[1:],
+    "samples outside of their shards": lambda index: index.assign(offset=index.offset.max() + 10**6),
+    "labels without a class": lambda index: index.assign(label=index.label.max() + 99),
+    "folds that are not in the manifest": lambda index: index.assign(folds=index.folds + 1),
+}
+
+
+@pytest.mark.parametrize("problem", UNTRUE)
+def test_an_index_that_cannot_be_true_is_refused_though_the_manifest_has_its_hash(problem, packed, user_error):
+    path, manifest = packed / "index.parquet", packed / "manifest.json"
+    UNTRUE[problem](pd.read_parquet(path)).to_parquet(path, index=False)
+    values = json.loads(manifest.read_text())
+    values["index_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    manifest.write_text(json.dumps(values))
+    with user_error(path, f"is damaged ({problem}); pack the shards again"):
+        read_all(packed)
+
+
 @pytest.mark.parametrize("damage", ["cut off", "empty", "no field", "another field", "wrong type", "binary", "list"])
 def test_a_damaged_manifest_is_named(damage, packed, user_error):
     path = packed / "manifest.json"
