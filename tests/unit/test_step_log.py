@@ -103,12 +103,12 @@ def test_a_run_that_was_stopped_has_the_rows_of_one_that_was_not(stop, shapes_sh
 def test_a_run_without_a_checkpoint_begins_its_rows_anew(tmp_path):
     folder = RunFolder(tmp_path)
     folder.add_steps([{"step": 2}, {"step": 4}])
-    folder.keep_rows(3)
+    folder._keep_steps(3)
     folder.add_steps([{"step": 4, "loss": 1.0}])
     assert [json.loads(line) for line in (tmp_path / STEPS).read_text().splitlines()] == [
         {"step": 2}, {"step": 4, "loss": 1.0},
     ]  # fmt: skip
-    folder.keep_rows(0)
+    folder._keep_steps(0)
     assert (tmp_path / STEPS).read_text() == ""
 
 
