@@ -63,11 +63,10 @@ def _start() -> None:
     try:
         ray.init("local", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     except OSError as error:
-        home = Path.home()
-        if error.filename is None or home not in Path(error.filename).parents:
+        if error.filename is None or ".ray" not in Path(error.filename).parts:
             raise
         raise UserError(
-            f"HOME={home}: Ray cannot keep its token there ({error.strerror}); set it to a folder of yours"
+            f"HOME={Path.home()}: Ray cannot keep its token there ({error.strerror}); set it to a folder of yours"
         ) from None
 
 

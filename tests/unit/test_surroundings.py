@@ -1,6 +1,7 @@
 """What stands in people's environment: folders that are too long or not theirs, addresses that are none."""
 
 import os
+import shutil
 import socket
 import sys
 import tempfile
@@ -34,7 +35,9 @@ def long_folder(tmp_path, monkeypatch):
     folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(folder))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    return folder
+    yield folder
+    if os.environ["TMPDIR"] != str(folder):
+        shutil.rmtree(Path(os.environ["TMPDIR"]).parent)
 
 
 def test_below_a_long_temporary_folder_sockets_still_have_room(long_folder):
