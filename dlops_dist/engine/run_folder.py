@@ -224,7 +224,7 @@ class RunFolder:
         try:
             with self.folder.open(name) as file:
                 return file.read()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
 
