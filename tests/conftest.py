@@ -6,9 +6,17 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: several processes share the cores
 
+import torch
+
 from dlops_dist.data.pack import pack
 from dlops_dist.data.shapes import write_stl10, write_tiny_imagenet
 from dlops_dist.data.sources import STL10, TinyImageNet
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Each test draws the same numbers in each run: a new process seeds torch by chance."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -43,6 +43,7 @@ def gradient(conv, x, dy):
     conv(x).backward(dy)
     return conv.weight.grad.double()
 
+torch.manual_seed(0)  # where a gradient of two numbers nearly cancels, rounding alone is more than is allowed
 for threads in (1, 2):
     torch.set_num_threads(threads)
     for channels in (1, 3, 7, 8, 9, 12, 15, 16, 17, 24, 64):
