@@ -24,8 +24,8 @@ def main() -> None:
     arguments = parser.parse_args()
     figures, epoch = evaluate_run(arguments.run, arguments.shards, arguments.split)
 
+    from dlops_dist.console import test_figures
     from dlops_dist.engine.run_folder import RunFolder
-    from dlops_dist.tracking import test_figures
 
     for name, value in figures.items():
         if name == "confusion":

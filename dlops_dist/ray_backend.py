@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from dlops_dist.config import Settings
+from dlops_dist.console import Console
 from dlops_dist.engine.events import Event, Warned
 from dlops_dist.engine.run_folder import CONFIG, RunFolder
 from dlops_dist.errors import RunError, UserError
 from dlops_dist.files import Folder, temporary_folder
 from dlops_dist.ray_cluster import check_nodes, cluster, resources_for
 from dlops_dist.trackers import trackers_of
-from dlops_dist.tracking import Console
 
 MAX_RESTARTS = 3
 COLLECTIVE_TIMEOUT_S = 300

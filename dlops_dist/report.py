@@ -123,8 +123,8 @@ def table(runs: list[Reported]) -> Any:
     """The result of each run, and the study's figures where they are of the same data and loss."""
     from rich.table import Table
 
+    from dlops_dist.console import figure
     from dlops_dist.engine.run_folder import result_row
-    from dlops_dist.tracking import figure
 
     result = Table(title="result of each run")
     for column in ("run", "loss", "epoch", *COLUMNS.values()):

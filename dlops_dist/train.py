@@ -38,8 +38,8 @@ def main() -> None:
     if settings.local and settings.workers not in (None, 1):
         raise UserError(f"workers: {settings.workers} processes need Ray; leave out --local")
 
+    from dlops_dist.console import Console
     from dlops_dist.trackers import check_trackers
-    from dlops_dist.tracking import Console
 
     check_trackers(settings)
     if settings.smoke:
@@ -106,8 +106,8 @@ def stop_signals(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
 
 def result_figures(rows: list[dict[str, Any]]) -> str:
     """What the last line says of a run's rows."""
+    from dlops_dist.console import fold_figures, test_figures
     from dlops_dist.engine.run_folder import best_row
-    from dlops_dist.tracking import fold_figures, test_figures
 
     if (folds := fold_figures(rows)) is not None:
         return f": test {folds}"

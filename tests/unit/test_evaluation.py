@@ -10,6 +10,7 @@ from states import nearly
 from torch import nn
 
 from dlops_dist.config import Q1
+from dlops_dist.console import epoch_line, figure
 from dlops_dist.data.loader import read_ahead
 from dlops_dist.data.order import rank_part
 from dlops_dist.distributed.collectives import rank, world_size
@@ -17,7 +18,6 @@ from dlops_dist.distributed.norm import SyncBatchNorm1d, SyncBatchNorm2d
 from dlops_dist.engine.evaluation import evaluate
 from dlops_dist.engine.learner import Inputs, Learner
 from dlops_dist.errors import RunError
-from dlops_dist.tracking import epoch_line, figure
 
 CPU = torch.device("cpu")
 

@@ -15,7 +15,7 @@ LAYERS = [
     {"config", "command_line", "models", "losses", "optim", "metrics", "data"},
     {"distributed"},
     {"engine"},
-    {"tracking", "trackers"},
+    {"console", "trackers"},
     {"sweep"},
     {"preflight"},
     {"ray_cluster"},
