@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 from command import ROOT
 
 SECTIONS = list(range(1, 13))
@@ -21,6 +22,7 @@ def check(folder, *arguments):
     return done.returncode, done.stdout, [json.loads(line) for line in out.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_every_section_runs_in_miniature(tmp_path):
     code, output, rows = check(tmp_path)
     assert code == 0, output

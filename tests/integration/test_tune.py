@@ -29,6 +29,7 @@ def trials(sweep):
     return found
 
 
+@pytest.mark.slow
 def test_smoke_ranks_two_trials_and_is_done_once_where_temporary_files_lie_deep(tmp_path):
     deep = tmp_path / ("job-" + "0" * 80)  # a socket's path has 107 bytes
     code, output = run("tune", "--smoke", cwd=tmp_path, timeout_s=170, env={"TMPDIR": str(deep)})
