@@ -324,7 +324,7 @@ def test_training_with_its_cache_on_a_full_disk_decodes_with_a_warning(shapes_sh
     options = ("--local", "--runs-dir", tmp_path / "runs", "--epochs", "1", "--data.shards", shapes_shards)
     code, output = run("train", "q1", *options, *TINY, "--data.cache-dir", small_disk, "--data.reader", "decoded")
     assert code == 0, output
-    assert "warning: data.reader:" in output
+    assert "warning: data.cache_dir: " in output
     assert "No space left on device" in output
     assert "data.reader: decode (" in output
     assert not [path for path in small_disk.iterdir() if not path.name.endswith(".lock")]
