@@ -144,8 +144,8 @@ def pack_one(dataset: str, name: str, out: Path, arguments: argparse.Namespace, 
         started = time.monotonic()
         manifest = pack(
             source, out, name, arguments.seed, arguments.shard_size, arguments.workers,
-            progress(f"packing {name}", "images"), asked_for, arguments.again, arguments.size, arguments.skip_bad,
-            print,
+            progress(f"packing {name}", "images"), asked_for, arguments.again,
+            size=arguments.size, skip_bad=arguments.skip_bad, on_note=print,
         )  # fmt: skip
     seconds = time.monotonic() - started
     images = sum(manifest.splits.values())

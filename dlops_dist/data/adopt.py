@@ -4,7 +4,7 @@ import codecs
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from shlex import quote
 from typing import BinaryIO, NamedTuple
@@ -66,7 +66,7 @@ def adopt(
     paths = _shards_in(folder)
     if (folder / PLAN).is_file() or ((folder / MANIFEST).is_file() and read_manifest(folder).packing):
         raise UserError(f"{folder} was packed by launch/shard.py, which also writes its index; pack it again")
-    _refuse_missing_splits(folder, map(_split_of, paths))
+    _refuse_missing_splits(folder, set(map(_split_of, paths)))
     words = {word for path in paths for word in _split_words(path) if SPLIT_WORDS[word] == "test"}
     if len({"test" if word == "test" else "val" for word in words}) > 1:
         raise UserError(f"{folder} holds shards of val and of test: put those that are not to be tested on elsewhere")
@@ -92,10 +92,10 @@ def _shards_in(folder: Path) -> list[Path]:
     raise UserError(f"{folder} has no .tar files in it")
 
 
-def _refuse_missing_splits(folder: Path, found: Iterable[str]) -> None:
+def _refuse_missing_splits(folder: Path, found: set[str]) -> None:
     """What no run could train on, or measure itself on."""
     for split, words in {"train": "'train'", "test": "'val' or 'test'"}.items():
-        if split not in (found := set(found)):
+        if split not in found:
             way_out = "rename some of the shards, or add others"
             raise UserError(
                 f"{folder}: no file with {words} in its name holds a sample, and training needs one; {way_out}"
@@ -114,7 +114,7 @@ def _adopt(
         on_progress(len(found), len(paths))
     if len(extensions) != 1:
         raise UserError(f"{folder} holds {' and '.join(sorted(extensions)) or 'no'} images; one kind is needed")
-    _refuse_missing_splits(folder, (facts.shard.split for facts in found if facts.shard.samples))
+    _refuse_missing_splits(folder, {facts.shard.split for facts in found if facts.shard.samples})
     labels = [label for facts in found for label in facts.columns["label"]]
     if max(labels) >= MAX_CLASSES:
         raise UserError(f"{folder}: there is a label {max(labels)}, which is no class number")

@@ -1,11 +1,14 @@
 """An image file of any common format into what a shard holds of it."""
 
 import io
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from dlops_dist.data.codec import check_size, decode, encode
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 JPEG = b"\xff\xd8\xff"
 NPY = b"\x93NUMPY"
@@ -97,7 +100,7 @@ def _by_pillow(data: bytes, extension: str) -> tuple[np.ndarray, str]:
     return pixels, f"made a JPEG of RGB ({kind})" if extension == "jpg" else ""
 
 
-def _eight_bits(image) -> np.ndarray:  # type: ignore[no-untyped-def]
+def _eight_bits(image: "Image.Image") -> np.ndarray:
     """RGB; of 16 bits the upper 8, as Pillow itself does with 16-bit colours."""
     if image.mode.startswith("I"):
         values = np.asarray(image)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dlops_dist.data.facts import Facts, FactsOfSamples, replace, write_index_and_manifest
+from dlops_dist.data.facts import EQUAL_SIZES, Facts, FactsOfSamples, replace, write_index_and_manifest
 from dlops_dist.data.images import packable
 from dlops_dist.data.keys import key
 from dlops_dist.data.locks import locked
@@ -112,8 +112,7 @@ def _check_size(source: Source, split: str, facts: list[Facts]) -> None:
     first = next((f for f in facts if f.shape), facts[-1])
     if facts[-1].shape and facts[-1].shape != first.shape:
         name = source.name(split, source.splits[split].keys.index(facts[-1].columns["key"][0]))
-        raise UserError(f"{source.path}: {name} is {facts[-1].shape}, others are {first.shape}: sizes must be equal; "
-                        f"see --size")  # fmt: skip
+        raise UserError(f"{source.path}: {name} is {facts[-1].shape}, others are {first.shape}: {EQUAL_SIZES}")
 
 
 def _refusal(source: Path, bad: dict[str, str], out: Path) -> str:
