@@ -7,10 +7,34 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: several processes share the cores
 
 import torch
+from xdist.scheduler import LoadScopeScheduling
 
 from dlops_dist.data.pack import pack
 from dlops_dist.data.shapes import write_stl10, write_tiny_imagenet
 from dlops_dist.data.sources import STL10, TinyImageNet
+
+
+def group_of(nodeid):
+    """Tests that one process takes: those of a file, all that keep ranks, all that need a Ray cluster."""
+    file = nodeid.split("::")[0]
+    if file.startswith("tests/distributed/"):
+        return "ranks"
+    return "ray" if file.endswith(("test_ray.py", "test_tune.py")) else file
+
+
+class ByGroup(LoadScopeScheduling):
+    def _split_scope(self, nodeid):
+        return group_of(nodeid)
+
+
+def pytest_collection_modifyitems(items):
+    """The longest groups come first, so that several processes end together."""
+    items.sort(key=lambda item: {"ray": 0, "ranks": 1}.get(group_of(item.nodeid), 2))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    return ByGroup(config, log)
 
 
 @pytest.fixture(autouse=True)

@@ -36,6 +36,7 @@ def gradients(compiled):
     return [all_sum(p.grad) for p in model.parameters()], list(model.buffers())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2])
 def test_compiled_is_as_without(ranks):
     expected = on_ranks(gradients, ranks, False)

@@ -3,21 +3,19 @@
 import json
 from pathlib import Path
 
-import pytest
 import torch
+from kept_ranks import on_ranks
 from states import nearly, same_state, tensors
 
 from dlops_dist.config import Q1
 from dlops_dist.distributed.collectives import rank
-from dlops_dist.distributed.ranks import run_ranks
 from dlops_dist.engine import fit
 
 LOSSES = {
-    "ce, clipped": {"optimizer": {"lr": 0.02, "clip_norm": 0.5}},
     "triplet, micro-batches": {
         "loss": "triplet", "triplet": {"mining": "all"}, "micro_batch_size": 10, "optimizer": {"lr": 0.002},
     },
-    "center": {"loss": "center", "optimizer": {"lr": 0.02}},
+    "center, clipped": {"loss": "center", "optimizer": {"lr": 0.02, "clip_norm": 0.5}},
 }  # fmt: skip
 
 
@@ -43,8 +41,8 @@ def train_all(every, shards, runs):
 
 def test_ranks_log_what_one_process_logs_and_change_no_bit_by_it(shapes_shards, tmp_path):
     one = train_all(3, shapes_shards, tmp_path / "one")
-    logged, *_ = run_ranks(train_all, 3, 3, shapes_shards, tmp_path / "logged", timeout_s=200)
-    silent, *_ = run_ranks(train_all, 3, 0, shapes_shards, tmp_path / "silent", timeout_s=200)
+    logged, *_ = on_ranks(train_all, 2, 3, shapes_shards, tmp_path / "logged", timeout_s=200)
+    silent, *_ = on_ranks(train_all, 2, 0, shapes_shards, tmp_path / "silent", timeout_s=200)
     for loss in LOSSES:
         state, rows = logged[loss]
         assert same_state(state, silent[loss][0]), loss
@@ -53,5 +51,4 @@ def test_ranks_log_what_one_process_logs_and_change_no_bit_by_it(shapes_shards, 
             assert ours == nearly(theirs), loss
     assert {"loss", "lr", "gradient_norm", "active_triplets"} < logged["triplet, micro-batches"][1][0].keys()
     assert any(0 < row["active_triplets"] < 1 for row in logged["triplet, micro-batches"][1])
-    assert logged["center"][1][-1]["center_spread"] > 0
-    assert logged["ce, clipped"][1][-1]["gradient_norm"] == pytest.approx(one["ce, clipped"][1][-1]["gradient_norm"])
+    assert logged["center, clipped"][1][-1]["center_spread"] > 0

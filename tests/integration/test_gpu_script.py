@@ -33,6 +33,7 @@ def test_every_section_runs_in_miniature(tmp_path):
     assert output.splitlines()[-1] == f"result: {kept} of {kept} checks kept, sections left out: none"
 
 
+@pytest.mark.slow
 def test_chosen_sections_alone_run_and_none_begins_at_the_end(tmp_path):
     code, output, rows = check(tmp_path, "--sections", 1, 3)
     assert code == 0, output

@@ -147,7 +147,7 @@ def sharers(process):
 
 
 @pytest.mark.parametrize("whom", ["one that shares the work", "all, by Ctrl-C"])
-@pytest.mark.parametrize("when", ["starting", "packing"])
+@pytest.mark.parametrize("when", [pytest.param("starting", marks=pytest.mark.slow), "packing"])
 def test_a_packing_that_loses_its_processes_says_so_and_goes_on(when, whom, packing, undisturbed, tmp_path):
     out = tmp_path / "tiny-imagenet"
     process = start(*packing, "--out", tmp_path, "--workers", "2", start_new_session=True)

@@ -61,7 +61,7 @@ def table_of(output):
 
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on_to_the_same_figures_and_a_failed_trial_stops_nothing(shapes_shards, tmp_path):
-    space = ["--space", "triplet.margin grid 0.5", "optimizer.lr grid 1e12 0.02 0.05"]
+    space = ["--space", "triplet.margin grid 0.5", "optimizer.lr grid 0.02 1e12"]
     arguments = [*space, "--epochs", "8", "--checkpoint-every", "3"]
     killed, whole = tmp_path / "killed/sweep", tmp_path / "whole/sweep"
     process = start("tune", "--data.shards", shapes_shards, "--runs-dir", killed.parent, *SETTINGS, *arguments)
@@ -70,7 +70,7 @@ def test_a_killed_sweep_goes_on_to_the_same_figures_and_a_failed_trial_stops_not
     process.communicate()
     code, output = tune(shapes_shards, killed.parent, *arguments)
     assert code == 0, output
-    assert len(re.findall(r" epoch \d+/8: ", output)) <= 6 + 8, "it began anew"
+    assert len(re.findall(r" epoch \d+/8: ", output)) <= 6, "it began anew"
     assert "failed: the loss became " in output
     code, again = tune(shapes_shards, whole.parent, *arguments)
     assert code == 0, again
@@ -98,11 +98,11 @@ def test_a_trial_whose_process_dies_or_that_needs_too_much_memory_is_recorded(sh
 
 @pytest.mark.slow
 def test_asha_gives_up_trials_and_a_sweep_that_it_ended_is_complete(shapes_shards, tmp_path):
-    space = ["--space", "optimizer.lr grid 0.05 0.0001 0.00001 0.000001", "triplet.margin grid 0.2"]
+    space = ["--space", "optimizer.lr grid 0.05 0.0001 0.000001", "triplet.margin grid 0.2"]
     arguments = [*space, "--epochs", "6", "--scheduler", "asha", "--workers", "2", "--loss", "triplet"]
     code, output = tune(shapes_shards, tmp_path, *arguments)
     assert code == 0, output
-    assert "4 of 4 trials to train, 1 at a time, each on 2 workers" in output
+    assert "3 of 3 trials to train, 1 at a time, each on 2 workers" in output
     assert "given up by the scheduler" in output
     lengths = sorted(len(epochs) for epochs in trials(tmp_path / "sweep").values())
     assert lengths[0] < lengths[-1] == 6
@@ -114,17 +114,18 @@ def test_asha_gives_up_trials_and_a_sweep_that_it_ended_is_complete(shapes_shard
 def test_optuna_runs_every_seed_of_each_point_and_goes_on_with_more(shapes_shards, tmp_path):
     space = ["--space", "optimizer.lr log-uniform 0.01 0.1", "triplet.margin uniform 0.1 0.9"]
     arguments = [*space, "--epochs", "1", "--search", "optuna", "--seeds", "2", "--wandb", "offline"]
+    arguments += ["--num-samples", "1"]
     code, output = tune(shapes_shards, tmp_path, *arguments)
     assert code == 0, output
     before = trials(tmp_path / "sweep")
-    assert len({point[:3] for point in before}) == 2
-    assert sorted(seed for *_, seed in before) == [0, 0, 1, 1]
-    code, output = tune(shapes_shards, tmp_path, *arguments, "--num-samples", "3")
+    assert len({point[:3] for point in before}) == 1
+    assert sorted(seed for *_, seed in before) == [0, 1]
+    code, output = tune(shapes_shards, tmp_path, *arguments, "--num-samples", "2")
     assert code == 0, output
-    assert "2 of 6 trials to train" in output
+    assert "2 of 4 trials to train" in output
     after = trials(tmp_path / "sweep")
-    assert (len(after), before.items() <= after.items()) == (6, True)
-    assert len(list(tmp_path.glob("sweep/*/wandb/offline-run-*-sweep-q1-triplet-*"))) == 6
+    assert (len(after), before.items() <= after.items()) == (4, True)
+    assert len(list(tmp_path.glob("sweep/*/wandb/offline-run-*-sweep-q1-triplet-*"))) == 4
     assert len(list(tmp_path.glob("sweep/wandb/offline-run-*-sweep-summary"))) == 2
 
 

@@ -7,6 +7,7 @@ import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import pytest
 from command import TINY, rows, run
 from wandb.proto import wandb_internal_pb2
 
@@ -97,6 +98,7 @@ def refusing(path, content):
     return 403, {"errors": [{"message": "no such entity"}]}
 
 
+@pytest.mark.slow
 def test_a_server_that_refuses_the_run_is_told_and_all_is_logged_offline(shapes_shards, tmp_path):
     with server(refusing) as environment:
         code, output = train(shapes_shards, tmp_path, "--wandb", "online", env=environment)
@@ -121,6 +123,7 @@ def breaking(path, content):
     return 200, {"data": {}}
 
 
+@pytest.mark.slow
 def test_a_crash_of_wandb_in_the_middle_stops_nothing(shapes_shards, tmp_path):
     with server(breaking) as environment:
         code, output = train(shapes_shards, tmp_path, "--wandb", "online", "--epochs", "12", env=environment)

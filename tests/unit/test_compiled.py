@@ -14,9 +14,8 @@ from dlops_dist.engine.learner import Inputs, Learner
 
 CPU = torch.device("cpu")
 RUNS = {
-    "ce": {"ema_decay": 0.9, "flip_test": True, "ce": {"label_smoothing": 0.1}},
-    "triplet": {"loss": "triplet", "triplet": {"ce_weight": 0.5}},
-    "center": {"loss": "center", "augment": {"cutout": 4}},
+    "triplet": {"loss": "triplet", "triplet": {"ce_weight": 0.5}, "ema_decay": 0.9, "flip_test": True},
+    "center": {"loss": "center", "ce": {"label_smoothing": 0.1}, "augment": {"cutout": 4}},
 }
 
 

@@ -23,6 +23,7 @@ from dlops_dist.data.shards import Split, read_manifest
 from dlops_dist.data.sources import STL10, TinyImageNet
 from dlops_dist.errors import UserError
 
+pytestmark = pytest.mark.fuzz
 fuzzed = settings(
     max_examples=int(os.environ.get("FUZZ_EXAMPLES", "30")), deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],

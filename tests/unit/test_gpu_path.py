@@ -222,7 +222,9 @@ EAGER = {"ce": 12, "center": 28, "batch-hard": 149, "semi-hard": 128, "all": 129
 """Operations of a step outside of compiled graphs: each is a kernel of its own at least."""
 
 
-@pytest.mark.parametrize("loss", EAGER)
+@pytest.mark.parametrize(
+    "loss", ["center", "batch-hard", *(pytest.param(n, marks=pytest.mark.slow) for n in ("ce", "semi-hard", "all"))]
+)
 def test_a_step_launches_as_few_kernels_besides_its_compiled_graphs(loss):
     count = kernels.counted(partial(kernels.our_step, loss), SimpleNamespace(classes=20, batch=16))
     assert count.eager == EAGER[loss]
