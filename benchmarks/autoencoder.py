@@ -17,17 +17,18 @@ from timing import alternate
 from torch import nn
 from torch.nn import functional as F
 
-from dlops_dist.config import Q2
 from dlops_dist.data.loader import Batch
 from dlops_dist.data.memory import keep_freed_memory
-from dlops_dist.engine.codes import Codes
-from dlops_dist.engine.learner import Inputs, Learner
-from dlops_dist.engine.reconstruction import ReconstructionLearner
-from dlops_dist.engine.stacked import build_classifier, build_stack
+from dlops_dist.engine.learner import Learner
+from dlops_dist.engine.samples import Inputs
+from dlops_dist.recipes.q2 import Settings as Q2
+from dlops_dist.recipes.stacked.codes import Codes
+from dlops_dist.recipes.stacked.reconstruction import ReconstructionLearner
+from dlops_dist.recipes.stacked.stages import build_stack, classifier
 
 CPU = torch.device("cpu")
-INPUTS = Inputs(10, (0.45, 0.44, 0.4), (0.26, 0.26, 0.27))
 SIZE, CODE = 96, 128
+INPUTS = Inputs(10, (0.45, 0.44, 0.4), (0.26, 0.26, 0.27), (SIZE, SIZE))
 PHASES = ("layer 1", "layer 2", "layer 3", "layer 4", "layer 5", "layer 6", "joint", "frozen", "finetuned")
 STEPS_PER_EPOCH = 1000
 
@@ -62,10 +63,9 @@ def tell(phase: str, images: int, ours_s: float, bare_s: float) -> None:
 
 def ours_of(phase: str, batch_size: int, steps: int) -> Callable[[], None]:
     settings = Q2(global_batch_size=batch_size, finetune=phase == "finetuned")
-    stack = build_stack(settings, 3 * SIZE * SIZE)
+    stack = build_stack(settings, INPUTS)
     if phase in ("frozen", "finetuned"):
-        model = build_classifier(settings, stack.encoders, INPUTS.num_classes)
-        learner = Learner(settings, INPUTS, STEPS_PER_EPOCH, CPU, model)
+        learner = Learner(settings, INPUTS, STEPS_PER_EPOCH, CPU, classifier(settings, INPUTS, stack))
     else:
         layer = None if phase == "joint" else int(phase[-1]) - 1
         codes = Codes(settings, INPUTS, stack, {}, CPU, print)

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from timing import medians
 
-from dlops_dist.config import Q1
 from dlops_dist.data.loader import Batch
 from dlops_dist.engine.checkpoints import Checkpoints
-from dlops_dist.engine.learner import Inputs, Learner
+from dlops_dist.engine.learner import Learner
+from dlops_dist.engine.samples import Inputs
 from dlops_dist.files import Folder
+from dlops_dist.recipes.q1 import Settings as Q1
 
 BATCH = 32
 CPU = torch.device("cpu")

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dlops_dist.config import Q1
 from dlops_dist.data.loader import TrainingOrder, read_ahead
 from dlops_dist.data.order import fit_samples_per_class, rank_part
 from dlops_dist.data.pack import pack
@@ -21,8 +20,10 @@ from dlops_dist.data.readers import DeviceReader
 from dlops_dist.data.shapes import write_tiny_imagenet
 from dlops_dist.data.sources import TinyImageNet
 from dlops_dist.distributed.collectives import rank, world_size
-from dlops_dist.engine.learner import Inputs, Learner
+from dlops_dist.engine.learner import Learner
 from dlops_dist.engine.numerics import set_numerics
+from dlops_dist.engine.samples import Inputs
+from dlops_dist.recipes.q1 import Settings as Q1
 
 MEAN, STD = (0.48, 0.45, 0.4), (0.28, 0.27, 0.28)
 STEPS_PER_EPOCH = 100

@@ -21,10 +21,11 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dlops_dist.config import Q1
 from dlops_dist.data.loader import Batch
-from dlops_dist.engine.learner import Inputs, Learner
+from dlops_dist.engine.learner import Learner
+from dlops_dist.engine.samples import Inputs
 from dlops_dist.losses import mining, triplet
+from dlops_dist.recipes.q1 import Settings as Q1
 
 LOSSES = {
     "ce": {},

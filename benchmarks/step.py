@@ -14,11 +14,12 @@ import torchvision
 from timing import alternate
 from torch.nn import functional as F
 
-from dlops_dist.config import Q1
 from dlops_dist.data.loader import Batch
 from dlops_dist.data.memory import keep_freed_memory
-from dlops_dist.engine.learner import Inputs, Learner
+from dlops_dist.engine.learner import Learner
+from dlops_dist.engine.samples import Inputs
 from dlops_dist.optim import SGD
+from dlops_dist.recipes.q1 import Settings as Q1
 
 
 def main() -> None:

@@ -20,12 +20,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dlops_dist.config import Q1
 from dlops_dist.data.loader import Batch
 from dlops_dist.data.order import rank_part
 from dlops_dist.distributed.collectives import rank, world_size
 from dlops_dist.distributed.ranks import run_ranks
-from dlops_dist.engine.learner import Inputs, Learner
+from dlops_dist.engine.learner import Learner
+from dlops_dist.engine.samples import Inputs
+from dlops_dist.recipes.q1 import Settings as Q1
 
 CLASSES = 200
 VARIANTS = {

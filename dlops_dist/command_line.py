@@ -6,42 +6,48 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import yaml
 
-from dlops_dist.config import SMOKE, SWEEPS, TASKS, Settings, Sweep
+from dlops_dist.config import DEFAULT, RecipeFile, Run, Sweep, load_recipe, sweep_type
 from dlops_dist.config.section import setting_names, unknown_setting
 from dlops_dist.errors import OneLineParser, UserError
 
 CONFIG_FOLDERS = [Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs"]  # wheel, checkout
 
 
-def read_settings(task: str, arguments: Sequence[str]) -> Settings:
-    """Settings of a task: its YAML file (or --config), then --smoke, then the other command-line overrides."""
-    return _read(TASKS[task], task, arguments, f"{task}.yaml", SMOKE[task], f"python -m dlops_dist.train {task}")
+def read_settings(name: str, arguments: Sequence[str]) -> Run:
+    """Settings for a recipe: its YAML file (or --config), then --smoke, then the other command-line overrides."""
+    recipe = load_recipe(name)
+    return cast(Run, _read(recipe.settings_type, recipe, arguments, [f"{name}.yaml"], recipe.smoke, "train"))
 
 
-def read_sweep(task: str, arguments: Sequence[str]) -> Sweep:
-    """Settings of a sweep over a task, in the same way; of a trial, --smoke keeps all but that it needs no Ray."""
-    held_out = {**SMOKE[task]["data"], "val_fraction": 0.25}
-    smoke = {**SMOKE[task], "local": False, "workers": 1, "num_samples": 2, "data": held_out}
-    packaged = "tune.yaml" if task == "q1" else f"tune-{task}.yaml"
-    return _read(SWEEPS[task], task, arguments, packaged, smoke, f"python -m dlops_dist.tune {task}")
+def read_sweep(name: str, arguments: Sequence[str]) -> Sweep:
+    """Settings of a sweep over a recipe, in the same way; of a trial, --smoke keeps all but that it needs no Ray."""
+    recipe = load_recipe(name)
+    held_out = {**recipe.smoke["data"], "val_fraction": 0.25}
+    smoke = {**recipe.smoke, "local": False, "workers": 1, "num_samples": 2, "data": held_out}
+    files = [f"tune-{name}.yaml", *(["tune.yaml"] if name == DEFAULT else [])]
+    return cast(Sweep, _read(sweep_type(recipe.settings_type), recipe, arguments, files, smoke, "tune"))
 
 
-def _read(kind: type[Any], task: str, arguments: Sequence[str], packaged: str, smoke: dict[str, Any], prog: str) -> Any:
+def _read(
+    kind: type[Run], recipe: RecipeFile, arguments: Sequence[str], packaged: Sequence[str], smoke: dict[str, Any],
+    command: str,
+) -> Any:  # fmt: skip
     first = OneLineParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     first.add_argument("--smoke", action="store_true")
     known, _ = first.parse_known_args(arguments)
-    values = read_yaml(Path(known.config) if known.config else _packaged_config(packaged))
-    if (written_for := values.pop("task", task)) != task:
-        raise UserError(f"--config {known.config} is for the task {written_for}, not {task}")
+    file = Path(known.config) if known.config else _packaged_config(packaged)
+    values = read_yaml(file) if file else {}
+    if (written_for := values.pop("task", recipe.name)) != recipe.name:
+        raise UserError(f"--config {known.config} is for the recipe {written_for}, not {recipe.name}")
     if known.smoke or values.get("smoke"):
         values = _merged(values, smoke)
-    return _override(kind(**values), arguments, prog)
+    return _override(kind(**values), arguments, f"python -m dlops_dist.{command} {recipe.name}")
 
 
 def _override(defaults: Any, arguments: Sequence[str], prog: str) -> Any:
@@ -82,8 +88,9 @@ _Yaml12Loader.yaml_implicit_resolvers = {
 _Yaml12Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("true|false"), list("tf"))
 
 
-def _packaged_config(name: str) -> Path:
-    return next(folder / name for folder in CONFIG_FOLDERS if (folder / name).is_file())
+def _packaged_config(names: Sequence[str]) -> Path | None:
+    files = [folder / name for folder in CONFIG_FOLDERS for name in names]
+    return next((file for file in files if file.is_file()), None)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dlops_dist.config import is_loaded, load_recipe
 from dlops_dist.errors import OneLineParser, UserError, exit_code_of
 
 
@@ -20,9 +21,10 @@ def main() -> None:
     )
     parser.add_argument("run", help="folder of the run, or its URL")
     parser.add_argument("--data.shards", dest="shards", type=Path, help="other shards with as many classes")
+    parser.add_argument("--recipe", help="of a run of your own recipe: its file, or its module's name")
     parser.add_argument("--split", default="test", help="which split (default: test)")
     arguments = parser.parse_args()
-    figures, epoch = evaluate_run(arguments.run, arguments.shards, arguments.split)
+    figures, epoch = evaluate_run(arguments.run, arguments.shards, arguments.split, arguments.recipe)
 
     from dlops_dist.console import test_figures
     from dlops_dist.engine.run_folder import RunFolder
@@ -39,32 +41,40 @@ def main() -> None:
     print(f"result: {RunFolder(arguments.run).name} at epoch {epoch:g}, {arguments.split}: {test_figures(row)}")
 
 
-def evaluate_run(run: str, shards: Path | None = None, split_name: str = "test") -> tuple[dict[str, Any], float]:
+def evaluate_run(
+    run: str, shards: Path | None = None, split_name: str = "test", recipe: str | None = None
+) -> tuple[dict[str, Any], float]:
     """Figures of the run's result on a split, and the epoch it was taken at."""
     from dlops_dist.engine.device import default_device, memory_errors_explained, use
 
     device = default_device()
     use(device)
     with memory_errors_explained(device, "end what else runs there, or set CUDA_VISIBLE_DEVICES= to use the CPU"):
-        return _evaluated(run, device, shards, split_name)
+        return _evaluated(run, device, shards, split_name, recipe)
 
 
-def _evaluated(run: str, device: Any, shards: Path | None, split_name: str) -> tuple[dict[str, Any], float]:
+def _evaluated(
+    run: str, device: Any, shards: Path | None, split_name: str, recipe: str | None
+) -> tuple[dict[str, Any], float]:
     import numpy as np
     import torch
 
-    from dlops_dist.config import Q2
     from dlops_dist.data.memory import keep_freed_memory
     from dlops_dist.data.shards import Split, read_manifest
     from dlops_dist.engine.evaluation import evaluate
-    from dlops_dist.engine.learner import Inputs, Learner
+    from dlops_dist.engine.learner import Learner
     from dlops_dist.engine.numerics import set_numerics
+    from dlops_dist.engine.recipe import code_of, made
     from dlops_dist.engine.run_folder import RunFolder
-    from dlops_dist.engine.stacked import build_classifier, build_stack
+    from dlops_dist.engine.samples import Inputs
 
     keep_freed_memory()
     folder = RunFolder(run)
-    _, settings = folder.settings()
+    if recipe is not None:
+        load_recipe(recipe)
+    task, settings = folder.settings()
+    if recipe is None and not is_loaded(task):
+        raise UserError(f"{run} was trained by the recipe {task}; pass --recipe FILE: nothing in a run is executed")
     state = folder.result(device, warn=lambda text: print(f"warning: {text}"))
     shards = shards or Path(settings.data.shards)
     manifest, inputs = read_manifest(shards), Inputs(**state["inputs"])
@@ -72,21 +82,26 @@ def _evaluated(run: str, device: Any, shards: Path | None, split_name: str) -> t
         raise UserError(f"data.shards: {shards} has {len(manifest.classes)} classes, the run has {inputs.num_classes}")
     torch.set_num_threads(state["threads"])  # sums are rounded alike
     set_numerics(settings, device)
-    model = None
-    if isinstance(settings, Q2):
-        if "fc.weight" not in state["model"]:
-            raise UserError(f"{run} has no classifier yet, only pretrained layers; train it to the end")
-        num_inputs = manifest.height * manifest.width * 3
-        if num_inputs != state["model"]["encoders.0.0.weight"].shape[1]:
-            size = f"{manifest.height}x{manifest.width}"
-            raise UserError(f"data.shards: {shards} has images of {size}, the run was trained on another size")
-        model = build_classifier(settings, build_stack(settings, num_inputs).encoders, inputs.num_classes)
-    learner = Learner(settings, inputs, 1, device, model)
+    inputs = inputs._replace(image_size=(manifest.height, manifest.width))
+    recipe_made = made(settings, inputs)
+    _check_fits(run, shards, inputs.image_size, recipe_made.model, state["model"])
+    learner = Learner(settings, inputs, 1, device, recipe_made)
     learner.load_state_dict(state)
     split = Split(shards, manifest, split_name)
     if (split.labels < 0).any():
         raise UserError(f"--split {split_name}: {shards} has samples without a label in it")
-    return evaluate(learner, split, np.arange(len(split)), isinstance(settings, Q2)), state["epoch"]
+    with_confusion = hasattr(code_of(settings), "stages")
+    return evaluate(learner, split, np.arange(len(split)), with_confusion), state["epoch"]
+
+
+def _check_fits(run: str, shards: Path, size: tuple[int, int], model: Any, state: dict[str, Any]) -> None:
+    """Refuse a run whose weights are not those of its classifier, on images of this size."""
+    if "fc.weight" not in state:
+        raise UserError(f"{run} has no classifier yet, only pretrained layers; train it to the end")
+    wanted = model.state_dict()
+    if any(name in wanted and value.shape != wanted[name].shape for name, value in state.items()):
+        shown = "x".join(map(str, size))
+        raise UserError(f"data.shards: {shards} has images of {shown}, the run was trained on another size")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dlops_dist.config import Settings
+from dlops_dist.config import Run, load_recipe, recipe_from_source
 from dlops_dist.console import Console
 from dlops_dist.engine.events import Event, Warned
 from dlops_dist.engine.run_folder import CONFIG, RunFolder
@@ -51,7 +51,7 @@ class Placed:
     """Its id."""
 
 
-def train_on_ray(task: str, settings: Settings, console: Console) -> None:
+def train_on_ray(task: str, settings: Run, console: Console) -> None:
     """Train a prepared run on the cluster of RAY_ADDRESS, or on one started for it here."""
     with cluster(console.say):
         resources, num_workers = resources_for(settings.workers)
@@ -67,7 +67,7 @@ def train_on_ray(task: str, settings: Settings, console: Console) -> None:
 
 
 def train_group(
-    task: str, settings: Settings, num_workers: int, resources: dict[str, float], environment: dict[str, str]
+    task: str, settings: Run, num_workers: int, resources: dict[str, float], environment: dict[str, str]
 ) -> Generator[Event | Placed]:
     """Train a prepared run on a group of workers, and yield what rank 0 tells.
 
@@ -123,7 +123,7 @@ def train_group(
 
 
 def _trainer(
-    task: str, settings: Settings, num_workers: int, resources: dict[str, float], environment: dict[str, str],
+    task: str, settings: Run, num_workers: int, resources: dict[str, float], environment: dict[str, str],
     events: Any,
 ) -> Any:  # fmt: skip
     """What Ray trains by: how many workers, with what, how often they are started again, how long waited for."""
@@ -136,7 +136,9 @@ def _trainer(
     storage = Folder(settings.runs_dir).local or temporary_folder()
     return TorchTrainer(
         _train_on_worker,  # type: ignore[arg-type]
-        train_loop_config={"task": task, "settings": settings.model_dump(), "events": events},
+        train_loop_config={
+            "task": task, "source": load_recipe(task).source, "settings": settings.model_dump(), "events": events,
+        },
         torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
         scaling_config=ScalingConfig(
             num_workers=num_workers if least is None else (least, num_workers),  # type: ignore[arg-type]
@@ -197,7 +199,7 @@ def _put(events: Any, event: object) -> None:
         events.put_nowait(event)
 
 
-def wandb_environment(settings: Settings) -> dict[str, str]:
+def wandb_environment(settings: Run) -> dict[str, str]:
     """What W&B needs of the environment, its key included: handed on only where it is used."""
     if settings.wandb == "off":
         return {}
@@ -210,11 +212,11 @@ def _train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     import torch
     from ray.train.torch import get_device
 
-    from dlops_dist.config import TASKS
     from dlops_dist.data.memory import keep_freed_memory
     from dlops_dist.engine import fit
 
-    settings, events = TASKS[config["task"]](**config["settings"]), config["events"]
+    recipe, events = recipe_from_source(config["task"], config["source"]), config["events"]
+    settings = recipe.settings_type(**config["settings"])
     if ray.train.get_context().get_world_rank() == 0:
         events.put_nowait(Placed(str(ray.get_runtime_context().get_placement_group_id())))
     torch.set_num_threads(num_threads(os.environ.get("OMP_NUM_THREADS", "")))

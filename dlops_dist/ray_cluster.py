@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dlops_dist import preflight
-from dlops_dist.config import Settings
+from dlops_dist.config import Run
 from dlops_dist.errors import UserError
 from dlops_dist.files import leave_room_for_sockets
 
@@ -117,7 +117,7 @@ def address_of_head(given: str) -> str:
     return address
 
 
-def refuse_uploaded_folder(settings: Settings) -> None:
+def refuse_uploaded_folder(settings: Run) -> None:
     """A job's working directory is a copy that Ray deletes: nothing may be written there, and data is not in it."""
     for name, place in (("runs_dir", settings.runs_dir), ("data.shards", settings.data.shards)):
         if UPLOADED in Path(place).absolute().parts:

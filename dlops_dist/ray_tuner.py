@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from dlops_dist.config import TASKS, Settings, Sweep
+from dlops_dist.config import Run, Sweep, load_recipe, recipe_from_source
 from dlops_dist.config.sweep import ACCURACY
 from dlops_dist.engine.events import EpochEnded, Warned
 from dlops_dist.engine.run_folder import RunFolder
@@ -30,7 +30,7 @@ DRIVER = {"CPU": 0, "node:__internal_head__": 0.001}
 """What a trial's own process takes: a CPU of its own would be one that its workers wait for, for ever."""
 
 
-def train_trials(task: str, sweep: Sweep, folder: SweepFolder, known: Sequence[Settings], board: Board) -> None:
+def train_trials(task: str, sweep: Sweep, folder: SweepFolder, known: Sequence[Run], board: Board) -> None:
     """Train the runs that are known and not over, then those that Optuna suggests."""
     create(task, known)
     unfinished = [settings for settings in known if not folder.is_over(settings)]
@@ -42,9 +42,7 @@ def train_trials(task: str, sweep: Sweep, folder: SweepFolder, known: Sequence[S
     _run_trials(task, sweep, trials, len(unfinished) + missing, len(known) + missing, board)
 
 
-def _run_trials(
-    task: str, sweep: Sweep, trials: Iterator[Settings], num_trials: int, num_all: int, board: Board
-) -> None:
+def _run_trials(task: str, sweep: Sweep, trials: Iterator[Run], num_trials: int, num_all: int, board: Board) -> None:
     """Train prepared runs on the cluster of RAY_ADDRESS, or on one started here, some at a time.
 
     A run that fails has the reason in its folder, and the others go on.
@@ -70,8 +68,9 @@ def _run_trials(
             f"worker{'s' * (num_workers > 1)} with {resources}"
         )
         driver = partial(
-            _drive, task=task, num_workers=num_workers, resources=resources, environment=wandb_environment(sweep)
-        )
+            _drive, task=task, source=load_recipe(task).source, num_workers=num_workers, resources=resources,
+            environment=wandb_environment(sweep),
+        )  # fmt: skip
         tune.Tuner(
             tune.with_resources(driver, DRIVER),
             tune_config=tune.TuneConfig(
@@ -85,12 +84,12 @@ def _run_trials(
         ).fit()  # fmt: skip
 
 
-def _queue(trials: Iterator[Settings]) -> Any:
+def _queue(trials: Iterator[Run]) -> Any:
     """Hands the trials to Tune, which need tell it nothing: their folders say what came of them."""
     from ray.tune.search import Searcher
 
     class Queue(Searcher):
-        def __init__(self, trials: Iterator[Settings]) -> None:
+        def __init__(self, trials: Iterator[Run]) -> None:
             super().__init__()
             self.trials = trials
 
@@ -137,12 +136,13 @@ def _scheduler(sweep: Sweep) -> Any:
 
 
 def _drive(
-    config: dict[str, Any], task: str, num_workers: int, resources: dict[str, float], environment: dict[str, str]
-) -> None:
+    config: dict[str, Any], task: str, source: bytes, num_workers: int, resources: dict[str, float],
+    environment: dict[str, str],
+) -> None:  # fmt: skip
     """A trial: train its run on a group of workers of its own, and tell Tune of each epoch, without test figures."""
     from ray import tune
 
-    settings = TASKS[task](**config["settings"])
+    settings = recipe_from_source(task, source).settings_type(**config["settings"])
     path = Path(settings.runs_dir) / str(settings.name)
     folder = RunFolder(path)
     warnings: list[str] = []

@@ -14,21 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dlops_dist.config import is_loaded, load_recipe
 from dlops_dist.errors import OneLineParser, UserError, exit_code_of
 from dlops_dist.files import Folder
 
 Rows = list[dict[str, Any]]
+Figures = dict[str, float]
 
-STUDY = {
-    "ce": {"train/loss": 0.12, "train/top1": 0.7225, "test/loss": 1.567, "test/top5": 0.5936},
-    "triplet": {"train/loss": 0.092, "train/top1": 0.7989, "test/loss": 0.76, "test/top1": 0.65},
-    "center": {"train/loss": 0.04, "train/top1": 0.7566, "test/loss": 0.85, "test/top1": 0.6345},
-    "q2": {"train/loss": 1.29, "train/top1": 0.4799, "test/loss": 1.51, "test/top1": 0.5231},
-}
-STUDY_CLASSES = (0.5123, 0.8234, 0.0345, 0.4456, 0.0789, 0.7734, 0.1528, 0.6556, 0.5512)
-"""q2's class-wise test accuracies, classes 1 to 9: the study names no tenth."""
-STUDY_DATA = {"q1": ("tiny-imagenet", 200), "q2": ("stl10", 10)}
-"""What the study trained each task on, and how many classes that has."""
 BESIDE = "original study, 10 epochs"
 COLUMNS = {
     "train/loss": "train loss", "train/top1": "train top-1", "test/loss": "test loss", "test/top1": "test top-1",
@@ -41,7 +33,11 @@ def main() -> None:
         prog="python -m dlops_dist.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run or of a sweep, or its URL")
-    given = parser.parse_args().runs
+    parser.add_argument("--recipe", help="of a sweep over your own recipe: its file, or its module's name")
+    arguments = parser.parse_args()
+    given = arguments.runs
+    if arguments.recipe:
+        load_recipe(arguments.recipe)
 
     from rich.console import Console
 
@@ -66,16 +62,18 @@ class Reported:
     name: str
     variant: str
     rows: Rows
-    of_the_study: str | None
-    """Which of the study's figures are of the same data; None where none are."""
+    published: tuple[str, Figures] | None
+    """What a study called its figures of the same data and loss, and these; None where there are none."""
+    by_class: Sequence[float] | None
+    """Class-wise accuracies that its recipe has published figures of; empty where those are of other data."""
 
 
 def report_runs(runs: list[Reported], console: Any) -> None:
     """Print the results of runs side by side, and draw each run's curves."""
     console.print(table(runs))
-    stacked = [run for run in runs if run.variant not in STUDY]
-    if stacked:
-        console.print(class_table(stacked))
+    class_wise = [run for run in runs if run.by_class is not None]
+    if class_wise:
+        console.print(class_table(class_wise))
     for run in runs:
         print(f"curves: {plot_curves(run)}")
 
@@ -101,13 +99,19 @@ def load(place: str) -> Reported:
     rows = folder.rows()
     if not rows:
         raise UserError(f"{place} has no finished epoch yet")
-    figures = settings.variant if settings.variant in STUDY else "q2"
-    same_data = is_of_the_study(task, Path(settings.data.shards), rows)
-    return Reported(place, folder.name, settings.variant, rows, figures if same_data else None)
+    study: Any = load_recipe(task).module if is_loaded(task) else None
+    published = getattr(study, "STUDY", {})
+    figures = settings.variant if settings.variant in published else next(iter(published), "")
+    same_data = bool(published) and is_of_the_study(study.STUDY_DATA, Path(settings.data.shards), rows)
+    by_class = getattr(study, "STUDY_CLASSES", None)
+    return Reported(
+        place, folder.name, settings.variant, rows, (figures, published[figures]) if same_data else None,
+        by_class if by_class is None or same_data else (),
+    )  # fmt: skip
 
 
-def is_of_the_study(task: str, shards: Path, rows: Rows) -> bool:
-    """Whether a run's shards, where they are still there, hold all of the study's dataset, in its own size."""
+def is_of_the_study(studied: tuple[str, int], shards: Path, rows: Rows) -> bool:
+    """Whether a run's shards, where they are still there, hold all of a dataset of so many classes, in its own size."""
     from dlops_dist.data.shards import read_manifest
 
     try:
@@ -116,7 +120,7 @@ def is_of_the_study(task: str, shards: Path, rows: Rows) -> bool:
         return False
     whole = manifest.packing.get("limit") is None and manifest.packing.get("size") is None
     judged = {len(row["test/top1_by_class"]) for row in rows if "test/top1_by_class" in row}
-    return whole and {(manifest.dataset, n) for n in judged | {len(manifest.classes)}} == {STUDY_DATA[task]}
+    return whole and {(manifest.dataset, n) for n in judged | {len(manifest.classes)}} == {studied}
 
 
 def table(runs: list[Reported]) -> Any:
@@ -132,20 +136,21 @@ def table(runs: list[Reported]) -> Any:
     for run in runs:
         row = result_row(run.rows)
         result.add_row(run.name, run.variant, str(row["epoch"]), *(figure(row, name) for name in COLUMNS))
-    for task in dict.fromkeys(run.of_the_study for run in runs if run.of_the_study):
-        result.add_row(BESIDE, task, "10", *(figure(STUDY[task], name) for name in COLUMNS), style="dim")
+    for variant, published in dict(run.published for run in runs if run.published).items():
+        result.add_row(BESIDE, variant, "10", *(figure(published, name) for name in COLUMNS), style="dim")
     return result
 
 
 def class_table(runs: list[Reported]) -> Any:
-    """Class-wise test accuracies of q2's runs, and the study's beside those of the same data."""
+    """Class-wise test accuracies, and the study's beside those of the same data."""
     from rich.table import Table
 
     from dlops_dist.engine.run_folder import result_row
 
     by_class = {run.name: result_row(run.rows).get("test/top1_by_class", []) for run in runs}
-    if any(run.of_the_study for run in runs):
-        by_class[BESIDE] = list(STUDY_CLASSES)
+    for run in runs:
+        if run.by_class:
+            by_class[BESIDE] = list(run.by_class)
     result = Table("run", title="test top-1 of each class, %")
     for number in range(max(map(len, by_class.values()))):
         result.add_column(str(number + 1), justify="right")
@@ -156,7 +161,7 @@ def class_table(runs: list[Reported]) -> Any:
 
 
 def plot_curves(run: Reported) -> str:
-    """Loss and accuracy of each epoch, train and test; each class's test accuracy; q2's reconstruction errors."""
+    """Loss and accuracy of each epoch, train and test; each class's test accuracy; reconstruction errors."""
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -13,8 +13,8 @@ from urllib.parse import urlparse
 
 from pydantic import ValidationError
 
-from dlops_dist.config import Settings
-from dlops_dist.config.tasks import wandb_of_environment
+from dlops_dist.config import Run
+from dlops_dist.config.run import wandb_of_environment
 from dlops_dist.engine.events import EpochEnded, Event, Finished, Listener, Logged, Started
 from dlops_dist.errors import UserError, first_line
 from dlops_dist.files import Folder
@@ -26,13 +26,13 @@ LONGEST_NAME = 128
 Mode = Literal["online", "offline"]
 
 
-def trackers_of(settings: Settings, warn: Callable[[str], None]) -> list[Listener]:
+def trackers_of(settings: Run, warn: Callable[[str], None]) -> list[Listener]:
     """Those that the settings ask for."""
     wandb = [Wandb(settings, warn)] if settings.wandb != "off" else []
     return [*wandb, *([TensorBoard(settings, warn)] if settings.tensorboard else [])]
 
 
-def check_trackers(settings: Settings) -> None:
+def check_trackers(settings: Run) -> None:
     """Refuse, before anything is made, what cannot log or would be refused by W&B."""
     if settings.tensorboard and find_spec("tensorboard") is None:
         raise UserError("tensorboard: it is not installed; run pip install 'dlops_dist[tensorboard]'")
@@ -43,7 +43,7 @@ def check_trackers(settings: Settings) -> None:
 class TensorBoard:
     """Writes every epoch's and every logged step's figures into RUN/tensorboard."""
 
-    def __init__(self, settings: Settings, warn: Callable[[str], None]) -> None:
+    def __init__(self, settings: Run, warn: Callable[[str], None]) -> None:
         self._place, self._warn = str(Folder(settings.runs_dir) / str(settings.name) / "tensorboard"), warn
         self._writer: Any = None
 
@@ -80,7 +80,7 @@ class Wandb:
     Runs of one sweep are one group. Whatever W&B refuses is told by `warn`, and never stops the run.
     """
 
-    def __init__(self, settings: Settings, warn: Callable[[str], None]) -> None:
+    def __init__(self, settings: Run, warn: Callable[[str], None]) -> None:
         self._mode: Mode = "online" if settings.wandb == "online" else "offline"
         self._name, self._warn = str(settings.name), warn
         folder = Folder(settings.runs_dir) / self._name
@@ -134,7 +134,7 @@ def _images(paths: Sequence[Path]) -> dict[str, Any]:
     return {path.stem: wandb.Image(str(path)) for path in paths}
 
 
-def log_report(folder: Path, settings: Settings, warn: Callable[[str], None]) -> None:
+def log_report(folder: Path, settings: Run, warn: Callable[[str], None]) -> None:
     """Log the pictures in a run's report to the run at W&B, where it was logged there."""
     mode = wandb_of_environment() if os.environ.get("WANDB_MODE") else settings.wandb
     if mode == "off":

@@ -4,8 +4,9 @@
     python -m dlops_dist.train q1 --loss triplet --local   in one process
     python -m dlops_dist.train q1 --smoke                  a trial of a few seconds on generated images
     python -m dlops_dist.train q2 --finetune               the stacked autoencoder, its classifier fine-tuned end to end
+    python -m dlops_dist.train my.py --local               your own model and losses (docs/extending.md)
 
-The same command again goes on where it stopped. `TASK --help` lists every setting.
+The same command again goes on where it stopped. `RECIPE --help` lists every setting.
 """
 
 import os
@@ -18,22 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from dlops_dist.command_line import read_settings
-from dlops_dist.config import TASKS, Settings
+from dlops_dist.config import SHIPPED, Run, load_recipe
 from dlops_dist.errors import UserError, exit_code_of
 
-SMOKE_SHARDS: dict[str, dict[str, int]] = {
-    "q1": {"train_per_class": 40, "test_per_class": 10},
-    "q2": {"train_per_class": 40, "test_per_class": 10, "num_unlabeled": 100},
-}
+SMOKE_SIZES = {"train_per_class": 40, "test_per_class": 10}
 
 
 def main() -> None:
     task, *arguments = sys.argv[1:] or ["--help"]
     if task in ("-h", "--help"):
-        print(f"{__doc__}\nTasks: {', '.join(TASKS)}")
+        print(f"{__doc__}\nRecipes of ours: {', '.join(SHIPPED)}")
         return
-    if task not in TASKS:
-        raise UserError(f"unknown task {task!r}: choose from {', '.join(TASKS)}")
     settings = read_settings(task, arguments)
     if settings.local and settings.workers not in (None, 1):
         raise UserError(f"workers: {settings.workers} processes need Ray; leave out --local")
@@ -46,10 +42,11 @@ def main() -> None:
         settings = with_smoke_shards(task, settings)
     with Console() as console:
         rows = run(task, settings, console)
-    print(f"result: {task} {settings.variant} after {rows[-1]['epoch']} epochs{result_figures(rows)}")
+    what = " ".join(filter(None, (load_recipe(task).stem, settings.variant)))
+    print(f"result: {what} after {rows[-1]['epoch']} epochs{result_figures(rows)}")
 
 
-def run(task: str, settings: Settings, console: Any) -> list[dict[str, Any]]:
+def run(task: str, settings: Run, console: Any) -> list[dict[str, Any]]:
     """Train here or on Ray. Returns the rows of metrics."""
     from dlops_dist.data.shards import read_manifest
     from dlops_dist.engine import fit, prepare
@@ -117,8 +114,8 @@ def result_figures(rows: list[dict[str, Any]]) -> str:
     return f", best on the held-out part of train after {best['epoch']}: test {test_figures(best)}"
 
 
-def with_smoke_shards(task: str, settings: Settings) -> Settings:
-    """Settings that read small generated shards, made under the runs folder unless they are there."""
+def with_smoke_shards(task: str, settings: Run) -> Run:
+    """Run that read small generated shards, made under the runs folder unless they are there."""
     import tempfile
 
     from dlops_dist.data.pack import pack
@@ -127,19 +124,21 @@ def with_smoke_shards(task: str, settings: Settings) -> Settings:
     from dlops_dist.data.sources import STL10, Source, TinyImageNet
     from dlops_dist.files import Folder, make_writable, temporary_folder
 
-    out = (Folder(settings.runs_dir).local or temporary_folder()) / f".smoke-shards-{task}"
+    recipe = load_recipe(task)
+    dataset = getattr(recipe.module, "SMOKE_DATASET", "shapes")
+    out = (Folder(settings.runs_dir).local or temporary_folder()) / f".smoke-{dataset}"
     if not (out / MANIFEST).is_file():
         make_writable(out, "runs_dir", "choose another --runs-dir")
         with tempfile.TemporaryDirectory(dir=temporary_folder()) as scratch:
             source: Source
-            if task == "q2":
-                write_stl10(Path(scratch) / "stl10_binary", **SMOKE_SHARDS[task])
+            if dataset == "shapes-stl10":
+                write_stl10(Path(scratch) / "stl10_binary", **SMOKE_SIZES, num_unlabeled=100)
                 source = STL10(Path(scratch))
             else:
                 archive = Path(scratch) / "shapes.zip"
-                write_tiny_imagenet(archive, **SMOKE_SHARDS[task])
+                write_tiny_imagenet(archive, **SMOKE_SIZES)
                 source = TinyImageNet(archive)
-            pack(source, out, "shapes-stl10" if task == "q2" else "shapes", workers=1, again=False)
+            pack(source, out, dataset, workers=1, again=False)
     data = settings.data.model_copy(update={"shards": str(out)})
     return settings.model_copy(update={"data": data})
 

@@ -1,4 +1,4 @@
-"""Search the settings of a task: which margin, learning rate and momentum?
+"""Search the settings of a recipe: which margin, learning rate and momentum?
 
     python -m dlops_dist.tune                              q1 with triplet loss, as configs/tune.yaml has it
     python -m dlops_dist.tune q2 --num-samples 32          the stacked autoencoder, as configs/tune-q2.yaml has it
@@ -7,7 +7,7 @@
 
 Points are compared on a part held out of train; the best is then read out on test, and written to best.yaml, which
 `train --config` takes. The same command again goes on where it stopped, and gives the same ranking.
-`TASK --help` lists every setting: those of `train`, the same for all trials, and those of the search.
+`RECIPE --help` lists every setting: those of `train`, the same for all trials, and those of the search.
 """
 
 import os
@@ -16,20 +16,18 @@ from pathlib import Path
 from typing import cast
 
 from dlops_dist.command_line import read_sweep
-from dlops_dist.config import SWEEPS, Sweep, check_sweep
-from dlops_dist.errors import RunError, UserError, exit_code_of
+from dlops_dist.config import DEFAULT, SHIPPED, Sweep, check_sweep, load_recipe
+from dlops_dist.errors import RunError, exit_code_of
 from dlops_dist.train import with_smoke_shards
 
 
 def main() -> None:
-    task, arguments = "q1", sys.argv[1:]
+    task, arguments = DEFAULT, sys.argv[1:]
     if arguments[:1] in (["-h"], ["--help"]):
-        print(f"{__doc__}\nTasks: {', '.join(SWEEPS)} (by default {task})")
+        print(f"{__doc__}\nRecipes of ours: {', '.join(SHIPPED)} (by default {task})")
         return
     if arguments and not arguments[0].startswith("-"):
         task, *arguments = arguments
-    if task not in SWEEPS:
-        raise UserError(f"unknown task {task!r}: choose from {', '.join(SWEEPS)}")
     sweep = read_sweep(task, arguments)
     check_sweep(sweep)
 
@@ -74,7 +72,7 @@ def run_sweep(task: str, sweep: Sweep) -> str:
     if sweep.wandb != "off":
         log_pictures(sweep.wandb, folder.path, sorted(folder.pictures.glob("*.png")), board.warn)
     print(f"best point: {folder.write_best(best.point)}")
-    return f"{task} {sweep.variant}: {best_line(folder, best)}"
+    return f"{' '.join(filter(None, (load_recipe(task).stem, sweep.variant)))}: {best_line(folder, best)}"
 
 
 if __name__ == "__main__":

@@ -80,18 +80,21 @@ def _learner(loss: str, norm: str = "sync") -> tuple[Any, Any]:
     import numpy as np
     import torch
 
-    from dlops_dist.config import Q1
+    from dlops_dist.config import DEFAULT, load_recipe
     from dlops_dist.data.loader import Batch
     from dlops_dist.data.order import rank_part
     from dlops_dist.data.shapes import draw
     from dlops_dist.distributed.collectives import rank, world_size
-    from dlops_dist.engine.learner import Inputs, Learner
+    from dlops_dist.engine.learner import Learner
+    from dlops_dist.engine.samples import Inputs
 
-    settings = Q1(
+    settings: Any = load_recipe(DEFAULT).settings_type
+    settings = settings(
         loss=loss, precision="float64", model={"width": 8, "stem": "imagenet", "norm": norm},
         augment={"crop_padding": 0, "flip": False}, center={"weight": 1.0}, optimizer={"lr": 0.01, "warmup_epochs": 0},
     )  # fmt: skip
-    learner = Learner(settings, Inputs(NUM_CLASSES, (0.5,) * 3, (0.25,) * 3), NUM_STEPS, torch.device("cpu"))
+    inputs = Inputs(NUM_CLASSES, (0.5,) * 3, (0.25,) * 3)
+    learner = Learner(settings, inputs, NUM_STEPS, torch.device("cpu"))
     labels = torch.arange(NUM_SAMPLES) % NUM_CLASSES
     part = rank_part(NUM_SAMPLES, rank(), world_size())
     ids = torch.arange(NUM_SAMPLES)[part]
@@ -126,29 +129,29 @@ def _flat_gradient(learner: Any) -> Any:
     import torch
 
     named = learner.model.named_parameters()
-    return torch.cat([p.grad.flatten() for name, p in named if learner.loss.triplet is None or "fc" not in name])
+    return torch.cat([p.grad.flatten() for name, p in named if "triplet" not in learner.loss or "fc" not in name])
 
 
 def _local_means(loss: Any, embeddings: Any, logits: Any, batch: Any) -> Any:
     labels = batch.labels[batch.part]
-    mean = loss.cross_entropy(logits, labels)
-    return mean if loss.center is None else mean + loss.center(embeddings, labels)
+    mean = loss["ce"](logits, labels)
+    return mean + loss["center"](embeddings, labels) if "center" in loss else mean
 
 
 def _mined_locally(loss: Any, embeddings: Any, _: Any, batch: Any) -> Any:
-    return loss.triplet(embeddings, batch.labels[batch.part])
+    return loss["triplet"](embeddings, batch.labels[batch.part])
 
 
 def _remotes_detached(loss: Any, embeddings: Any, _: Any, batch: Any) -> Any:
     from dlops_dist.distributed.objective import global_objective
 
-    terms = loss.triplet.terms(_everyone_detached(embeddings, batch), batch.labels, batch.part)
+    terms = loss["triplet"].terms(_everyone_detached(embeddings, batch), batch.labels, batch.part)
     objective = global_objective({"triplet": terms}, {"triplet": 1.0})
     return objective.sums[0] * objective.scales[0]
 
 
 def _whole_loss_averaged(loss: Any, embeddings: Any, _: Any, batch: Any) -> Any:
-    return loss.triplet(_everyone_detached(embeddings, batch), batch.labels)
+    return loss["triplet"](_everyone_detached(embeddings, batch), batch.labels)
 
 
 def _everyone_detached(embeddings: Any, batch: Any) -> Any:
@@ -164,14 +167,14 @@ def _everyone_detached(embeddings: Any, batch: Any) -> Any:
 def _our_centers() -> Any:
     learner, batch = _learner("center")
     learner.step([batch], 0, 0)
-    return learner.loss.center.centers
+    return learner.loss["center"].centers
 
 
 def _own_centers() -> Any:
     learner, batch = _learner("center")
     learner.network.train()
     embeddings, _ = learner.network(batch.images)
-    center = learner.loss.center
+    center = learner.loss["center"]
     center.update(center.sums(embeddings.detach(), batch.labels[batch.part]))
     return center.centers
 

@@ -87,7 +87,7 @@ def index() -> None:
     parser.add_argument("--class-names", type=Path, help="file with a class name in each line, in the labels' order")
     parser.add_argument("--workers", type=positive, help="processes (default: one for each core)")
     arguments = parser.parse_args(sys.argv[2:])
-    from dlops_dist.config import Q1
+    from dlops_dist.config import Run
     from dlops_dist.data.adopt import adopt, read_class_names
     from dlops_dist.data.inspection import doubts
 
@@ -97,7 +97,7 @@ def index() -> None:
         raise UserError(f"{folder}: no such folder")
     manifest = adopt(folder, folder.absolute().name, names, arguments.workers, progress(f"reading {folder}", "shards"))
     print(f"{folder}: {describe(manifest.splits)}, {len(manifest.classes)} classes, {len(manifest.shards)} shards")
-    for text in doubts(folder, manifest, Q1().global_batch_size):
+    for text in doubts(folder, manifest, Run().global_batch_size):
         print(f"warning: {text}")
 
 

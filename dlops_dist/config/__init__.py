@@ -1,21 +1,12 @@
-"""Every setting of a run, typed and validated, and which of them change the result."""
+"""Every setting of a run, typed and validated, which of them change the result, and the recipe they are for."""
 
-from dlops_dist.config.sweep import SWEEPS, Parameter, Point, Sweep, Value, check_sweep, trial_settings
-from dlops_dist.config.tasks import (
-    MAY_CHANGE,
-    Q1,
-    Q2,
-    SMOKE,
-    TASKS,
-    Run,
-    Settings,
-    default_name,
-    flat,
-    result_settings,
-)
+from dlops_dist.config.recipe_file import DEFAULT, SHIPPED, RecipeFile, is_loaded, load_recipe, recipe_from_source
+from dlops_dist.config.run import MAY_CHANGE, Run, common_settings, default_name, flat, result_settings
+from dlops_dist.config.sweep import Parameter, Point, Sweep, Value, check_sweep, sweep_type, trial_settings
 from dlops_dist.config.training import Augment, Optimizer
 
 __all__ = [
-    "MAY_CHANGE", "Q1", "Q2", "SMOKE", "SWEEPS", "TASKS", "Augment", "Optimizer", "Parameter", "Point", "Run",
-    "Settings", "Sweep", "Value", "check_sweep", "default_name", "flat", "result_settings", "trial_settings",
+    "DEFAULT", "MAY_CHANGE", "SHIPPED", "Augment", "Optimizer", "Parameter", "Point", "RecipeFile", "Run", "Sweep",
+    "Value", "check_sweep", "common_settings", "default_name", "flat", "is_loaded", "load_recipe",
+    "recipe_from_source", "result_settings", "sweep_type", "trial_settings",
 ]  # fmt: skip

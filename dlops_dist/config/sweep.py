@@ -3,12 +3,13 @@
 import importlib.util
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from functools import cache
+from typing import Annotated, Any, ClassVar, Literal, cast, get_args
 
 from pydantic import AfterValidator, Field
 
+from dlops_dist.config.run import MAY_CHANGE, Run
 from dlops_dist.config.section import Section
-from dlops_dist.config.tasks import MAY_CHANGE, Q1, Q2, Settings
 from dlops_dist.errors import UserError
 
 Value = bool | int | float | str
@@ -74,7 +75,9 @@ class Search(Section):
     """What a sweep adds to the settings of its runs."""
 
     place: ClassVar[str | None] = ""
-    task: ClassVar[type[Q1] | type[Q2]]
+
+    of: ClassVar[type[Run]]
+    """The settings of a run."""
     space: tuple[Annotated[str, AfterValidator(_readable)], ...] = ()
     """Settings to search, each as 'SETTING KIND VALUE ...': 'optimizer.lr log-uniform 0.003 0.3' (or uniform) draws
     from an interval, 'optimizer.momentum choice 0.8 0.9' from a list; every combination of the lists given as grid is
@@ -101,25 +104,24 @@ class Search(Section):
         return [Parameter.parse(text) for text in self.space]
 
 
-class Q1Sweep(Search, Q1):
-    """Search settings of ResNet-18 under cross-entropy, triplet or centre loss."""
-
-    task: ClassVar[type[Q1] | type[Q2]] = Q1
+class Sweep(Search, Run):
+    """The settings of a sweep: what every run has, and the search. Those of a recipe's runs come with `sweep_type`."""
 
 
-class Q2Sweep(Search, Q2):
-    """Search settings of the stacked autoencoder and its classifier."""
+@cache
+def sweep_type(settings: type[Run]) -> type[Sweep]:
+    """The settings of a sweep over runs of these settings."""
+    described = {
+        "__doc__": f"Search the settings of: {settings.__doc__}",
+        "__module__": settings.__module__,
+        "of": settings,
+    }
+    return cast(type[Sweep], type("SweepSettings", (Search, settings), described))
 
-    task: ClassVar[type[Q1] | type[Q2]] = Q2
 
-
-Sweep = Q1Sweep | Q2Sweep
-SWEEPS: dict[str, type[Q1Sweep] | type[Q2Sweep]] = {"q1": Q1Sweep, "q2": Q2Sweep}
-
-
-def trial_settings(sweep: Sweep, point: Point, seed: int) -> Settings:
+def trial_settings(sweep: Sweep, point: Point, seed: int) -> Run:
     """The settings of the run of a point; refuses what `train` refuses."""
-    values: dict[str, Any] = sweep.model_dump(include=set(sweep.task.model_fields)) | {"name": None, "seed": seed}
+    values: dict[str, Any] = sweep.model_dump(include=set(sweep.of.model_fields)) | {"name": None, "seed": seed}
     for name, value in point.items():
         *sections, last = name.split(".")
         section = values
@@ -127,14 +129,14 @@ def trial_settings(sweep: Sweep, point: Point, seed: int) -> Settings:
             section = section.setdefault(part, {})
             if not isinstance(section, dict):
                 raise UserError(f"space: {name}: there is no such setting")
-        section[last] = round(value) if isinstance(value, float) and _is_whole(sweep.task, name) else value
-    return sweep.task(**values)
+        section[last] = round(value) if isinstance(value, float) and _is_whole(sweep.of, name) else value
+    return sweep.of(**values)
 
 
-def _is_whole(task: type[Section], name: str) -> bool:
+def _is_whole(settings: type[Section], name: str) -> bool:
     """Whether a setting takes whole numbers alone."""
     *sections, last = name.split(".")
-    fields = task.model_fields
+    fields = settings.model_fields
     for section in sections:
         fields = getattr(fields[section].annotation, "model_fields", {}) if section in fields else {}
     annotation = fields[last].annotation if last in fields else None
@@ -156,8 +158,6 @@ def check_sweep(sweep: Sweep) -> None:
         raise UserError("local: a sweep runs on Ray, which starts on this machine by itself; leave out --local")
     if sweep.min_workers is not None and sweep.min_workers > (sweep.workers or 1):
         raise UserError(f"min_workers: {sweep.min_workers} is more than the {sweep.workers or 1} workers of a trial")
-    if isinstance(sweep, Q2) and sweep.folds:
-        raise UserError("folds: a sweep chooses on data.val_fraction; leave out --folds")
 
 
 def _check_space(sweep: Sweep) -> None:
@@ -167,11 +167,9 @@ def _check_space(sweep: Sweep) -> None:
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"space: {name} is there twice")
-        if name in MAY_CHANGE | Search.model_fields.keys() | {"seed", "data.val_fraction"}:
+        if name in MAY_CHANGE | {*Search.model_fields, "seed", "data.val_fraction"}:
             raise UserError(f"space: {name} cannot be searched: it does not make one point better than another")
-        owner = name.partition(".")[0]
-        if isinstance(sweep, Q1) and owner in ("triplet", "center") and owner != sweep.loss and "loss" not in names:
-            raise UserError(f"space: {name} changes nothing with --loss {sweep.loss}; name others by --space")
+    sweep.check_search(names)
     for parameter in sweep.parameters:
         for value in parameter.values:
             trial_settings(sweep, {parameter.name: value}, sweep.seed)

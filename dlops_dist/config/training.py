@@ -1,4 +1,4 @@
-"""Groups of settings of training a classifier: its samples, model, optimiser and losses."""
+"""Groups of settings of training: its samples, their changes, the optimiser, cross-entropy."""
 
 from typing import Literal
 
@@ -54,17 +54,6 @@ class Augment(Section):
     model.standardize is off; 0 for none."""
 
 
-class Model(Section):
-    """ResNet-18."""
-
-    stem: Literal["cifar", "imagenet"] = "cifar"
-    """cifar: 3x3 convolution, stride 1, no pooling. imagenet: 7x7, stride 2, max-pool (10 times cheaper)."""
-    width: int = Field(64, ge=1)
-    """Channels of the first stage; the embedding has 8 times as many values."""
-    norm: Literal["sync", "local"] = "sync"
-    """Batch norm over all ranks (exact for any number of workers), or over each rank's own part."""
-
-
 class Optimizer(Section):
     """SGD, and its learning rate over time."""
 
@@ -101,31 +90,3 @@ class Ce(Section):
 
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Probability spread evenly over all classes."""
-
-
-class Triplet(Section):
-    """Triplet loss, mined over the global batch."""
-
-    margin: float = Field(0.5, ge=0)
-    """A negative counts as far enough once it is this much farther than the positive."""
-    mining: Literal["batch-hard", "semi-hard", "all"] = "batch-hard"
-    """Which triplets of the batch are used."""
-    normalize: bool = True
-    """L2-normalise the embeddings first."""
-    squared: bool = False
-    """Squared Euclidean distances."""
-    average: Literal["valid", "active"] = "valid"
-    """Mean over all valid triplets, or over those with a loss above 0."""
-    ce_weight: float = Field(0.0, ge=0)
-    """Weight of the added cross-entropy; at 0 the head learns on detached embeddings."""
-
-
-class Center(Section):
-    """Centre loss."""
-
-    weight: float = Field(0.01, ge=0)
-    """Weight of the centre term."""
-    alpha: float = Field(0.5, gt=0, le=1)
-    """Step of the centres towards their class means."""
-    ce_weight: float = Field(1.0, ge=0)
-    """Weight of the cross-entropy; at 0 the head learns on detached embeddings."""

@@ -34,17 +34,6 @@ class Batch(NamedTuple):
     """The labels once more, on the host, where what depends on them is found without waiting for a GPU."""
 
 
-def largest_class(batches: Iterable[Batch]) -> int:
-    """How many samples of all these have the most frequent label."""
-    labels = np.concatenate([batch.host_labels for batch in batches])
-    return int(np.unique(labels, return_counts=True)[1].max(initial=0))
-
-
-def has_triplet(labels: Ids) -> bool:
-    """Whether samples of these labels hold an anchor with a positive and a negative."""
-    return bool(1 < np.unique(labels, return_counts=True)[1].max(initial=0) < len(labels))
-
-
 class TrainingOrder:
     """The global batches of every epoch of a run: a pure function of its arguments.
 

@@ -1,14 +1,13 @@
 """The one place that divides a loss: from each rank's terms to what it back-propagates and what everyone logs."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dlops_dist.distributed.collectives import all_sum, gather, world_size
-from dlops_dist.losses import CenterLoss, Terms
-from dlops_dist.losses.center import CenterSums
+from dlops_dist.losses import Terms
 from dlops_dist.losses.terms import Count, at_least_one
 
 
@@ -63,23 +62,25 @@ def _over_all_ranks(terms: Mapping[str, Terms]) -> list[tuple[Tensor, Count]]:
     return [(total, count) for total, count in all_sum(torch.stack(pairs))]
 
 
-def update_centers(loss: CenterLoss, embeddings: Tensor, labels: Tensor, sizes: Sequence[int]) -> None:
-    """Move the centres by the whole global batch: the same bits on every rank.
+def update_state(loss: Any, outputs: Tensor, labels: Tensor, sizes: Sequence[int]) -> None:
+    """Move a loss's state, its centres say, by the whole global batch: the same bits on every rank.
 
     Args:
-        embeddings: (n, D) of this rank.
+        loss: has `update`, and `sums`, which gives tensors (C, ...), a row for each class.
+        outputs: (n, D) of this rank.
         labels: (n,) of this rank.
         sizes: n of each rank.
 
     Sums of all classes are all-reduced; where classes outnumber the batch, the samples are gathered instead,
     so that the bytes grow with the batch and not with the classes.
     """
-    embeddings = embeddings.detach()
-    if len(loss.centers) > sum(sizes):
-        loss.update(loss.sums(gather(embeddings, sizes), gather(labels, sizes)))
+    outputs = outputs.detach()
+    if max(map(len, loss.buffers())) > sum(sizes):
+        loss.update(loss.sums(gather(outputs, sizes), gather(labels, sizes)))
         return
-    own = loss.sums(embeddings, labels)
+    own = loss.sums(outputs, labels)
     if world_size() > 1:
-        total = all_sum(torch.cat([own.differences, own.counts[:, None]], dim=1))
-        own = CenterSums(total[:, :-1], total[:, -1])
+        flat = [part.flatten(1) if part.ndim > 1 else part[:, None] for part in own]
+        total = all_sum(torch.cat(flat, dim=1)).split([part.shape[1] for part in flat], dim=1)
+        own = type(own)(*(part.view_as(like) for part, like in zip(total, own, strict=True)))
     loss.update(own)

@@ -1,14 +1,14 @@
 """What every learner does with its gradients: average them over ranks, clip them, step at the scheduled rate."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dlops_dist.config import Optimizer, Settings
-from dlops_dist.distributed.collectives import world_size
+from dlops_dist.config import Optimizer, Run
+from dlops_dist.distributed.collectives import all_sum, world_size
 from dlops_dist.distributed.norm import give_norms_a_group
 from dlops_dist.engine.numerics import compiled
 from dlops_dist.optim import SGD, lr_factor
@@ -19,19 +19,21 @@ class Descent:
 
     Args:
         module: what is trained.
+        others: parameters beside it, the weights of losses: every rank has the gradient of its own share.
         chosen: its optimiser, and the learning rate over time.
         epochs: of the stage that trains it.
     """
 
     def __init__(
-        self, module: nn.Module, settings: Settings, chosen: Optimizer, epochs: int, steps_per_epoch: int,
-        device: torch.device,
+        self, module: nn.Module, settings: Run, chosen: Optimizer, epochs: int, steps_per_epoch: int,
+        device: torch.device, others: Sequence[nn.Parameter] = (),
     ) -> None:  # fmt: skip
+        self._others = others
+        self._parameters = [*module.parameters(), *others]
         self.optimizer = SGD(
-            module.parameters(), chosen.lr, chosen.momentum, chosen.dampening, chosen.weight_decay, chosen.nesterov
+            self._parameters, chosen.lr, chosen.momentum, chosen.dampening, chosen.weight_decay, chosen.nesterov
         )
         self._chosen, self._epochs, self._steps_per_epoch = chosen, epochs, steps_per_epoch
-        self._parameters = list(module.parameters())
         give_norms_a_group(module)
         module = compiled(module, settings, device)
         self.undistributed = module
@@ -81,6 +83,9 @@ class Descent:
 
     def step(self, step: int, figures: dict[str, Tensor] | None = None) -> None:
         """Move the parameters by their gradients, whose norm before clipping is a figure of the step."""
+        for parameter in self._others:
+            if parameter.grad is not None:
+                parameter.grad = all_sum(parameter.grad) / world_size()
         if self._chosen.clip_norm is not None:
             norm = nn.utils.clip_grad_norm_(self._parameters, self._chosen.clip_norm)
         elif figures is not None:

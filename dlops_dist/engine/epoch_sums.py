@@ -1,5 +1,7 @@
 """What a rank remembers of an epoch's steps until the epoch's row of metrics is made of it."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -41,25 +43,25 @@ class RankSums:
 class EpochSums(RankSums):
     """Those of a model with a head."""
 
-    def __init__(self, losses: list[str], like: Tensor) -> None:
-        """`like` has the shape (C, D), type and device of a head."""
+    def __init__(self, losses: Sequence[str], of_all: Sequence[str], like: Tensor) -> None:
+        """`of_all` are the losses of all samples; `like` has the shape (C, D), type and device of a head."""
         num_classes, embedding_dim = like.shape
-        self._losses = losses
+        self._losses, self._of_all = losses, of_all
         self.counts = like.new_zeros(4 + len(losses), dtype=torch.float64)
-        """Samples, top-1, top-5, samples of steps without a triplet, then each loss summed over samples."""
+        """Samples, top-1, top-5, samples of steps where a loss had no term, then each loss summed over samples."""
         self.by_class = like.new_zeros(num_classes, 1 + embedding_dim)
         """Samples and summed embeddings of each class."""
         self.unit = like.new_zeros(embedding_dim, dtype=torch.float64)
         """Summed embeddings of length 1."""
         super().__init__(counts=self.counts, by_class=self.by_class, unit=self.unit)
 
-    def add_losses(self, losses: Tensor, num_samples: int, has_triplet: bool) -> None:
+    def add_losses(self, losses: Tensor, num_samples: int, defined: bool) -> None:
         """Means of a step's losses, in the order of their names, and how many of its samples are this rank's.
 
-        Where the global batch has no triplet, the loss of triplets is 0 and says nothing.
+        Where the global batch has no term of a loss of all samples, no triplet say, that loss is 0 and says nothing.
         """
         self.counts[4:].add_(losses, alpha=num_samples)
-        if not has_triplet:
+        if not defined:
             self.counts[3] += num_samples
 
     def add(self, embeddings: Tensor, logits: Tensor, labels: Tensor) -> None:
@@ -79,12 +81,12 @@ class EpochSums(RankSums):
     def metrics(self, total: dict[str, Tensor]) -> dict[str, float | None]:
         """Means over the epoch: accuracies of the head, each loss, spread of the embeddings' directions in [0, 1].
 
-        That of the triplet loss is over the steps with a triplet; None where there were none.
+        A loss of all samples is the mean over the steps where it had a term; None where there were none.
         """
-        samples, top1, top5, without_triplet, *losses = total["counts"].tolist()
+        samples, top1, top5, undefined, *losses = total["counts"].tolist()
         direction = (total["unit"] / samples).square().sum().item()
         figures = {"top1": top1 / samples, "top5": top5 / samples, "embedding_spread": 1 - direction}
-        judged = [samples - without_triplet * (name == "triplet") for name in self._losses]
+        judged = [samples - undefined * (name in self._of_all) for name in self._losses]
         return figures | {
             name: loss / number if number else None
             for name, loss, number in zip(self._losses, losses, judged, strict=True)

@@ -7,11 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dlops_dist.data.loader import Batch, has_triplet, largest_class, read_ahead
+from dlops_dist.data.loader import Batch, read_ahead
 from dlops_dist.data.order import Ids, blocks, rank_part
 from dlops_dist.data.readers import Reader, on_device
 from dlops_dist.distributed.collectives import all_sum, gather, rank, world_size
 from dlops_dist.engine.learner import Learner
+from dlops_dist.engine.recipe import is_defined
 from dlops_dist.metrics import confusion_counts, nearest_center_correct, rank_of_label, recall_at_1, unit_length
 
 BLOCK = 256
@@ -21,14 +22,14 @@ BLOCK = 256
 def evaluate(learner: Learner, reader: Reader, ids: Ids, with_confusion: bool = False) -> dict[str, Any]:
     """Figures of the model on some samples.
 
-        loss               the run's loss; triplets are mined within each block of 256 samples; None if there are none
+        loss               the run's loss, each block of 256 samples judged as a batch; None if it has no term
         top1, top5         of the head
         nearest_center     accuracy of the nearest of the classes' mean training embeddings
         recall_at_1        whether the nearest other embedding has the same label; None where no label is there twice
         top1_by_class      list (C,); None for a class without samples
         confusion          where wanted, list (C, C): how many samples of a class (row) were taken for which (column)
 
-    Embeddings have length 1 where the triplet loss normalises them. Sums are float64, added in block order.
+    Embeddings have length 1 where they are compared by their directions. Sums are float64, added in block order.
     """
     sums = device_sums(learner, reader, ids)
     totals = sums.rows.cpu().cumsum(dim=0)[-1].tolist()  # block by block
@@ -38,8 +39,9 @@ def evaluate(learner: Learner, reader: Reader, ids: Ids, with_confusion: bool = 
     numbers = np.bincount(reader.labels[ids], minlength=len(confusion)).tolist()
     terms = {name: totals[3 + 2 * i : 5 + 2 * i] for i, name in enumerate(learner.loss.weights)}
     losses = {name: total / count if count else None for name, (total, count) in terms.items()}
-    if losses.get("triplet", 0) is None and any(map(has_triplet, (reader.labels[b] for b in blocks(ids, BLOCK)))):
-        losses["triplet"] = 0.0  # all far enough: none is counted by average active
+    for name, loss in learner.loss.of_all.items():
+        if losses[name] is None and any(is_defined(loss, reader.labels[block]) for block in blocks(ids, BLOCK)):
+            losses[name] = 0.0  # all far enough: none is counted by average active
     hits = confusion.diagonal().tolist()
     more = {"confusion": confusion.long().tolist()} if with_confusion else {}
     return {
@@ -116,11 +118,11 @@ def _judged(learner: Learner, images: Tensor) -> tuple[Tensor, Tensor]:
 def _block_row(learner: Learner, embeddings: Tensor, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """Of one block: counts of hits with sum and count of each loss; the embeddings as they are compared."""
     labels = batch.labels
-    terms = learner.loss.terms(embeddings, logits, labels)
-    if learner.loss.triplet is not None:
-        terms["triplet"] = learner.loss.triplet.terms(embeddings, labels, largest_class=largest_class([batch]))
+    everyone = {"embeddings": embeddings, "logits": logits}
+    terms = learner.loss.own_terms(embeddings, logits, labels)
+    terms |= learner.loss.all_terms(everyone, labels, slice(None), batch.host_labels)
     centers = learner.class_means
-    if learner.loss.unit_length:
+    if learner.directions:
         embeddings, centers = unit_length(embeddings), unit_length(centers)
     place = rank_of_label(logits, labels)
     nearest = nearest_center_correct(embeddings, labels, centers)

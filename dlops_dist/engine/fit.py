@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from dlops_dist.config import Q2, Settings, default_name, result_settings
+from dlops_dist.config import DEFAULT, Run, default_name, load_recipe, result_settings
 from dlops_dist.data.loader import Batch, read_ahead
 from dlops_dist.data.order import blocks, rank_part
 from dlops_dist.data.readers import Reader, open_readers
@@ -20,9 +20,10 @@ from dlops_dist.distributed.collectives import of_all_ranks, rank, world_size
 from dlops_dist.engine.device import default_device, memory_errors_explained, use
 from dlops_dist.engine.events import EpochEnded, Event, Finished, Listener, Logged, Started, Stepped, Told, Warned
 from dlops_dist.engine.numerics import set_numerics
-from dlops_dist.engine.q2 import q2_stages
+from dlops_dist.engine.recipe import code_of, made
 from dlops_dist.engine.run_folder import RunFolder, rows_before
-from dlops_dist.engine.stages import Classification, Samples, Span, Stage, StageLearner, named, spans_of
+from dlops_dist.engine.samples import Samples
+from dlops_dist.engine.stages import Classification, Span, Stage, StageLearner, named, spans_of
 from dlops_dist.engine.step_log import StepLog
 from dlops_dist.errors import RunError, UserError
 from dlops_dist.files import is_url
@@ -37,7 +38,7 @@ COMPARE_RANKS_EVERY = 100
 
 
 def fit(
-    settings: Settings, *, task: str = "q1", device: torch.device | None = None, listeners: Sequence[Listener] = (),
+    settings: Run, *, task: str = DEFAULT, device: torch.device | None = None, listeners: Sequence[Listener] = (),
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:  # fmt: skip
     """Train to the end, from the last checkpoint of the run where there is one.
@@ -47,6 +48,7 @@ def fit(
 
     Args:
         settings: of the run; name and paths are filled in.
+        task: the recipe that they are for: q1, q2, a path, or the name of a module.
         device: of this worker; by default its GPU (torchrun's LOCAL_RANK says which), else the CPU.
         listeners: called on rank 0 with each event.
         stop: asked before each step whether to save and stop; by one process alone, others cannot know of it.
@@ -70,11 +72,11 @@ def fit(
         return _Fit(settings, device, listeners, stop).run()
 
 
-def prepare(task: str, settings: Settings) -> Settings:
+def prepare(task: str, settings: Run) -> Run:
     """Settings with name and paths filled in. Refuses what does not fit together; writes nothing."""
     shards = resolved(settings.data.shards)
     manifest = read_manifest(shards)
-    name = settings.name or default_name(task, settings, manifest.id)
+    name = settings.name or default_name(load_recipe(task).stem, settings, manifest.id)
     cache = settings.data.cache_dir and str(Path(settings.data.cache_dir).absolute())
     data = settings.data.model_copy(update={"shards": str(shards), "cache_dir": cache})
     runs_dir = settings.runs_dir if is_url(settings.runs_dir) else str(Path(settings.runs_dir).absolute())
@@ -90,17 +92,19 @@ def resolved(shards: str) -> Path:
 
 
 def stages_of(
-    settings: Settings, samples: Samples, device: torch.device, tell: Callable[[str], None] = lambda text: None
+    settings: Run, samples: Samples, device: torch.device, tell: Callable[[str], None] = lambda text: None
 ) -> list[Stage]:
-    """The stages of a run. Refuses settings and data that do not fit together; builds no model yet."""
-    if isinstance(settings, Q2):
-        return q2_stages(settings, samples, device, tell)
-    return [Classification(settings, samples, device)]
+    """The stages of a run. Refuses settings and data that do not fit together."""
+    code = code_of(settings)
+    if hasattr(code, "stages"):
+        return code.stages(settings, samples, device, tell)  # type: ignore[no-any-return]
+    recipe = made(settings, samples.inputs)
+    return [Classification(settings, samples, device, lambda: recipe, balanced=recipe.balanced)]
 
 
 class _Fit:
     def __init__(
-        self, settings: Settings, device: torch.device, listeners: Sequence[Listener] = (),
+        self, settings: Run, device: torch.device, listeners: Sequence[Listener] = (),
         stop: Callable[[], bool] = lambda: False,
     ) -> None:  # fmt: skip
         set_numerics(settings, device)

@@ -1,17 +1,17 @@
 """One training step, and all the state that it changes."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dlops_dist.config import Q1, Settings
+from dlops_dist.config import Run
 from dlops_dist.data.augment import Augmenter, Normalize
 from dlops_dist.data.draws import uniform
 from dlops_dist.data.keys import key
-from dlops_dist.data.loader import Batch, has_triplet, largest_class
+from dlops_dist.data.loader import Batch
 from dlops_dist.data.order import part_sizes, rank_part
 from dlops_dist.distributed.collectives import all_sum, gather, rank, world_size
 from dlops_dist.distributed.norm import (
@@ -21,32 +21,23 @@ from dlops_dist.distributed.norm import (
     running_statistics_held,
     with_mean_statistics,
 )
-from dlops_dist.distributed.objective import global_objective, update_centers
-from dlops_dist.engine.classification import ClassificationLoss, Classifier, TwoOutputs, build_resnet
+from dlops_dist.distributed.objective import global_objective, update_state
 from dlops_dist.engine.descent import Descent
 from dlops_dist.engine.ema import Ema
 from dlops_dist.engine.epoch_sums import EpochSums
+from dlops_dist.engine.network import TwoOutputs
 from dlops_dist.engine.numerics import compiled, compiles, memory_format_of, precision_of
-from dlops_dist.losses import TripletLoss
+from dlops_dist.engine.recipe import Losses, Recipe, figures_of, made
+from dlops_dist.engine.samples import Inputs
 from dlops_dist.losses.terms import at_least_float32
-from dlops_dist.models.autoencoder import StackedAutoencoderClassifier
-
-
-class Inputs(NamedTuple):
-    """What a model must know of the data that it was trained on."""
-
-    num_classes: int
-    mean: tuple[float, ...]
-    """Of each channel, as a part of 255; so is std."""
-    std: tuple[float, ...]
 
 
 class _Mined(NamedTuple):
-    """A loss over the global batch whose gradient has reached the embeddings, but not yet the model."""
+    """Losses over the global batch whose gradient has reached the model's outputs, but not yet the model."""
 
-    value: Tensor
-    gradients: list[Tensor]
-    """With respect to this rank's embeddings of each micro-batch."""
+    values: dict[str, Tensor]
+    gradients: list[dict[str, Tensor]]
+    """With respect to this rank's outputs of each micro-batch."""
 
 
 class Learner:
@@ -56,28 +47,30 @@ class Learner:
     rank's share of the epoch so far, and the statistics of local norms: of those, every rank's are in it.
 
     Args:
-        model: has `embed`, a head `fc`, and `embedding_dim`; by default the ResNet of q1.
+        recipe: its model is trained, and so changed; by default that of the settings.
     """
 
     def __init__(
-        self, settings: Settings, inputs: Inputs, steps_per_epoch: int, device: torch.device,
-        model: Classifier | None = None,
-    ) -> None:  # fmt: skip
+        self, settings: Run, inputs: Inputs, steps_per_epoch: int, device: torch.device, recipe: Recipe | None = None
+    ) -> None:
         self.settings, self.device, self.inputs = settings, device, inputs
         self.dtype, self.autocast = precision_of(settings, device)
-        num_classes = inputs.num_classes
-        model = model or build_resnet(cast(Q1, settings), num_classes)
-        memory_format = memory_format_of(model, device)
-        self.model: Classifier = model.to(device, self.dtype).to(memory_format=memory_format)  # type: ignore[call-overload]
-        self.loss = ClassificationLoss(settings, num_classes, self.model.embedding_dim).to(device, self.dtype)
-        self.sums = EpochSums(list(self.loss.weights), self.model.fc.weight)
+        recipe = recipe or made(settings, inputs)
+        memory_format = memory_format_of(recipe.model, device)
+        self.model = recipe.model.to(device, self.dtype).to(memory_format=memory_format)
+        self.directions = recipe.directions
+        self.loss = Losses(recipe).to(device, self.dtype)
+        self.sums = EpochSums(list(self.loss.weights), list(self.loss.of_all), self.model.fc.weight)
         self.class_means = torch.full_like(self.model.fc.weight, torch.nan, requires_grad=False)
         """Mean training embedding of each class over the last whole epoch, (C, D)."""
         self.ema = Ema(self.model, settings.ema_decay) if settings.ema_decay else None
         normalize = Normalize(inputs.mean, inputs.std, self.dtype, memory_format).to(device)
         self.network = TwoOutputs(normalize, self.model, self.loss.detach_head)
         self.network.train()  # encoders may be copies of evaluated ones
-        self._descent = Descent(self.network, settings, settings.optimizer, settings.epochs, steps_per_epoch, device)
+        self._descent = Descent(
+            self.network, settings, settings.optimizer, settings.epochs, steps_per_epoch, device,
+            list(self.loss.parameters()),
+        )  # fmt: skip
         self._judged: nn.Module = self._descent.undistributed
         if self.ema is not None:
             averaged = TwoOutputs(normalize, self.ema.model, self.loss.detach_head)
@@ -85,7 +78,7 @@ class Learner:
         self.compiled = compiles(settings, device)
         """Whether each shape of a batch costs a compilation."""
         self._augmenter = Augmenter(settings.augment, settings.seed, inputs.mean, device, self.compiled)
-        self._terms = compiled(self.loss.terms, settings, device)
+        self._own_terms = compiled(self.loss.own_terms, settings, device)
         self._count = compiled(self.sums.add, settings, device)
         self._weights = torch.tensor(list(self.loss.weights.values()), dtype=torch.float64, device=device)
 
@@ -98,55 +91,56 @@ class Learner:
     ) -> Tensor:
         """Train on this rank's parts of a global batch. Returns the loss over the whole of it, without gradient.
 
-        One micro-batch, the usual case, is the global batch. Gradients of several add up to those of the whole;
-        triplets are mined among all of it, however little goes through the model at once.
+        One micro-batch, the usual case, is the global batch. Gradients of several add up to those of the whole; a loss
+        that sees all samples sees those of all of them, however little goes through the model at once.
 
         Args:
-            figures: takes the gradient's norm over all ranks, the share of triplets that are active, the centres'
-                spread.
+            figures: takes the gradient's norm over all ranks, and what the losses have to say.
         """
         if not self.model.training:  # going through all modules takes 0.2 ms
             self._descent.distributed.train()
         images = [self._augmenter(batch.images, batch.ids, epoch) for batch in micro_batches]
         draws = [self._draws(batch, epoch) for batch in micro_batches]
         self._descent.settle(lambda: self._forward(self._descent.distributed, images[0], *draws[0]))
-        triplet = self.loss.triplet
-        mined = self._mine_ahead(triplet, images, micro_batches, figures) if triplet and len(images) > 1 else None
+        self._descent.forget_gradients()
+        loss = self.loss
+        mined = self._mine_ahead(images, draws, micro_batches, figures) if loss.of_all and len(images) > 1 else None
         sizes = [part_sizes(len(batch.labels), world_size()) for batch in micro_batches]
         num_samples = sum(len(batch.labels) for batch in micro_batches)
 
-        self._descent.forget_gradients()
         values: dict[str, Tensor] = {}
         outputs = []
         for i, batch in enumerate(micro_batches):
             labels = batch.labels[batch.part]
             with self._descent.exchanged(now=i == len(images) - 1):
                 embeddings, logits = self._forward(self._descent.distributed, images[i], *draws[i])
-                terms = self._terms(embeddings, logits, labels)
-                if triplet and mined is None:
-                    everyone = gather(embeddings, sizes[i])
-                    terms["triplet"] = triplet.terms(everyone, batch.labels, batch.part, largest_class([batch]))
+                ours = {"embeddings": embeddings, "logits": logits}
+                terms = self._own_terms(embeddings, logits, labels)
+                if loss.of_all and mined is None:
+                    everyone = {name: gather(ours[name], sizes[i]) for name in loss.read_by_all}
+                    terms |= loss.all_terms(everyone, batch.labels, batch.part, batch.host_labels)
                     if figures is not None:
-                        share = triplet.active_share(everyone.detach(), batch.labels, largest_class([batch]))
-                        figures["active_triplets"] = share
-                objective = global_objective(terms, self.loss.backward_weights, len(batch.labels) / num_samples)
-                objective.backward(*([] if mined is None else [(embeddings, mined.gradients[i])]))
+                        figures |= figures_of(loss.of_all.values(), everyone, batch.labels, batch.host_labels)
+                objective = global_objective(terms, loss.backward_weights, len(batch.labels) / num_samples)
+                objective.backward(*([] if mined is None else [(ours[k], g) for k, g in mined.gradients[i].items()]))
             values |= {name: values[name] + v if name in values else v for name, v in objective.values.items()}
             outputs.append((embeddings.detach(), logits.detach(), labels))
         if mined is not None:
-            values["triplet"] = mined.value
+            values |= mined.values
 
         self._descent.step(step, figures)
         if self.ema is not None:
             self.ema.update(step)
         embeddings, logits, labels = (p[0] if len(p) == 1 else torch.cat(p) for p in zip(*outputs, strict=True))
-        if self.loss.center is not None:
-            update_centers(self.loss.center, embeddings, labels, [sum(parts) for parts in zip(*sizes, strict=True)])
-            if figures is not None:
-                figures["center_spread"] = self.loss.center.spread()
-        losses = torch.stack([values[name] for name in self.loss.weights])
-        everyones = [batch.host_labels for batch in micro_batches]
-        self.sums.add_losses(losses, len(labels), triplet is None or has_triplet(np.concatenate(everyones)))
+        ours = {"embeddings": embeddings, "logits": logits}
+        of_ranks = [sum(parts) for parts in zip(*sizes, strict=True)]
+        for moved in loss.moved:
+            update_state(moved, ours[moved.reads], labels, of_ranks)
+        host_labels = np.concatenate([batch.host_labels for batch in micro_batches])
+        if figures is not None:
+            figures |= figures_of(loss.of_own.values(), ours, labels, host_labels)
+        losses = torch.stack([values[name] for name in loss.weights])
+        self.sums.add_losses(losses, len(labels), loss.defined(host_labels))
         self._count(embeddings, logits, labels)
         return (losses * self._weights).sum()
 
@@ -164,7 +158,7 @@ class Learner:
 
     def _draws(self, batch: Batch, epoch: int) -> list[Tensor]:
         """Uniform numbers (n, U) for the model's dropout, keyed by sample; none where it has none."""
-        number = self.model.num_draws if isinstance(self.model, StackedAutoencoderClassifier) else 0
+        number = getattr(self.model, "num_draws", 0)
         return [uniform(key(self.settings.seed, epoch, "dropout"), batch.ids, number)] if number else []
 
     def _forward(self, network: nn.Module, images: Tensor, *draws: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,30 +168,47 @@ class Learner:
         return at_least_float32(embeddings), logits
 
     def _mine_ahead(
-        self, triplet: TripletLoss, images: Sequence[Tensor], micro_batches: Sequence[Batch],
+        self, images: Sequence[Tensor], draws: Sequence[list[Tensor]], micro_batches: Sequence[Batch],
         figures: dict[str, Tensor] | None,
-    ) -> "_Mined":  # fmt: skip
-        """The triplet loss over all micro-batches, as gradients that each can back-propagate on its own.
+    ) -> _Mined:  # fmt: skip
+        """The losses of all samples, over all micro-batches, as gradients that each can back-propagate on its own.
 
         Gradient caching (Gao et al. 2021, Scaling Deep Contrastive Learning Batch Size): embed everything without
-        a graph, differentiate the loss with respect to the embeddings alone, then embed again, part by part.
+        a graph, differentiate the loss with respect to the outputs alone, then embed again, part by part.
         """
+        lengths, names = [len(batch.labels) for batch in micro_batches], self.loss.read_by_all
         with torch.no_grad(), running_statistics_held(self.model):
-            parts = [
-                gather(self._forward(self._descent.undistributed, x)[0], part_sizes(len(batch.labels), world_size()))
-                for x, batch in zip(images, micro_batches, strict=True)
+            outputs = [
+                self._forward(self._descent.undistributed, x, *drawn) for x, drawn in zip(images, draws, strict=True)
             ]
-        everyone = torch.cat(parts).requires_grad_()
+        everyone = {
+            name: torch.cat([
+                gather(both[name == "logits"], part_sizes(length, world_size()))
+                for both, length in zip(outputs, lengths, strict=True)
+            ]).requires_grad_()
+            for name in names
+        }  # fmt: skip
         labels = torch.cat([batch.labels for batch in micro_batches])
+        host_labels = np.concatenate([batch.host_labels for batch in micro_batches])
         anchors = rank_part(len(labels), rank(), world_size())
-        terms = {"triplet": triplet.terms(everyone, labels, anchors, largest_class(micro_batches))}
-        objective = global_objective(terms, self.loss.backward_weights)
-        (gradient,) = torch.autograd.grad(objective.sums, everyone, objective.scales)
+        objective = global_objective(
+            self.loss.all_terms(everyone, labels, anchors, host_labels), self.loss.backward_weights
+        )
+        weights = [p for loss in self.loss.of_all.values() for p in loss.parameters()]
+        gradients = torch.autograd.grad(
+            objective.sums, [*everyone.values(), *weights], objective.scales, allow_unused=bool(weights)
+        )
+        for parameter, gradient in zip(weights, gradients[len(names) :], strict=True):
+            parameter.grad = gradient
         if figures is not None:
-            figures["active_triplets"] = triplet.active_share(everyone.detach(), labels, largest_class(micro_batches))
-        each = all_sum(gradient).split([len(part) for part in parts])
+            figures |= figures_of(self.loss.of_all.values(), everyone, labels, host_labels)
+        each = [all_sum(gradient).split(lengths) for gradient in gradients[: len(names)]]
         return _Mined(
-            objective.values["triplet"], [g[batch.part] for g, batch in zip(each, micro_batches, strict=True)]
+            objective.values,
+            [
+                {name: parts[i][batch.part] for name, parts in zip(names, each, strict=True)}
+                for i, batch in enumerate(micro_batches)
+            ],
         )
 
     def state_dict(self) -> dict[str, Any]:

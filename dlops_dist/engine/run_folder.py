@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from dlops_dist.command_line import parse_yaml
-from dlops_dist.config import TASKS, Settings, result_settings
+from dlops_dist.config import SHIPPED, Run, common_settings, is_loaded, load_recipe, result_settings
 from dlops_dist.data.locks import locked
 from dlops_dist.data.shards import Manifest, read_manifest
 from dlops_dist.engine.checkpoints import ANEW, Checkpoints
@@ -41,7 +41,7 @@ class RunFolder:
         """Rows of the run that is being trained here: those of its checkpoint, and what followed."""
 
     @classmethod
-    def of(cls, settings: Settings) -> "RunFolder":
+    def of(cls, settings: Run) -> "RunFolder":
         """That of a prepared run."""
         return cls(str(Folder(settings.runs_dir) / str(settings.name)), settings.keep_checkpoints)
 
@@ -54,7 +54,7 @@ class RunFolder:
         local = self.folder.local
         return PurePath(str(self)).name if local is None else local.absolute().name
 
-    def create(self, task: str, settings: Settings) -> None:
+    def create(self, task: str, settings: Run) -> None:
         """Make the folder, or check that the run in it can go on with these settings; its config then tells them.
 
         A run may have been moved or renamed, and its config been lost: what it was started with is in its checkpoints.
@@ -90,17 +90,23 @@ class RunFolder:
         with locked(path, "trained"):
             yield
 
-    def settings(self) -> tuple[str, Settings]:
-        """Task and settings that the run was trained with last."""
+    def settings(self) -> tuple[str, Run]:
+        """Recipe and settings that the run was trained with last; of a user's that this process has not been pointed
+        to, those settings that every run has: nothing in the folder is executed.
+        """
         where, content = self.folder / CONFIG, self._read(CONFIG)
         if content is None:
             advice = "; the command that trained it writes it again" if self.checkpoints.steps() else ""
             raise UserError(f"{self} is not a run: no {CONFIG} in it{advice}")
         values = parse_yaml(str(where), content)
         task = values.pop("task", None)
-        if task not in TASKS:
-            raise UserError(f"{where}: task {task!r} is none of {', '.join(TASKS)}")
-        return task, TASKS[task](**values)
+        if not isinstance(task, str):
+            raise UserError(f"{where}: task {task!r} is the name of no recipe")
+        if is_loaded(task):
+            return task, load_recipe(task).settings_type(**values)
+        if "." not in task:
+            raise UserError(f"{where}: task {task!r} is none of {', '.join(SHIPPED)}, nor the path of a recipe")
+        return task, common_settings(values)
 
     def rows(self) -> list[dict[str, Any]]:
         """One row of metrics for each epoch; those of the latest checkpoint, where the file is damaged or missing."""
@@ -120,7 +126,7 @@ class RunFolder:
         return []
 
     def finished_row(
-        self, settings: Settings, manifest: Manifest, warn: Callable[[str], None] = lambda _: None
+        self, settings: Run, manifest: Manifest, warn: Callable[[str], None] = lambda _: None
     ) -> dict[str, Any] | None:
         """The last row of a run whose last checkpoint is that of its last epoch; refuses what `load` refuses."""
         steps = self.checkpoints.steps()
@@ -166,7 +172,7 @@ class RunFolder:
         self._trained.append(row)
         self.folder.write_text(METRICS, _text(self._trained))
 
-    def save(self, settings: Settings, state: dict[str, Any]) -> None:
+    def save(self, settings: Run, state: dict[str, Any]) -> None:
         """Write the checkpoint of state["step"], beside the steps that follow."""
         content = {
             "format": FORMAT, "settings": result_settings(settings), "threads": torch.get_num_threads(),
@@ -176,7 +182,7 @@ class RunFolder:
         self.checkpoints.save(state["step"], content, None if best is None else best["step"])
 
     def load(
-        self, settings: Settings, dataset_id: str, device: torch.device, warn: Callable[[str], None]
+        self, settings: Run, dataset_id: str, device: torch.device, warn: Callable[[str], None]
     ) -> dict[str, Any] | None:
         """The latest whole checkpoint, or None. One of other settings, data or format is refused by name."""
         state = self.checkpoints.latest(device, warn)
@@ -200,7 +206,7 @@ class RunFolder:
             self._check(state, settings)
         return state
 
-    def _check(self, state: dict[str, Any], settings: Settings, dataset_id: str | None = None) -> None:
+    def _check(self, state: dict[str, Any], settings: Run, dataset_id: str | None = None) -> None:
         self._check_format(state)
         self._refuse_other_settings(state["settings"], settings)
         if dataset_id not in (None, state["dataset_id"]):
@@ -214,7 +220,7 @@ class RunFolder:
             where = f"{self}: its checkpoints have format {state.get('format')}"
             raise UserError(f"{where}, this version reads {FORMAT}; choose another --name")
 
-    def _refuse_other_settings(self, existing: dict[str, Any], settings: Settings) -> None:
+    def _refuse_other_settings(self, existing: dict[str, Any], settings: Run) -> None:
         """But for more epochs, where all that was trained would be the same with these from the start."""
         wanted = result_settings(settings)
         refuse_other_settings(self, existing, wanted, _hindrance(existing, wanted))

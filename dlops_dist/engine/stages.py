@@ -1,4 +1,4 @@
-"""A run is a sequence of stages: each trains one thing on its own order of samples. q1 has one of them, q2 several."""
+"""A run is a sequence of stages: each trains one thing on its own order of samples. Most runs have one of them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -8,19 +8,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dlops_dist.config import Q1, Q2, Settings
+from dlops_dist.config import Run
 from dlops_dist.data.loader import Batch, TrainingOrder
-from dlops_dist.data.order import Ids, fit_samples_per_class, hold_out
+from dlops_dist.data.order import Ids
 from dlops_dist.data.readers import Reader
-from dlops_dist.data.shards import Manifest, Split
-from dlops_dist.engine.classification import Classifier
 from dlops_dist.engine.epoch_sums import RankSums
 from dlops_dist.engine.evaluation import evaluate
-from dlops_dist.engine.learner import Inputs, Learner
-from dlops_dist.errors import UserError
+from dlops_dist.engine.learner import Learner
+from dlops_dist.engine.recipe import Recipe
+from dlops_dist.engine.samples import Samples, balance_notice, training_order
 
 COLLAPSED_SPREAD = 0.01
-SHOWN_CLASSES = 3
 
 
 class StageLearner(Protocol):
@@ -127,50 +125,25 @@ def spans_of(stages: Sequence[Stage]) -> list[Span]:
     return spans
 
 
-class Samples:
-    """The samples of a run: those to train on, those held out, those to test on, those without a label."""
-
-    def __init__(self, shards: Path, manifest: Manifest, settings: Settings) -> None:
-        data = settings.data
-        self.manifest = manifest
-        names = ["train", "test"]
-        if isinstance(settings, Q2) and settings.pretrain.unlabeled and "unlabeled" in manifest.splits:
-            names.append("unlabeled")
-        self._splits = [Split(shards, manifest, name) for name in names]
-        self.open(list)
-        self.folds = self._splits[0].folds
-        if (self.train.labels < 0).any() or (self.test.labels < 0).any():
-            raise UserError(f"data.shards: {data.shards}: samples without a label among those of train or test")
-        self.ids, self.val_ids = hold_out(self.train.labels, data.val_fraction)
-        if not len(self.ids) or (data.val_fraction and not len(self.val_ids)):
-            raise UserError(
-                f"data.val_fraction: {data.val_fraction} leaves {len(self.ids)} to train and "
-                f"{len(self.val_ids)} held out"
-            )
-        standardize = not isinstance(settings, Q2) or settings.model.standardize
-        mean, std = (manifest.mean, manifest.std) if standardize else ((0.0,) * 3, (1.0,) * 3)
-        self.inputs = Inputs(len(manifest.classes), mean, std)
-
-    def open(self, open_readers: Callable[[Sequence[Split]], list[Reader]]) -> None:
-        """Read images by these readers from now on."""
-        self.train, self.test, *others = open_readers(self._splits)
-        self.unlabeled = others[0] if others else None
-
-
 class Classification:
-    """Trains a model with a head on labelled images: all of q1, the last stage of q2.
+    """Trains a model with a head on labelled images.
 
     Args:
+        build: the recipe of the stage, when it begins: its model may come of earlier stages.
         ids: of the samples to train on; by default all that are not held out.
+        balanced: whether batches are so, where data.order is auto.
     """
 
     name: str | None = None
     with_confusion = False
 
-    def __init__(self, settings: Settings, samples: Samples, device: torch.device, ids: Ids | None = None) -> None:
+    def __init__(
+        self, settings: Run, samples: Samples, device: torch.device, build: Callable[[], Recipe],
+        ids: Ids | None = None, balanced: bool = False,
+    ) -> None:  # fmt: skip
         self.epochs = settings.epochs
-        self.order = training_order(settings, samples, samples.ids if ids is None else ids)
-        self._settings, self._samples, self._device = settings, samples, device
+        self.order = training_order(settings, samples, samples.ids if ids is None else ids, balanced)
+        self._settings, self._samples, self._device, self._build = settings, samples, device, build
 
     @property
     def carried(self) -> nn.Module | None:
@@ -179,12 +152,12 @@ class Classification:
     def notice(self) -> str | None:
         return balance_notice(self.order, self._samples.manifest.classes)
 
-    def model(self) -> Classifier | None:
-        """A new one; None for that of q1."""
-        return None
-
     def learner(self) -> Learner:
-        return Learner(self._settings, self._samples.inputs, self.order.steps_per_epoch, self._device, self.model())
+        steps = self.order.steps_per_epoch
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self._settings.seed)
+            recipe = self._build()
+        return Learner(self._settings, self._samples.inputs, steps, self._device, recipe)
 
     def reader(self, _: Learner) -> Reader:
         return self._samples.train
@@ -200,45 +173,11 @@ class Classification:
         spread = row["train/embedding_spread"]
         if spread >= COLLAPSED_SPREAD:
             return None
-        advice = "lower optimizer.lr"
-        if isinstance(self._settings, Q1):
-            advice += ", raise the loss's ce_weight, or choose another triplet.mining"
+        advice = "lower optimizer.lr, give a loss of the logits more weight, or mine other triplets"
         return f"epoch {row['epoch']}: the embeddings have collapsed (spread {spread:.4f}): {advice}"
 
     def draw(self, folder: Path, learner: Learner, row: dict[str, Any]) -> None:
-        """q1 draws in `report`."""
-
-
-def training_order(settings: Settings, samples: Samples, ids: Ids) -> TrainingOrder:
-    """The batches of every epoch of labelled samples."""
-    data, batch_size = settings.data, settings.global_batch_size
-    triplets = isinstance(settings, Q1) and settings.loss == "triplet"
-    balanced = data.order == "balanced" or (data.order == "auto" and triplets)
-    samples_per_class = (
-        fit_samples_per_class(batch_size, len(samples.manifest.classes), data.samples_per_class) if balanced else None
-    )
-    repeat = data.small_classes == "repeat"
-    labels = samples.train.labels
-    return TrainingOrder(ids, labels, settings.seed, batch_size, samples_per_class, data.drop_last, repeat)
-
-
-def balance_notice(order: TrainingOrder, classes: Sequence[str]) -> str | None:
-    """Which samples balanced batches leave out, and for how long others wait; None where there is nothing to say."""
-    balance = order.balance
-    if balance is None:
-        return None
-    parts = []
-    if len(balance.left_out):
-        k, names = balance.samples_per_class, [classes[c] for c in balance.left_out.tolist()]
-        left_out = int(balance.sizes[balance.left_out].sum())
-        parts.append(
-            f"leave out {left_out} of {order.num_samples:,} samples, of {len(names)} classes with fewer than {k}: "
-            f"{', '.join(names[:SHOWN_CLASSES])}{', ...' * (len(names) > SHOWN_CLASSES)}; a lower "
-            f"--data.samples-per-class or --data.small-classes repeat takes them"
-        )
-    if balance.rounds > 2:
-        parts.append(f"take a part of the larger classes in each epoch, and all of them within {balance.rounds} epochs")
-    return f"data.order: balanced batches {', and '.join(parts)}" if parts else None
+        """`report` draws what all runs have."""
 
 
 def named(split: str, figures: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ class CenterLoss(nn.Module):
     The centres are a buffer, at least float32; they change in `update` alone, after the loss has used them.
     """
 
+    reads, sees = "embeddings", "own"
     centers: Tensor
 
     def __init__(self, num_classes: int, embedding_dim: int, alpha: float = 0.5) -> None:
@@ -57,6 +58,9 @@ class CenterLoss(nn.Module):
     def update(self, sums: CenterSums) -> None:
         """Move the centres by the sums of the whole batch (eq. 4); classes without samples stay."""
         self.centers.addcdiv_(sums.differences, 1 + sums.counts[:, None], value=-self.alpha)
+
+    def figures(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return {"center_spread": self.spread()}
 
     @torch.no_grad()
     def spread(self) -> Tensor:

@@ -14,6 +14,8 @@ class CrossEntropyLoss(nn.Module):
     s is `label_smoothing` (Szegedy et al. 2016, Rethinking the Inception Architecture, section 7).
     """
 
+    reads, sees = "logits", "own"
+
     def __init__(self, label_smoothing: float = 0.0) -> None:
         super().__init__()
         if not 0 <= label_smoothing < 1:

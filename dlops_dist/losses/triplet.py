@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -32,6 +33,8 @@ class TripletLoss(nn.Module):
     Where an embedding is NaN or infinite, the loss and all its gradients are NaN. Normalising divides by a length of at
     least 1e-6, so the gradient of a shorter embedding, 0 among them, is at most 1e6 times that of a direction.
     """
+
+    reads, sees = "embeddings", "all"
 
     def __init__(
         self,
@@ -84,6 +87,17 @@ class TripletLoss(nn.Module):
             x = self._prepared(embeddings)
             classes = Classes(labels, largest_class)
             return Terms(*_ChunkedSum.apply(x, self._pieces(x.detach(), classes, first, last)))
+
+    def hints(self, labels: np.ndarray) -> dict[str, int]:
+        """What `terms` is told of the labels (N,), which are on the host too."""
+        return {"largest_class": int(np.unique(labels, return_counts=True)[1].max(initial=0))}
+
+    def defined(self, labels: np.ndarray) -> bool:
+        """Whether samples of these labels hold an anchor with a positive and a negative."""
+        return 1 < self.hints(labels)["largest_class"] < len(labels)
+
+    def figures(self, embeddings: Tensor, labels: Tensor, largest_class: int | None = None) -> dict[str, Tensor]:
+        return {"active_triplets": self.active_share(embeddings, labels, largest_class)}
 
     @torch.no_grad()
     def active_share(self, embeddings: Tensor, labels: Tensor, largest_class: int | None = None) -> Tensor:

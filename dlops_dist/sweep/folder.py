@@ -8,7 +8,18 @@ from typing import Any
 import yaml
 
 from dlops_dist.command_line import read_yaml
-from dlops_dist.config import SWEEPS, Point, Settings, Sweep, flat, result_settings, trial_settings
+from dlops_dist.config import (
+    SHIPPED,
+    Point,
+    Run,
+    Sweep,
+    flat,
+    is_loaded,
+    load_recipe,
+    result_settings,
+    sweep_type,
+    trial_settings,
+)
 from dlops_dist.config.sweep import ACCURACY
 from dlops_dist.data.facts import replace
 from dlops_dist.data.shards import read_manifest
@@ -18,7 +29,7 @@ from dlops_dist.files import Folder
 
 SWEEP, BEST, ENDED = "sweep.yaml", "best.yaml", "ended.json"
 OF_A_PLACE = {"name", "runs_dir", "config", "smoke", "local", "workers", "wandb", "tensorboard"}
-"""Settings of the sweep's runs that best.yaml leaves to whoever takes it."""
+"""Run of the sweep's runs that best.yaml leaves to whoever takes it."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +80,9 @@ class SweepFolder:
         file = self.path / SWEEP
         values = read_yaml(file)
         task = values.pop("task", None)
-        if task not in SWEEPS:
-            raise UserError(f"{file}: task {task!r} is none of {', '.join(SWEEPS)}")
-        return task, SWEEPS[task](**values)
+        if not isinstance(task, str) or not is_loaded(task):
+            raise UserError(f"{file}: task {task!r} is none of our recipes ({', '.join(SHIPPED)}); pass --recipe FILE")
+        return task, sweep_type(load_recipe(task).settings_type)(**values)
 
     def trials(self) -> list[Trial]:
         """Those that have a folder: of a random search all, of Optuna's those that were begun."""
@@ -93,7 +104,7 @@ class SweepFolder:
         point = {setting: settings[setting] for setting in searched}
         return Trial(name, point, settings["seed"], rows, settings["epochs"], **_ended(path))
 
-    def is_over(self, settings: Settings) -> bool:
+    def is_over(self, settings: Run) -> bool:
         """Whether a prepared trial needs no more training: it is complete, or the scheduler gave it up."""
         path = self.path / str(settings.name)
         if RunFolder(path).finished_row(settings, read_manifest(Path(settings.data.shards))) is not None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from dlops_dist.config import Point, Settings, Sweep, trial_settings
+from dlops_dist.config import Point, Run, Sweep, trial_settings
 from dlops_dist.engine import prepare
 from dlops_dist.engine.run_folder import RunFolder
 from dlops_dist.sweep.folder import SweepFolder
@@ -10,7 +10,7 @@ from dlops_dist.sweep.points import points_of
 from dlops_dist.sweep.ranking import ranking
 
 
-def known_trials(task: str, sweep: Sweep, folder: SweepFolder) -> list[Settings]:
+def known_trials(task: str, sweep: Sweep, folder: SweepFolder) -> list[Run]:
     """The runs that are known beforehand: all of a random search, of Optuna's those that were begun.
 
     None of them twice: draws from an interval of whole numbers meet.
@@ -23,7 +23,7 @@ def known_trials(task: str, sweep: Sweep, folder: SweepFolder) -> list[Settings]
     return list({settings.name: settings for settings in runs}.values())
 
 
-def suggested_trials(task: str, sweep: Sweep, folder: SweepFolder) -> Iterator[Settings]:
+def suggested_trials(task: str, sweep: Sweep, folder: SweepFolder) -> Iterator[Run]:
     """The runs of the points that Optuna suggests, each by what has come of the others when it is wanted.
 
     A space that is exhausted ends them early.
@@ -42,13 +42,13 @@ def suggested_trials(task: str, sweep: Sweep, folder: SweepFolder) -> Iterator[S
             yield from trials
 
 
-def create(task: str, trials: Sequence[Settings]) -> None:
+def create(task: str, trials: Sequence[Run]) -> None:
     """Make the folders of runs, so that the sweep's tables show them before they begin."""
     for settings in trials:
         RunFolder.of(settings).create(task, settings)
 
 
-def _runs_of(point: Point, task: str, sweep: Sweep, folder: SweepFolder) -> list[Settings]:
+def _runs_of(point: Point, task: str, sweep: Sweep, folder: SweepFolder) -> list[Run]:
     """One for each seed, in a folder that is named by what makes its result."""
     inside = sweep.model_copy(update={"runs_dir": str(folder.path)})
     seeds = range(sweep.seed, sweep.seed + sweep.seeds)

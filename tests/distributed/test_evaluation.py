@@ -9,15 +9,16 @@ from kept_ranks import on_ranks
 from states import nearly
 from torch import nn
 
-from dlops_dist.config import Q1
 from dlops_dist.console import epoch_line, figure
 from dlops_dist.data.loader import read_ahead
 from dlops_dist.data.order import rank_part
 from dlops_dist.distributed.collectives import rank, world_size
 from dlops_dist.distributed.norm import SyncBatchNorm1d, SyncBatchNorm2d
 from dlops_dist.engine.evaluation import evaluate
-from dlops_dist.engine.learner import Inputs, Learner
+from dlops_dist.engine.learner import Learner
+from dlops_dist.engine.samples import Inputs
 from dlops_dist.errors import RunError
+from dlops_dist.recipes.q1 import Settings as Q1
 
 CPU = torch.device("cpu")
 

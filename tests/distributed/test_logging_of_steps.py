@@ -7,9 +7,9 @@ import torch
 from kept_ranks import on_ranks
 from states import nearly, same_state, tensors
 
-from dlops_dist.config import Q1
 from dlops_dist.distributed.collectives import rank
 from dlops_dist.engine import fit
+from dlops_dist.recipes.q1 import Settings as Q1
 
 LOSSES = {
     "triplet, micro-batches": {

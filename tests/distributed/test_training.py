@@ -15,7 +15,6 @@ from covering import covering
 from kept_ranks import on_ranks
 from states import distance, nearly, same_state, tensors, with_total_sums
 
-from dlops_dist.config import Q1
 from dlops_dist.data.loader import read_ahead
 from dlops_dist.data.order import blocks, rank_part
 from dlops_dist.data.shards import Split, read_manifest
@@ -23,9 +22,11 @@ from dlops_dist.distributed.collectives import rank, world_size
 from dlops_dist.engine import evaluation, fit, prepare
 from dlops_dist.engine.events import Started
 from dlops_dist.engine.fit import _Fit
-from dlops_dist.engine.learner import Inputs, Learner
+from dlops_dist.engine.learner import Learner
 from dlops_dist.engine.run_folder import RunFolder
+from dlops_dist.engine.samples import Inputs
 from dlops_dist.errors import RunError
+from dlops_dist.recipes.q1 import Settings as Q1
 
 LOSSES = {
     "ce": {

@@ -12,14 +12,15 @@ from covering import covering
 from kept_ranks import on_ranks
 from states import distance, nearly, tensors, with_total_sums
 
-from dlops_dist.config import Q2
 from dlops_dist.data.loader import read_ahead
 from dlops_dist.data.order import blocks, rank_part
 from dlops_dist.data.shards import read_manifest
 from dlops_dist.distributed.collectives import rank, world_size
-from dlops_dist.engine import codes, fit, prepare
+from dlops_dist.engine import fit, prepare
 from dlops_dist.engine.fit import _Fit, stages_of
-from dlops_dist.engine.stages import Samples
+from dlops_dist.engine.samples import Samples
+from dlops_dist.recipes.q2 import Settings as Q2
+from dlops_dist.recipes.stacked import codes
 
 CPU = torch.device("cpu")
 KINDS = {

@@ -10,9 +10,9 @@ import yaml
 from command import TINY, call, rows, run, start, wait_until
 from states import same_checkpoint
 
-from dlops_dist.config import Q1
 from dlops_dist.engine import fit
 from dlops_dist.errors import UserError
+from dlops_dist.recipes.q1 import Settings as Q1
 
 
 def train(shards, runs, *arguments, by=call, **options):

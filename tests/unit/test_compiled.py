@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from dlops_dist.config import Q1
 from dlops_dist.data.loader import read_ahead
 from dlops_dist.engine.evaluation import evaluate
-from dlops_dist.engine.learner import Inputs, Learner
+from dlops_dist.engine.learner import Learner
+from dlops_dist.engine.samples import Inputs
+from dlops_dist.recipes.q1 import Settings as Q1
 
 CPU = torch.device("cpu")
 RUNS = {

@@ -6,10 +6,11 @@ import sys
 import pytest
 
 from dlops_dist.command_line import read_settings
-from dlops_dist.config import Q1, default_name, result_settings
+from dlops_dist.config import default_name, result_settings
 from dlops_dist.engine import prepare
 from dlops_dist.engine.run_folder import RunFolder
 from dlops_dist.errors import RunError, UserError, exit_code_of
+from dlops_dist.recipes.q1 import Settings as Q1
 
 
 @pytest.fixture

@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 from dlops_dist.command_line import read_settings
-from dlops_dist.config import MAY_CHANGE, Q2, default_name, result_settings
+from dlops_dist.config import MAY_CHANGE, default_name, result_settings
 from dlops_dist.engine.run_folder import RunFolder
+from dlops_dist.recipes.q2 import Settings as Q2
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 CHANGES = {

@@ -4,9 +4,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from dlops_dist.config import Q1
 from dlops_dist.engine.ema import Ema
-from dlops_dist.engine.learner import Inputs, Learner
+from dlops_dist.engine.learner import Learner
+from dlops_dist.engine.samples import Inputs
+from dlops_dist.recipes.q1 import Settings as Q1
 
 
 def test_weights_and_running_statistics_are_averaged_as_the_formula_says():

@@ -14,22 +14,25 @@ from fake_gpu import GPU, Waits, fake_gpu
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from dlops_dist.config import Q1, Q2
 from dlops_dist.data.joined import Joined
-from dlops_dist.data.loader import largest_class, read_ahead
+from dlops_dist.data.loader import read_ahead
 from dlops_dist.data.readers import DeviceReader
 from dlops_dist.engine import descent
-from dlops_dist.engine.codes import CodeReader, Codes
 from dlops_dist.engine.evaluation import device_sums
-from dlops_dist.engine.learner import Inputs, Learner
-from dlops_dist.engine.reconstruction import ReconstructionLearner
-from dlops_dist.engine.stacked import build_classifier, build_stack
+from dlops_dist.engine.learner import Learner
+from dlops_dist.engine.samples import Inputs
 from dlops_dist.engine.step_log import StepLog
+from dlops_dist.losses import TripletLoss
+from dlops_dist.recipes.q1 import Settings as Q1
+from dlops_dist.recipes.q2 import Settings as Q2
+from dlops_dist.recipes.stacked.codes import CodeReader, Codes
+from dlops_dist.recipes.stacked.reconstruction import ReconstructionLearner
+from dlops_dist.recipes.stacked.stages import build_stack, classifier
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import kernels
 
-INPUTS = Inputs(10, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+INPUTS = Inputs(10, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), (32, 32))
 AUGMENT = {"resized_crop": 0.4, "brightness": 0.3, "contrast": 0.3, "saturation": 0.3, "cutout": 8}
 RUNS = {
     "ce": {"ema_decay": 0.9, "flip_test": True, "optimizer": {"clip_norm": 1.0}},
@@ -84,7 +87,7 @@ def test_batches_reach_a_gpu_without_a_wait(reader, monkeypatch):
             (batch,) = read_ahead(source, parts_of(None), GPU, 1, 1)
         assert {tensor.device for tensor in batch[:3]} == {GPU}
         assert batch.images.shape == (16, 32, 32, 3)
-        assert largest_class([batch]) == 2
+        assert TripletLoss().hints(batch.host_labels) == {"largest_class": 2}
     assert waits.found == []
 
 
@@ -183,7 +186,7 @@ def test_pretraining_stays_on_the_gpu_and_waits_for_nothing(layer, corruption, m
     )  # fmt: skip
     with fake_gpu(monkeypatch):
         source = DeviceReader(Images(300), GPU)
-        stack = build_stack(settings, 32 * 32 * 3).to(GPU)
+        stack = build_stack(settings, INPUTS).to(GPU)
         codes = Codes(settings, INPUTS, stack, {"train": source}, GPU, lambda text: None)
         learner = ReconstructionLearner(settings, INPUTS, stack, codes, layer, 10, GPU)
         kept = codes.at(layer or 0)["train"]
@@ -207,8 +210,8 @@ def test_the_stacked_classifier_stays_on_the_gpu_and_waits_for_nothing(finetune,
         model={"layers": (24, 16), "code_layer": 16, "dropout": 0.3, "norm": "batch"},
     )  # fmt: skip
     with fake_gpu(monkeypatch):
-        stack = build_stack(settings, 32 * 32 * 3).to(GPU)
-        learner = Learner(settings, INPUTS, 10, GPU, build_classifier(settings, stack.encoders, 10))
+        stack = build_stack(settings, INPUTS).to(GPU)
+        learner = Learner(settings, INPUTS, 10, GPU, classifier(settings, INPUTS, stack))
         source = DeviceReader(Images(), GPU)
         batches = list(read_ahead(source, parts_of(None), GPU, 1, 1))
         learner.step(batches, 0, 0)

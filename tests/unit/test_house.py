@@ -15,6 +15,7 @@ LAYERS = [
     {"config", "command_line", "models", "losses", "optim", "metrics", "data"},
     {"distributed"},
     {"engine"},
+    {"recipes"},
     {"console", "trackers"},
     {"sweep"},
     {"preflight"},
@@ -54,6 +55,14 @@ def test_imports_point_one_way(path):
     depth = next(i for i, layer in enumerate(LAYERS) if part in layer)
     allowed = {part}.union(*LAYERS[: depth + (part not in PURE)])
     assert imported(path)[0] <= allowed
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_nothing_knows_the_shipped_recipes_by_name(path):
+    if part_of(path) != "recipes":
+        texts = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+        assert not texts & {"q1", "q2"}
+        assert "recipes" not in imported(path)[0]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))

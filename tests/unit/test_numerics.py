@@ -8,9 +8,9 @@ import torch
 import torchvision
 from torch import nn
 
-from dlops_dist.config import Q1
 from dlops_dist.engine.numerics import compiles, memory_format_of, precision_of, set_numerics
 from dlops_dist.models.resnet import resnet18
+from dlops_dist.recipes.q1 import Settings as Q1
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 1)
 NETWORKS = {
@@ -71,9 +71,10 @@ def test_weights_of_strided_1x1_convolutions_get_their_gradient():
 
 STEPS = """
 import numpy as np, torch
-from dlops_dist.config import Q1
+from dlops_dist.recipes.q1 import Settings as Q1
 from dlops_dist.data.loader import Batch
-from dlops_dist.engine.learner import Inputs, Learner
+from dlops_dist.engine.learner import Learner
+from dlops_dist.engine.samples import Inputs
 
 for width, size, micro in ((8, 64, None), (9, 32, None), (3, 32, None), (8, 64, 7)):
     settings = Q1(model={"width": width, "stem": "imagenet"}, optimizer={"lr": 0.01})

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from matplotlib.image import imread
 
-from dlops_dist.engine import pictures
-from dlops_dist.engine.codes import FlatPixels
-from dlops_dist.engine.learner import Inputs
+from dlops_dist.engine.samples import Inputs
 from dlops_dist.models.autoencoder import StackedAutoencoder
+from dlops_dist.recipes.stacked import pictures
+from dlops_dist.recipes.stacked.codes import FlatPixels
 
 INPUTS = Inputs(3, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
 IMAGES = np.random.default_rng(0).integers(0, 256, (12, 4, 5, 3), np.uint8)

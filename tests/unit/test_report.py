@@ -7,8 +7,9 @@ import yaml
 from rich.console import Console
 
 from dlops_dist import report
-from dlops_dist.config import Q1, Q2
 from dlops_dist.data.shards import MANIFEST, Manifest
+from dlops_dist.recipes.q1 import Settings as Q1
+from dlops_dist.recipes.q2 import Settings as Q2
 
 CLASSES = {"q1": 200, "q2": 10}
 
@@ -81,5 +82,5 @@ def test_they_do_not_stand_beside_a_run_on(kind, reported):
 
 def test_a_loss_that_cannot_be_is_a_gap_in_the_curve(tmp_path):
     rows = [row(1, 3, **{"train/loss": None, "test/loss": None}), row(2, 3, **{"train/loss": None})]
-    report.plot_curves(report.Reported(str(tmp_path), "run", "triplet", rows, None))
+    report.plot_curves(report.Reported(str(tmp_path), "run", "triplet", rows, None, None))
     assert (tmp_path / "report/curves.png").read_bytes().startswith(b"\x89PNG")

@@ -10,13 +10,15 @@ from rich.console import Console
 from states import same_checkpoint
 
 from dlops_dist import report
-from dlops_dist.config import Q1, Q2, result_settings
+from dlops_dist.config import result_settings
 from dlops_dist.data.shards import read_manifest
 from dlops_dist.engine import fit, prepare
 from dlops_dist.engine.events import Started, Warned
 from dlops_dist.engine.run_folder import RunFolder, best_row
 from dlops_dist.errors import RunError
 from dlops_dist.evaluate import evaluate_run
+from dlops_dist.recipes.q1 import Settings as Q1
+from dlops_dist.recipes.q2 import Settings as Q2
 from dlops_dist.sweep.folder import SweepFolder
 
 EPOCHS, STEPS = 4, 6

@@ -9,15 +9,17 @@ import pytest
 import torch
 from states import same_checkpoint
 
-from dlops_dist.config import Q1, Q2
 from dlops_dist.data.loader import read_ahead
 from dlops_dist.data.shards import Split, read_manifest
 from dlops_dist.engine import fit
 from dlops_dist.engine.events import Logged
-from dlops_dist.engine.learner import Inputs, Learner
+from dlops_dist.engine.learner import Learner
 from dlops_dist.engine.run_folder import STEPS, RunFolder
+from dlops_dist.engine.samples import Inputs
 from dlops_dist.engine.step_log import StepLog, memory
 from dlops_dist.losses import CenterLoss, TripletLoss
+from dlops_dist.recipes.q1 import Settings as Q1
+from dlops_dist.recipes.q2 import Settings as Q2
 
 CPU = torch.device("cpu")
 DIFFERS = {"memory_gb", "images_per_s"}

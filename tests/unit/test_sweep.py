@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dlops_dist.command_line import read_sweep
-from dlops_dist.config import SWEEPS, Parameter, Point, Sweep, check_sweep, flat, result_settings, trial_settings
+from dlops_dist.config import SHIPPED, Parameter, Point, Sweep, check_sweep, flat, result_settings, trial_settings
 from dlops_dist.ray_tuner import trials_at_once
 from dlops_dist.sweep.folder import SweepFolder, Trial
 from dlops_dist.sweep.plan import known_trials
@@ -145,7 +145,7 @@ def test_a_sweep_in_what_ray_uploaded_for_a_job_is_refused(
         run_sweep("q1", sweep())
 
 
-@pytest.mark.parametrize("task", SWEEPS)
+@pytest.mark.parametrize("task", SHIPPED)
 @pytest.mark.parametrize("arguments", [[], ["--smoke"]])
 def test_what_is_shipped_is_a_sweep(task: str, arguments: list[str]) -> None:
     shipped = read_sweep(task, arguments)

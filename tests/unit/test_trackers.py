@@ -12,12 +12,12 @@ from matplotlib.image import imsave
 
 from dlops_dist import report, trackers, train, tune
 from dlops_dist.command_line import read_settings
-from dlops_dist.config import Q1
-from dlops_dist.config.sweep import Q1Sweep
+from dlops_dist.config import sweep_type
 from dlops_dist.engine.events import EpochEnded, Finished, Logged, Started
 from dlops_dist.engine.run_folder import RunFolder
 from dlops_dist.errors import UserError
 from dlops_dist.ray_backend import wandb_environment
+from dlops_dist.recipes.q1 import Settings as Q1
 from dlops_dist.sweep import plan
 from dlops_dist.trackers import LONGEST_NAME, Wandb, check_trackers, fitting, run_id
 
@@ -164,7 +164,7 @@ def test_a_name_that_is_given_wins_over_wandbs_variable(given, monkeypatch, shap
     assert os.environ.get("WANDB_NAME") == (None if given else "theirs")
     monkeypatch.setattr(plan, "known_trials", begun)
     with pytest.raises(UserError, match="begun"):
-        tune.run_sweep("q1", Q1Sweep(**settings))
+        tune.run_sweep("q1", sweep_type(Q1)(**settings))
     assert os.environ["WANDB_RUN_GROUP"] == (given or "theirs")
     assert "WANDB_NAME" not in os.environ, "it would be that of all trials"
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from dlops_dist.data.inspection import sample_grid
 from dlops_dist.data.readers import Reader
 from dlops_dist.data.shards import Manifest
-from dlops_dist.engine.reconstruction import ReconstructionLearner
+from dlops_dist.recipes.stacked.reconstruction import ReconstructionLearner
 
 COLUMNS = 10
 FILTERS = 100

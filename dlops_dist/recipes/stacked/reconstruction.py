@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dlops_dist.config import Q2
 from dlops_dist.data.augment import Augmenter
 from dlops_dist.data.corruption import corrupted
 from dlops_dist.data.loader import Batch
@@ -16,14 +15,15 @@ from dlops_dist.data.order import Ids
 from dlops_dist.data.readers import Reader
 from dlops_dist.distributed.collectives import all_sum
 from dlops_dist.distributed.objective import global_objective
-from dlops_dist.engine.codes import Codes, FlatPixels
 from dlops_dist.engine.descent import Descent
 from dlops_dist.engine.epoch_sums import RankSums
 from dlops_dist.engine.evaluation import evaluated_blocks, read_blocks
-from dlops_dist.engine.learner import Inputs
 from dlops_dist.engine.numerics import compiles, precision_of
+from dlops_dist.engine.samples import Inputs
 from dlops_dist.losses import ReconstructionLoss
 from dlops_dist.models.autoencoder import StackedAutoencoder
+from dlops_dist.recipes.q2 import Settings
+from dlops_dist.recipes.stacked.codes import Codes, FlatPixels
 
 LOSS = "reconstruction"
 
@@ -37,7 +37,7 @@ class ReconstructionLearner:
     """
 
     def __init__(
-        self, settings: Q2, inputs: Inputs, stack: StackedAutoencoder, codes: Codes, layer: int | None,
+        self, settings: Settings, inputs: Inputs, stack: StackedAutoencoder, codes: Codes, layer: int | None,
         steps_per_epoch: int, device: torch.device,
     ) -> None:  # fmt: skip
         self.settings, self.inputs, self.device = settings, inputs, device

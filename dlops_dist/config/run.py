@@ -1,15 +1,15 @@
-"""The tasks with all their settings, and which of them change the result."""
+"""The settings that every run has, and which of them change the result."""
 
 import hashlib
 import json
 import os
+from collections.abc import Collection
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from dlops_dist.config.autoencoders import Autoencoders, Pretrain, StlData
 from dlops_dist.config.section import Section
-from dlops_dist.config.training import Augment, Ce, Center, Data, Model, Optimizer, Triplet
+from dlops_dist.config.training import Augment, Data, Optimizer
 from dlops_dist.errors import UserError
 
 WANDB_MODES: dict[str, Literal["online", "offline", "off"]] = {
@@ -28,9 +28,11 @@ def wandb_of_environment() -> Literal["online", "offline", "off"]:
 
 
 class Run(Section):
-    """What every task has in common: where, how long, on what."""
+    """What every run has: where, how long, on what, by which optimiser."""
 
     place: ClassVar[str | None] = ""
+    source: ClassVar[str | None] = None
+    """Hash of the user's recipe that they are for: another one makes another run."""
     config: str | None = None
     """YAML file of settings; by default the task's own in configs/."""
     name: str | None = Field(None, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._=-]*$")
@@ -75,69 +77,32 @@ class Run(Section):
     """Use torch.compile; by default on GPUs."""
     deterministic: bool = True
     """Only kernels that give the same bits each time."""
-
-
-class Q1(Run):
-    """ResNet-18 classification under cross-entropy, triplet or centre loss."""
-
-    loss: Literal["ce", "triplet", "center"] = "ce"
-    """ce: cross-entropy. triplet: metric learning. center: cross-entropy plus centre loss."""
     data: Data = Data()
     augment: Augment = Augment()
-    model: Model = Model()
     optimizer: Optimizer = Optimizer()
-    ce: Ce = Ce()
-    triplet: Triplet = Triplet()
-    center: Center = Center()
 
     @property
     def variant(self) -> str:
         """What a run's name and result say of its settings."""
-        return self.loss
+        return ""
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Of the shards, those to read: train and test, and what else is there of these."""
+        return "train", "test"
+
+    @property
+    def standardized(self) -> bool:
+        """Whether each channel's pixels are brought to mean 0 and deviation 1; else they are parts of 255."""
+        return True
 
     def total_epochs(self, num_folds: int) -> int:
         """Of all stages, on data with so many folds."""
         return self.epochs
 
+    def check_search(self, names: Collection[str]) -> None:
+        """Refuse a sweep over settings of these names that could not find anything."""
 
-class Q2(Run):
-    """A stacked autoencoder, pretrained layer by layer, and a classifier on its code."""
-
-    finetune: bool = False
-    """Train the whole network on the labels; else only the linear classifier, on the frozen code."""
-    folds: bool = False
-    """After pretraining, train a classifier on each of the folds that the shards name."""
-    data: StlData = StlData()
-    augment: Augment = Augment()
-    model: Autoencoders = Autoencoders()
-    pretrain: Pretrain = Pretrain()
-    optimizer: Optimizer = Optimizer()
-    ce: Ce = Ce()
-
-    @property
-    def variant(self) -> str:
-        return ("finetuned" if self.finetune else "frozen") + ("-folds" if self.folds else "")
-
-    def total_epochs(self, num_folds: int) -> int:
-        pretraining = len(self.model.layers) * self.pretrain.epochs + self.pretrain.joint_epochs
-        return pretraining + self.epochs * (num_folds if self.folds else 1)
-
-
-Settings = Q1 | Q2
-TASKS: dict[str, type[Q1] | type[Q2]] = {"q1": Q1, "q2": Q2}
-
-SMOKE: dict[str, dict[str, Any]] = {
-    "q1": {
-        "smoke": True, "local": True, "workers": None, "epochs": 2, "global_batch_size": 40,
-        "data": {"reader": "decode"}, "model": {"width": 8, "stem": "imagenet"}, "augment": {"crop_padding": 2},
-    },
-    "q2": {
-        "smoke": True, "local": True, "workers": None, "epochs": 4, "global_batch_size": 40,
-        "data": {"reader": "decode"}, "model": {"layers": (64, 48, 32), "code_layer": 48},
-        "pretrain": {"epochs": 2, "joint_epochs": 1},
-    },
-}  # fmt: skip
-"""What --smoke changes for each task; its shards are made by the command line."""
 
 MAY_CHANGE = frozenset({
     "config", "name", "runs_dir", "local", "smoke", "workers", "min_workers", "wandb", "tensorboard",
@@ -151,13 +116,14 @@ MAY_CHANGE = frozenset({
 
 def result_settings(settings: Run) -> dict[str, Any]:
     """The settings that change the result, as a flat {dotted name: value}."""
-    return {name: value for name, value in flat(settings.model_dump()).items() if name not in MAY_CHANGE}
+    found = {name: value for name, value in flat(settings.model_dump()).items() if name not in MAY_CHANGE}
+    return found if settings.source is None else {**found, "recipe": settings.source}
 
 
-def default_name(task: str, settings: Settings, dataset_id: str) -> str:
-    """task-variant-hash: equal for two runs whose results must be equal."""
+def default_name(recipe: str, settings: Run, dataset_id: str) -> str:
+    """recipe-variant-hash: equal for two runs whose results must be equal."""
     content = json.dumps([result_settings(settings), dataset_id], sort_keys=True)
-    return f"{task}-{settings.variant}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+    return f"{'-'.join(filter(None, (recipe, settings.variant)))}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -166,3 +132,16 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in values.items():
         result |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return result
+
+
+def common_settings(values: dict[str, Any]) -> Run:
+    """Those settings that every run has, of a run with more."""
+    return Run(**_known(Run, values))
+
+
+def _known(section: type[Section], values: dict[str, Any]) -> dict[str, Any]:
+    fields = {name: field.annotation for name, field in section.model_fields.items() if name in values}
+    return {
+        name: _known(kind, values[name]) if isinstance(kind, type) and issubclass(kind, Section) else values[name]
+        for name, kind in fields.items()
+    }

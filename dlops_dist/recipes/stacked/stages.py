@@ -1,5 +1,6 @@
-"""The stages of q2: each layer's pretraining, all layers unrolled, then the classifier, or one for each fold."""
+"""Each layer's pretraining, all layers unrolled, then the classifier, or one for each fold."""
 
+import copy
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -9,24 +10,29 @@ import numpy as np
 import torch
 from torch import nn
 
-from dlops_dist.config import Q2
 from dlops_dist.data.joined import Joined
 from dlops_dist.data.loader import TrainingOrder
 from dlops_dist.data.order import Ids
 from dlops_dist.data.readers import Reader
-from dlops_dist.engine.classification import Classifier
-from dlops_dist.engine.codes import Codes
-from dlops_dist.engine.reconstruction import ReconstructionLearner
-from dlops_dist.engine.stacked import build_classifier, build_stack
-from dlops_dist.engine.stages import Classification, Samples, Stage, named
+from dlops_dist.distributed.norm import SyncBatchNorm1d
+from dlops_dist.engine.recipe import Recipe
+from dlops_dist.engine.samples import Inputs, Samples
+from dlops_dist.engine.stages import Classification, Stage, named
 from dlops_dist.errors import UserError
-from dlops_dist.models.autoencoder import StackedAutoencoder
+from dlops_dist.losses import CrossEntropyLoss
+from dlops_dist.models.autoencoder import StackedAutoencoder, StackedAutoencoderClassifier
+from dlops_dist.recipes.q2 import Settings
+from dlops_dist.recipes.stacked.codes import Codes
+from dlops_dist.recipes.stacked.reconstruction import ReconstructionLearner
 
 MEASURED = 1024
 """Samples whose mean square stands for that of all."""
+NORMS = {"none": None, "batch": SyncBatchNorm1d, "layer": nn.LayerNorm}
 
 
-def q2_stages(settings: Q2, samples: Samples, device: torch.device, tell: Callable[[str], None]) -> list[Stage]:
+def stacked_stages(
+    settings: Settings, samples: Samples, device: torch.device, tell: Callable[[str], None]
+) -> list[Stage]:
     shared = Shared(settings, samples, device, tell)
     layers = len(settings.model.layers)
     stages: list[Stage] = [Reconstruction(shared, f"layer {i + 1}", i, settings.pretrain.epochs) for i in range(layers)]
@@ -46,15 +52,14 @@ def q2_stages(settings: Q2, samples: Samples, device: torch.device, tell: Callab
 class Shared:
     """What the stages of a run hand on: the stack that is trained layer by layer, and codes of its samples."""
 
-    def __init__(self, settings: Q2, samples: Samples, device: torch.device, tell: Callable[[str], None]) -> None:
+    def __init__(self, settings: Settings, samples: Samples, device: torch.device, tell: Callable[[str], None]) -> None:
         self.settings, self.samples, self.device, self._tell = settings, samples, device, tell
         num_train, num_unlabeled = len(samples.train), len(samples.unlabeled or ())
         self.ids = np.concatenate([samples.ids, num_train + np.arange(num_unlabeled)])
 
     @cached_property
     def stack(self) -> StackedAutoencoder:
-        manifest = self.samples.manifest
-        stack = build_stack(self.settings, manifest.height * manifest.width * 3)
+        stack = build_stack(self.settings, self.samples.inputs)
         return stack.to(self.device, torch.float64 if self.settings.precision == "float64" else torch.float32)
 
     @cached_property
@@ -63,6 +68,9 @@ class Shared:
         pretrained: Reader = samples.train if samples.unlabeled is None else Joined([samples.train, samples.unlabeled])
         pixels = {"train": pretrained, "test": samples.test}
         return Codes(self.settings, samples.inputs, self.stack, pixels, self.device, self._tell)
+
+    def classifier(self) -> Recipe:
+        return classifier(self.settings, self.samples.inputs, self.stack)
 
     @cached_property
     def order(self) -> TrainingOrder:
@@ -106,7 +114,7 @@ class Reconstruction:
         return None
 
     def draw(self, folder: Path, learner: ReconstructionLearner, _: dict[str, Any]) -> None:
-        from dlops_dist.engine import pictures
+        from dlops_dist.recipes.stacked import pictures
 
         samples = self._shared.samples
         if self._layer in (0, None):
@@ -126,7 +134,7 @@ class StackedClassification(Classification):
     with_confusion = True
 
     def __init__(self, shared: Shared, name: str, ids: Ids, is_last: bool = True) -> None:
-        super().__init__(shared.settings, shared.samples, shared.device, ids)
+        super().__init__(shared.settings, shared.samples, shared.device, shared.classifier, ids)
         self.name, self._shared, self._is_last = name, shared, is_last
 
     @property
@@ -134,15 +142,29 @@ class StackedClassification(Classification):
         """A later fold starts from the pretrained encoders again."""
         return nn.ModuleList(self._shared.stack.encoders) if self._shared.settings.folds else None
 
-    def model(self) -> Classifier:
-        shared = self._shared
-        return build_classifier(shared.settings, shared.stack.encoders, len(shared.samples.manifest.classes))
-
     def draw(self, folder: Path, _: Any, row: dict[str, Any]) -> None:
         if not self._is_last:
             return
-        from dlops_dist.engine import pictures
+        from dlops_dist.recipes.stacked import pictures
 
         classes = self._shared.samples.manifest.classes
         pictures.draw_class_accuracies(folder / "classes.png", row["test/top1_by_class"], classes)
         pictures.draw_confusion(folder / "confusion.png", row["test/confusion"], classes)
+
+
+def build_stack(settings: Settings, inputs: Inputs) -> StackedAutoencoder:
+    """The initial weights are a function of the seed alone."""
+    chosen, (height, width) = settings.model, inputs.image_size
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(settings.seed)
+        return StackedAutoencoder(height * width * 3, chosen.layers, NORMS[chosen.norm], chosen.tied)
+
+
+def classifier(settings: Settings, inputs: Inputs, stack: StackedAutoencoder) -> Recipe:
+    """A new head on copies of the encoders."""
+    chosen = settings.model
+    model = StackedAutoencoderClassifier(
+        copy.deepcopy(stack.encoders), chosen.code_layer, inputs.num_classes, chosen.dropout, settings.finetune,
+        SyncBatchNorm1d if chosen.standardize else None,
+    )  # fmt: skip
+    return Recipe(model, {"ce": (1.0, CrossEntropyLoss(settings.ce.label_smoothing))})

@@ -6,15 +6,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dlops_dist.config import Q2
 from dlops_dist.data.augment import Normalize
 from dlops_dist.data.loader import read_ahead
 from dlops_dist.data.order import blocks
 from dlops_dist.data.readers import Reader, on_device
 from dlops_dist.distributed.collectives import gather, rank, world_size
-from dlops_dist.engine.learner import Inputs
 from dlops_dist.engine.numerics import precision_of
+from dlops_dist.engine.samples import Inputs
 from dlops_dist.models.autoencoder import StackedAutoencoder
+from dlops_dist.recipes.q2 import Settings
 
 BLOCK = 256
 """Samples that are encoded together: fixed, so that no bit of a code depends on the number of ranks."""
@@ -47,7 +47,7 @@ class Codes:
     """
 
     def __init__(
-        self, settings: Q2, inputs: Inputs, stack: StackedAutoencoder, pixels: Mapping[str, Reader],
+        self, settings: Settings, inputs: Inputs, stack: StackedAutoencoder, pixels: Mapping[str, Reader],
         device: torch.device, tell: Callable[[str], None],
     ) -> None:  # fmt: skip
         self._settings, self._stack, self._pixels = settings, stack, pixels

@@ -1,0 +1,1 @@
+"""The stages of q2: a stacked autoencoder that is trained layer by layer."""
