@@ -114,6 +114,23 @@ def test_ray_workers_compute_what_one_process_computes(cluster, shapes_shards, t
 
 
 @pytest.mark.slow
+def test_a_users_recipe_on_ray_workers_computes_what_one_process_computes(cluster, shapes_shards, tmp_path):
+    """The workers need not see its file, which is where the command runs."""
+    recipe = tmp_path / "mine.py"
+    recipe.write_bytes((ROOT / "examples/proxy_anchor_pml.py").read_bytes())
+    arguments = ["train", recipe, "--data.shards", shapes_shards, "--data.cache-dir", CACHE, "--precision", "float64"]
+    arguments += ["--name", "run", "--global-batch-size", "22", "--epochs", "1", "--optimizer.lr", "0.01"]
+    code, output = run(*arguments, "--runs-dir", tmp_path / "ray", "--workers", "2", env=cluster, timeout_s=180)
+    assert code == 0, output
+    assert "2 workers on cpu" in output
+    assert output.splitlines()[-1].startswith("result: mine after 1 epochs: test loss ")
+    code, output = call(*arguments, "--runs-dir", tmp_path / "local", "--local")
+    assert code == 0, output
+    for ours, theirs in zip(rows(tmp_path / "ray/run"), rows(tmp_path / "local/run"), strict=True):
+        assert ours == nearly(theirs)
+
+
+@pytest.mark.slow
 def test_q2_on_ray_workers_computes_what_one_process_computes(cluster, stl_shards, tmp_path):
     arguments = ["train", "q2", "--data.shards", stl_shards, "--data.cache-dir", CACHE, "--precision", "float64"]
     arguments += ["--name", "run", "--global-batch-size", "22", "--epochs", "2", "--model.layers", "12", "9", "5"]

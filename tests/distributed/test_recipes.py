@@ -1,0 +1,78 @@
+"""A user's recipe, with a model, a loss and weights of a loss from elsewhere: one process against 2, 3 and 4 ranks."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from kept_ranks import on_ranks
+from states import distance, same_state, tensors, with_total_sums
+
+from dlops_dist.config import load_recipe
+from dlops_dist.data.loader import read_ahead
+from dlops_dist.data.order import blocks, rank_part
+from dlops_dist.data.shards import Split, read_manifest
+from dlops_dist.distributed.collectives import rank, world_size
+from dlops_dist.engine import fit
+from dlops_dist.engine.learner import Learner
+from dlops_dist.engine.samples import Inputs
+
+EXAMPLE = str(Path(__file__).parents[2] / "examples/proxy_anchor_pml.py")
+CPU = torch.device("cpu")
+
+
+def settings_of(shards, runs="unused", **changes):
+    values = {
+        "name": "run", "runs_dir": str(runs), "epochs": 1, "global_batch_size": 22, "precision": "float64",
+        "data": {"shards": str(shards), "reader": "decode"}, "optimizer": {"lr": 0.01},
+    }  # fmt: skip
+    return load_recipe(EXAMPLE).settings_type(**{**values, **changes})
+
+
+def one_step(shards, ids, size):
+    """What a step on a global batch leaves, in micro-batches of a size."""
+    manifest = read_manifest(shards)
+    inputs = Inputs(10, manifest.mean, manifest.std, (32, 32))
+    learner = Learner(settings_of(shards), inputs, 10, CPU)
+    parts = [(part, rank_part(len(part), rank(), world_size())) for part in blocks(ids, size)]
+    batches = list(read_ahead(Split(shards, manifest, "train"), parts, CPU, 1, len(parts)))
+    value = learner.step(batches, epoch=1, step=5)
+    gradients = {name: p.grad for name, p in [*learner.model.named_parameters(), *learner.loss.named_parameters()]}
+    assert None not in gradients.values()
+    return tensors({"value": value, "gradients": gradients, **with_total_sums(learner.state_dict())})
+
+
+@pytest.mark.parametrize("size", [22, 8])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_one_step_on_any_number_of_ranks_is_that_of_one_process(ranks, size, shapes_shards):
+    ids = np.arange(22)
+    expected = one_step(shapes_shards, ids, size)
+    results = on_ranks(one_step, ranks, shapes_shards, ids, size)
+    for path, value in expected.items():
+        assert distance(results[0][path], value) <= 1e-12, path
+        assert all(torch.equal(other[path].nan_to_num(), results[0][path].nan_to_num()) for other in results), path
+
+
+def trained(shards, runs, forgotten):
+    """Train to the end, forgetting what came after a checkpoint; the last checkpoint."""
+    folder = Path(runs) / "run/checkpoints"
+    if forgotten and rank() == 0:
+        for path in folder.iterdir():
+            if path.name > f"step-{forgotten:09d}.pt":
+                path.unlink()
+    if world_size() > 1:
+        torch.distributed.barrier()
+    fit(settings_of(shards, runs, checkpoint_every=1, keep_checkpoints=99), task=EXAMPLE)
+    if world_size() > 1:
+        torch.distributed.barrier()
+    return torch.load(max(folder.iterdir()), weights_only=True)
+
+
+def test_a_resume_changes_no_bit_and_ranks_train_as_one_process(shapes_shards, tmp_path):
+    whole = on_ranks(trained, 2, shapes_shards, tmp_path / "two", 0)[0]
+    assert same_state(on_ranks(trained, 2, shapes_shards, tmp_path / "two", 4)[0], whole)
+    alone = trained(shapes_shards, tmp_path / "one", 0)
+    ours, theirs = tensors(with_total_sums(whole)), tensors(with_total_sums(alone))
+    assert ours.keys() == theirs.keys()
+    for path, value in theirs.items():
+        assert distance(ours[path], value) <= 1e-6, path
