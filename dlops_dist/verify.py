@@ -2,9 +2,12 @@
 
     python -m dlops_dist.verify
     python -m dlops_dist.verify --workers 1 2 3
+    python -m dlops_dist.verify my.py --data.shards shards/mine       your own recipe, on your shards
+    python -m dlops_dist.verify my.py                                 on generated images
 
-Trains a small ResNet in float64 on generated images, in processes that talk through gloo, and prints the relative
-difference to one worker. Exit code 1 where ours is larger than promised.
+Trains a step in float64, in processes that talk through gloo, and prints the relative difference to one worker. Of a
+recipe it shows losses, gradients, statistics, metrics and a resume, and names what is inexact in it; its settings may
+follow, as for `train`. Exit code 1 where something differs by more than promised.
 """
 
 import argparse
@@ -26,10 +29,12 @@ def main() -> None:
     parser = OneLineParser(
         prog="python -m dlops_dist.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("recipe", nargs="?", help="file of a recipe, or its module's name")
     parser.add_argument(
         "--workers", type=int, nargs="+", default=[1, 2, 4], metavar="W", help="numbers of workers (default: 1 2 4)"
     )
-    workers = sorted(set(parser.parse_args().workers))
+    arguments, settings = parser.parse_known_args()
+    workers = sorted(set(arguments.workers))
     if not 1 <= workers[0] <= workers[-1] <= NUM_SAMPLES:
         raise UserError(f"--workers: each must be from 1 to {NUM_SAMPLES}, not {workers}")
 
@@ -38,6 +43,11 @@ def main() -> None:
     from dlops_dist.distributed.ranks import run_ranks
 
     console = Console()
+    if arguments.recipe:
+        verify_recipe(arguments.recipe, settings, workers, console)
+        return
+    if settings:
+        raise UserError(f"unknown setting {settings[0]}; those of a recipe follow its file")
     results: dict[int, dict[tuple[str, str], Any]] = {}
     with console.status("") as status:
         for number in sorted({1, *workers}):
@@ -52,6 +62,62 @@ def main() -> None:
             f"more than promised: {', '.join(wrong)}; please report it, with 'python -m torch.utils.collect_env'"
         )
     print(f"result: {', '.join(map(str, workers))} workers compute what one computes")
+
+
+def verify_recipe(name: str, arguments: Sequence[str], workers: Sequence[int], console: Any) -> None:
+    """Print how far each number of workers is from one, for a user's recipe; name what is inexact."""
+    import tempfile
+
+    from dlops_dist.command_line import read_settings
+    from dlops_dist.config import load_recipe
+    from dlops_dist.distributed.ranks import run_ranks
+    from dlops_dist.engine.fit import resolved
+    from dlops_dist.engine.proof import causes, measure
+    from dlops_dist.files import temporary_folder
+    from dlops_dist.train import with_smoke_shards
+
+    recipe, settings = load_recipe(name), read_settings(name, arguments)
+    with tempfile.TemporaryDirectory(dir=temporary_folder()) as folder:
+        given = any(argument.startswith(("--data.shards", "--config")) for argument in arguments)
+        if not given:
+            settings = with_smoke_shards(name, settings.model_copy(update={"runs_dir": folder}))
+        data = {"shards": str(resolved(settings.data.shards)), "reader": "decode"}
+        values = settings.model_copy(update={
+            "precision": "float64", "compile": False, "micro_batch_size": None, "global_batch_size": NUM_SAMPLES,
+            "data": settings.data.model_copy(update=data),
+        }).model_dump()  # fmt: skip
+        chosen = (name, recipe.source, values, NUM_SAMPLES)
+        inexact = causes(*chosen)
+        for cause in inexact:
+            console.print(f"inexact: {cause}", markup=False, soft_wrap=True)
+        results: dict[int, Any] = {}
+        with console.status("") as status:
+            for number in sorted({1, *workers}):
+                status.update(f"computing with {number} worker{'s' * (number > 1)}")
+                try:
+                    results[number] = run_ranks(measure, number, *chosen, timeout_s=TIMEOUT_S)[0]
+                except RunError as error:
+                    if not inexact:
+                        raise
+                    why = str(error).strip().splitlines()[-1]
+                    raise RunError(f"{recipe.name} depends on the number of workers: see above ({why})") from None
+    alone = results[1][0]
+    rows = {what: [_difference_of(results[w][0][what], alone[what]) for w in workers] for what in alone}
+    rows["a resume, to the bit"] = [0.0 if results[w][1] else 1.0 for w in workers]
+    console.print(_table({(what, OURS): errors for what, errors in rows.items()}, workers))
+    wrong = [what for what, errors in rows.items() if not max(errors) <= ONE_STEP]
+    if wrong or inexact:
+        raise RunError(f"{recipe.name} depends on the number of workers: {', '.join(wrong) or 'see above'}")
+    print(f"result: {', '.join(map(str, workers))} workers compute what one computes")
+
+
+def _difference_of(ours: Any, expected: Any) -> float:
+    """Relative; 0 where both are nothing, or nothing but zeros or NaN alike."""
+    if ours is None or expected is None:
+        return 0.0 if ours is expected else 1.0
+    scale = float(expected.nan_to_num().norm())
+    difference = float((ours.nan_to_num() - expected.nan_to_num()).norm())
+    return difference / scale if scale else difference
 
 
 def measure() -> dict[tuple[str, str], Any]:
@@ -223,12 +289,14 @@ def _limit(what: str) -> float:
 def _table(rows: dict[tuple[str, str], Sequence[float]], workers: Sequence[int]) -> Any:
     from rich.table import Table
 
-    table = Table("", "computed as", title="relative difference to one worker")
+    several = any(how != OURS for _, how in rows)
+    table = Table("", *["computed as"] * several, title="relative difference to one worker")
     for number in workers:
         table.add_column(f"{number} worker{'s' * (number > 1)}", justify="right")
     for (what, how), errors in rows.items():
         style = ("green" if max(errors) <= _limit(what) else "bold red") if how == OURS else None
-        table.add_row(what if how == OURS else "", how, *(f"{e:.0e}" if e else "0" for e in errors), style=style)
+        shown = [f"{e:.0e}" if e else "0" for e in errors]
+        table.add_row(what if how == OURS else "", *[how] * several, *shown, style=style)
     return table
 
 

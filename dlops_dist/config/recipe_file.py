@@ -68,7 +68,7 @@ class RecipeFile:
 
 
 def load_recipe(name: str) -> RecipeFile:
-    """The recipe of that name, which this process executes once.
+    """The recipe of that name, executed where its file is new or has changed.
 
     Raises:
         UserError: there is none, its code raises an error, or it is no recipe.
@@ -79,6 +79,8 @@ def load_recipe(name: str) -> RecipeFile:
             _loaded[name] = RecipeFile(name, Path(str(module.__file__)).read_bytes(), module)
         else:
             _loaded[name] = _checked(_from_path(Path(name)) if name.endswith(".py") else _from_module(name))
+    elif name.endswith(".py") and Path(name).is_file() and Path(name).read_bytes() != _loaded[name].source:
+        _loaded[name] = _checked(_from_path(Path(name)))
     return _loaded[name]
 
 

@@ -85,8 +85,37 @@ def exact(model: nn.Module, images: Tensor, num_features: int) -> nn.Module:
             batch; or a buffer changes that no norm of ours keeps; or its outputs are not (N, num_features).
     """
     model = _replaced(model, _keyed)
-    _probe(model, images, num_features)
+    found = next(_probed(model, images, num_features), None)
+    if found is not None:
+        raise UserError(found)
     return _replaced(model, _synchronised)
+
+
+def whatever_is_inexact(model: Any, images: Tensor) -> list[str]:
+    """What makes a run's model depend on how samples are shared among ranks; of an `exact` one nothing.
+
+    Args:
+        model: has `embed`, a head `fc` and `embedding_dim`.
+        images: normalised.
+    """
+    found = [
+        f"the model's module {name} is a batch norm over each rank's own samples; exact(model) makes it one over all"
+        for name, module in model.named_modules()
+        if type(module) in NORMS
+    ]
+    return [*found, *_probed(_Outputs(model), images[:PROBED], model.embedding_dim + model.fc.out_features)]
+
+
+class _Outputs(nn.Module):
+    """A model's embeddings and logits, side by side, as its forward pass."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        embeddings = self.model.embed(images)
+        return torch.cat([embeddings, self.model.fc(embeddings)], dim=1)
 
 
 def _replaced(model: nn.Module, replacement: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
@@ -120,8 +149,8 @@ def _synchronised(module: nn.Module) -> nn.Module | None:
     return new.to(next(old.parameters(), torch.empty(0)).device).train(old.training)  # type: ignore[no-any-return]
 
 
-def _probe(model: nn.Module, images: Tensor, num_features: int) -> None:
-    """In float64, on a copy: what differs then differs by more than rounding."""
+def _probed(model: nn.Module, images: Tensor, num_features: int) -> Iterator[str]:
+    """What is inexact. In float64, on a copy: what differs then differs by more than rounding."""
     copied = copy.deepcopy(model).double().train()
     for module in copied.modules():
         if type(module) in NORMS or isinstance(module, _SyncBatchNorm):
@@ -133,17 +162,26 @@ def _probe(model: nn.Module, images: Tensor, num_features: int) -> None:
         raise UserError(f"the model gives {shape} of {tuple(images.shape)} images, not ({len(images)}, {num_features})")
     changed = [name for name, buffer in copied.named_buffers() if not torch.equal(buffer, before[name])]
     if changed:
-        raise UserError(
+        yield (
             f"the model's buffer {changed[0]} changes in training: ranks would keep others; use a batch norm of "
             f"torch, or keep no such state"
         )
-    _compare(first, _outputs(copied, images, 1), slice(None), "changes with torch's random state; use nn.Dropout")
+    yield from _compared(
+        first, _outputs(copied, images, 1), slice(None), "changes with torch's random state; use nn.Dropout"
+    )
     half = len(images) // 2
     others = torch.cat([images[:half], images[half:].flip(3) * 0.5])
-    _compare(
+    yield from _compared(
         first, _outputs(copied, others, 0), slice(0, half),
         "depends on which other samples are in the batch; use a norm of torch, or one over each sample alone",
     )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        total = copied(images).sum()
+    if total.requires_grad:
+        total.backward()
+    unused = [name for name, p in copied.named_parameters() if p.requires_grad and p.grad is None]
+    if unused:
+        yield f"the model's weights {unused[0]} get no gradient: leave out what is not used, or do not train it"
     for kept, probed in zip(_dropouts(model), _dropouts(copied), strict=True):
         kept.num_draws = probed.num_draws
 
@@ -181,7 +219,7 @@ def _outputs(model: nn.Module, images: Tensor, seed: int) -> list[tuple[str, Ten
     return found
 
 
-def _compare(a: list[tuple[str, Tensor]], b: list[tuple[str, Tensor]], rows: slice, what: str) -> None:
+def _compared(a: list[tuple[str, Tensor]], b: list[tuple[str, Tensor]], rows: slice, what: str) -> Iterator[str]:
     def differs(pair: tuple[tuple[str, Tensor], tuple[str, Tensor]]) -> bool:
         ours, theirs = pair[0][1], pair[1][1]
         return not torch.allclose(ours[rows], theirs[rows], rtol=1e-9, atol=1e-12, equal_nan=True)
@@ -189,4 +227,4 @@ def _compare(a: list[tuple[str, Tensor]], b: list[tuple[str, Tensor]], rows: sli
     pairs = list(zip(a, b, strict=True))
     if differs(pairs[-1]):  # what is inside may lie in another order than samples do
         name = next(filter(differs, pairs))[0][0]
-        raise UserError(f"the model's module {name or 'at the top'} {what}")
+        yield f"the model's module {name or 'at the top'} {what}"

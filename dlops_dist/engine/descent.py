@@ -11,6 +11,7 @@ from dlops_dist.config import Optimizer, Run
 from dlops_dist.distributed.collectives import all_sum, world_size
 from dlops_dist.distributed.norm import give_norms_a_group
 from dlops_dist.engine.numerics import compiled
+from dlops_dist.errors import RunError
 from dlops_dist.optim import SGD, lr_factor
 
 
@@ -28,7 +29,7 @@ class Descent:
         self, module: nn.Module, settings: Run, chosen: Optimizer, epochs: int, steps_per_epoch: int,
         device: torch.device, others: Sequence[nn.Parameter] = (),
     ) -> None:  # fmt: skip
-        self._others = others
+        self._module, self._others = module, others
         self._parameters = [*module.parameters(), *others]
         self.optimizer = SGD(
             self._parameters, chosen.lr, chosen.momentum, chosen.dampening, chosen.weight_decay, chosen.nesterov
@@ -66,6 +67,9 @@ class Descent:
             return
         before = [buffer.clone() for buffer in self.distributed.buffers()]
         sum(output.sum() for output in forward()).backward()  # type: ignore[union-attr]
+        unused = [name for name, p in self._module.named_parameters() if p.requires_grad and p.grad is None]
+        if unused:
+            raise RunError(f"the weights {unused[0]} get no gradient: they are not used; leave them out of the model")
         self.forget_gradients()
         for buffer, value in zip(self.distributed.buffers(), before, strict=True):
             buffer.copy_(value)

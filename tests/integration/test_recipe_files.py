@@ -36,7 +36,7 @@ def small(tmp_path):
 
 def test_a_recipe_is_trained_gone_on_with_evaluated_and_reported(small, shapes_shards, tmp_path):
     arguments = command(small, shapes_shards, tmp_path, "--local", "--name", "run", "--width", "12")
-    code, output = run(*arguments)
+    code, output = call(*arguments)
     assert code == 0, output
     assert output.splitlines()[-1].startswith("result: small after 2 epochs: test loss ")
     row = rows(tmp_path / "run")[-1]
@@ -46,18 +46,18 @@ def test_a_recipe_is_trained_gone_on_with_evaluated_and_reported(small, shapes_s
     code, output = run("evaluate", tmp_path / "run")
     assert (code, len(output.splitlines())) == (2, 1)
     assert f"was trained by the recipe {small}; pass --recipe FILE" in output
-    code, output = run("report", tmp_path / "run")
+    code, output = call("report", tmp_path / "run")
     assert code == 0, output
     assert (tmp_path / "run/report/curves.png").is_file()
 
     shutil.copytree(tmp_path / "run", tmp_path / "whole")
     max((tmp_path / "run/checkpoints").iterdir()).unlink()
-    code, output = run(*arguments)
+    code, output = call(*arguments)
     assert (code, " from step 12" in output) == (0, True), output
     assert same_checkpoint(*(max((tmp_path / name / "checkpoints").iterdir()) for name in ("run", "whole")))
 
     small.write_text(SMALL.replace("nn.ReLU()", "nn.GELU()"))
-    code, output = run(*arguments)
+    code, output = call(*arguments)
     assert (code, len(output.splitlines())) == (2, 1), output
     assert "was started with other settings (recipe " in output
 
@@ -65,7 +65,7 @@ def test_a_recipe_is_trained_gone_on_with_evaluated_and_reported(small, shapes_s
 def test_a_run_is_named_after_its_recipe_and_what_is_in_it(small, shapes_shards, tmp_path):
     for text in (SMALL, SMALL.replace("nn.ReLU()", "nn.GELU()")):
         small.write_text(text)
-        code, output = run(*command(small, shapes_shards, tmp_path / "runs", "--local", "--smoke"))
+        code, output = call(*command(small, shapes_shards, tmp_path / "runs", "--local", "--smoke"))
         assert code == 0, output
     names = sorted(path.name for path in (tmp_path / "runs").iterdir() if not path.name.startswith("."))
     assert len(names) == 2
@@ -84,6 +84,10 @@ MISTAKES = {
     "no weight": (SMALL.replace("(1.0, CrossEntropyLoss())", "CrossEntropyLoss()"), ["must be (weight, loss)"]),
     "no terms": (SMALL.replace("CrossEntropyLoss())", "nn.CrossEntropyLoss())"), ["losses['ce']", "Whole(function)"]),
     "another width": (SMALL.replace("Embedder(trunk, settings.width", "Embedder(trunk, 99"), ["(4, 8)", "(4, 99)"]),
+    "weights without a gradient": (
+        SMALL.replace("nn.Flatten())", "nn.Flatten())\n    trunk[1].more = nn.Linear(2, 2)"),
+        ["the model's weights 1.more.weight get no gradient"],
+    ),
     "not exact": (SMALL.replace("nn.ReLU()", "nn.RReLU()"), ["module 2 changes with torch's random state"]),
 }
 

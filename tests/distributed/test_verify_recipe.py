@@ -1,0 +1,108 @@
+"""A user proves his own recipe: what is exact is shown to be, what is not is named."""
+
+import sys
+
+import pytest
+from kept_ranks import on_ranks
+
+from dlops_dist import verify
+from dlops_dist.distributed import ranks
+from dlops_dist.errors import RunError
+
+RECIPE = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+from dlops_dist import CenterLoss, CrossEntropyLoss, Embedder, Recipe, Run, Terms, TripletLoss, Whole
+
+class Settings(Run):
+    width: int = 6
+
+class Trunk(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, width, 3, 2), nn.BatchNorm2d(width)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        x = self.norm(self.conv(x)).relu()
+        # here
+        return F.adaptive_avg_pool2d(x, 1).flatten(1)
+
+class Own(nn.Module):
+    def __init__(self, width, num_classes):
+        super().__init__()
+        self.trunk, self.embedding_dim, self.fc = Trunk(width), width, nn.Linear(width, num_classes)
+
+    def embed(self, images):
+        return self.trunk(images)
+
+class Squares(nn.Module):
+    reads, sees = "embeddings", "own"
+
+    def terms(self, x, labels):
+        return Terms(x.square().sum(), len(x))
+
+def recipe(settings, inputs):
+    model = Embedder(Trunk(settings.width), settings.width, inputs.num_classes, inputs.image_size)
+    center = CenterLoss(inputs.num_classes, settings.width)
+    losses = {"ce": (1.0, CrossEntropyLoss()), "triplet": (0.5, TripletLoss(mining="all")), "center": (0.1, center),
+              "squares": (0.1, Squares())}
+    return Recipe(model, losses)
+"""
+OWN_MODEL = ("Embedder(Trunk(settings.width), settings.width, inputs.num_classes, inputs.image_size)",
+             "Own(settings.width, inputs.num_classes)")  # fmt: skip
+
+
+@pytest.fixture
+def verified(tmp_path, monkeypatch, shapes_shards):
+    """Runs the command for 1, 2 and 3 workers, on a recipe with some words changed."""
+    monkeypatch.setattr(ranks, "run_ranks", on_ranks)
+
+    def run(*changes, workers=("1", "2", "3")):
+        text = RECIPE
+        for old, new in changes:
+            assert text.count(old) == 1
+            text = text.replace(old, new)
+        path = tmp_path / f"mine{abs(hash(text))}.py"
+        path.write_text(text)
+        arguments = [str(path), "--data.shards", str(shapes_shards), "--workers", *workers]
+        monkeypatch.setattr(sys, "argv", ["verify", *arguments])
+        verify.main()
+
+    return run
+
+
+def test_a_recipe_that_is_exact_is_shown_to_be(verified, capsys):
+    verified()
+    output = capsys.readouterr().out
+    assert output.splitlines()[-1] == "result: 1, 2, 3 workers compute what one computes"
+    for what in ("train triplet", "gradient of trunk.conv", "running statistics", "weights and state of losses",
+                 "test recall_at_1", "a resume, to the bit"):  # fmt: skip
+        assert what in output
+
+
+INEXACT = {
+    "a hidden batch norm": ([OWN_MODEL], "module trunk.norm is a batch norm over each rank's own samples"),
+    "a batch norm by function": (
+        [OWN_MODEL, ("self.norm(self.conv(x))", "F.batch_norm(self.conv(x), None, None, training=True)")],
+        "module model.trunk depends on which other samples are in the batch",
+    ),
+    "torch.rand": (
+        [OWN_MODEL, ("# here", "x = x * torch.rand_like(x) if self.training else x")],
+        "module model.trunk changes with torch's random state",
+    ),
+    "a buffer": ([OWN_MODEL, ("# here", "self.seen += x.detach().float().mean()")], "buffer model.trunk.seen changes"),
+    "a loss that divides by its own batch": (
+        [("Terms(x.square().sum(), len(x))", "Terms(x.square().mean(), 1)")],
+        "losses['squares']: the sums of two parts",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", INEXACT)
+def test_what_is_inexact_is_named(fault, verified, capsys):
+    changes, words = INEXACT[fault]
+    with pytest.raises(RunError, match="depends on the number of workers: "):
+        verified(*changes, workers=("2",))
+    assert words in capsys.readouterr().out
