@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 _FOR_RECIPES = {
     "CenterLoss": "losses", "CrossEntropyLoss": "losses", "Embedder": "distributed.exact",
     "Recipe": "engine.recipe", "Run": "config", "Section": "config.section", "Terms": "losses",
-    "TripletLoss": "losses", "Whole": "losses", "exact": "distributed.exact",
+    "TripletLoss": "losses", "Whole": "losses", "exact": "distributed.exact", "load": "engine.result",
 }  # fmt: skip
 """What a recipe is written with, and where it is."""
 

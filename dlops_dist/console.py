@@ -77,8 +77,11 @@ class Console:
             f"{facts['workers']} worker{'s' * (facts['workers'] > 1)} on {facts['device']}, "
             f"{event.epochs} epochs {length} steps"
         )
-        if facts["workers"] > 1 and event.settings["model.norm"] == "local":
-            self.warn("model.norm local: each worker normalises by its own samples; results depend on --workers")
+        if facts["workers"] > 1 and facts["local_norm"]:
+            self.warn(
+                f"the model's batch norm {facts['local_norm']} looks at each worker's own samples (model.norm local): "
+                f"results depend on --workers"
+            )
         if self._progress is not None:
             self._progress.start()
             self._task = self._progress.add_task("starting", total=event.steps, completed=event.first_step, figures="")

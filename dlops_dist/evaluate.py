@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dlops_dist.config import is_loaded, load_recipe
+from dlops_dist.config import load_recipe
 from dlops_dist.errors import OneLineParser, UserError, exit_code_of
 
 
@@ -57,51 +57,31 @@ def _evaluated(
     run: str, device: Any, shards: Path | None, split_name: str, recipe: str | None
 ) -> tuple[dict[str, Any], float]:
     import numpy as np
-    import torch
 
     from dlops_dist.data.memory import keep_freed_memory
     from dlops_dist.data.shards import Split, read_manifest
     from dlops_dist.engine.evaluation import evaluate
-    from dlops_dist.engine.learner import Learner
-    from dlops_dist.engine.numerics import set_numerics
-    from dlops_dist.engine.recipe import code_of, made
+    from dlops_dist.engine.recipe import code_of
+    from dlops_dist.engine.result import result_of
     from dlops_dist.engine.run_folder import RunFolder
-    from dlops_dist.engine.samples import Inputs
 
     keep_freed_memory()
-    folder = RunFolder(run)
     if recipe is not None:
         load_recipe(recipe)
-    task, settings = folder.settings()
-    if recipe is None and not is_loaded(task):
-        raise UserError(f"{run} was trained by the recipe {task}; pass --recipe FILE: nothing in a run is executed")
-    state = folder.result(device, warn=lambda text: print(f"warning: {text}"))
-    shards = shards or Path(settings.data.shards)
-    manifest, inputs = read_manifest(shards), Inputs(**state["inputs"])
-    if len(manifest.classes) != inputs.num_classes:
-        raise UserError(f"data.shards: {shards} has {len(manifest.classes)} classes, the run has {inputs.num_classes}")
-    torch.set_num_threads(state["threads"])  # sums are rounded alike
-    set_numerics(settings, device)
-    inputs = inputs._replace(image_size=(manifest.height, manifest.width))
-    recipe_made = made(settings, inputs)
-    _check_fits(run, shards, inputs.image_size, recipe_made.model, state["model"])
-    learner = Learner(settings, inputs, 1, device, recipe_made)
-    learner.load_state_dict(state)
+    shards = shards or Path(RunFolder(run).settings()[1].data.shards)
+    manifest = read_manifest(shards)
+    settings, learner, state = result_of(
+        run, device, lambda text: print(f"warning: {text}"), recipe, (manifest.height, manifest.width)
+    )
+    if len(manifest.classes) != learner.inputs.num_classes:
+        raise UserError(
+            f"data.shards: {shards} has {len(manifest.classes)} classes, the run has {learner.inputs.num_classes}"
+        )
     split = Split(shards, manifest, split_name)
     if (split.labels < 0).any():
         raise UserError(f"--split {split_name}: {shards} has samples without a label in it")
     with_confusion = hasattr(code_of(settings), "stages")
     return evaluate(learner, split, np.arange(len(split)), with_confusion), state["epoch"]
-
-
-def _check_fits(run: str, shards: Path, size: tuple[int, int], model: Any, state: dict[str, Any]) -> None:
-    """Refuse a run whose weights are not those of its classifier, on images of this size."""
-    if "fc.weight" not in state:
-        raise UserError(f"{run} has no classifier yet, only pretrained layers; train it to the end")
-    wanted = model.state_dict()
-    if any(name in wanted and value.shape != wanted[name].shape for name, value in state.items()):
-        shown = "x".join(map(str, size))
-        raise UserError(f"data.shards: {shards} has images of {shown}, the run was trained on another size")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,9 @@ def main() -> None:
         return
     settings = read_settings(task, arguments)
     if settings.local and settings.workers not in (None, 1):
-        raise UserError(f"workers: {settings.workers} processes need Ray; leave out --local")
+        if any(argument.startswith("--workers") for argument in arguments):
+            raise UserError(f"workers: {settings.workers} processes need Ray; leave out --local")
+        settings = settings.model_copy(update={"workers": None})  # those of a file
 
     from dlops_dist.console import Console
     from dlops_dist.trackers import check_trackers

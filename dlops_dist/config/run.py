@@ -96,6 +96,11 @@ class Run(Section):
         """Whether each channel's pixels are brought to mean 0 and deviation 1; else they are parts of 255."""
         return True
 
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """What the dotted names begin with of settings that others leave without effect: they may differ on resume."""
+        return ()
+
     def total_epochs(self, num_folds: int) -> int:
         """Of all stages, on data with so many folds."""
         return self.epochs

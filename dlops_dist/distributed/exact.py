@@ -133,7 +133,9 @@ def _keyed(module: nn.Module) -> nn.Module | None:
     if together is None:
         return None
     p = getattr(module, "p", getattr(module, "drop_prob", None)) or 0.0
-    if together == "sample" and getattr(module, "mode", "row") != "row":
+    if together == "sample" and not (
+        getattr(module, "mode", "row") == "row" and getattr(module, "scale_by_keep", True)
+    ):
         return None
     return KeyedDropout(float(p), together)
 

@@ -70,6 +70,11 @@ class SyncBatchNorm2d(_SyncBatchNorm, nn.BatchNorm2d):
     """Of images: (N, C, H, W)."""
 
 
+def first_local_norm(model: nn.Module) -> str | None:
+    """The name of a batch norm that looks at each rank's own samples; None where there is none."""
+    return next((name.rpartition(".")[0] for name, _ in _not_synchronised(model)), None)
+
+
 @torch.no_grad()
 def average_running_statistics(model: nn.Module) -> None:
     """Give every rank the mean over ranks of the running statistics; only norms that are not synchronised need it."""

@@ -17,6 +17,7 @@ from dlops_dist.data.readers import Reader, open_readers
 from dlops_dist.data.shards import REMOTE, Split, read_manifest
 from dlops_dist.distributed.agreement import describe_divergence
 from dlops_dist.distributed.collectives import of_all_ranks, rank, world_size
+from dlops_dist.distributed.norm import first_local_norm
 from dlops_dist.engine.device import default_device, memory_errors_explained, use
 from dlops_dist.engine.events import EpochEnded, Event, Finished, Listener, Logged, Started, Stepped, Told, Warned
 from dlops_dist.engine.numerics import set_numerics
@@ -287,6 +288,7 @@ class _Fit:
         state = self.learner.state_dict()  # every rank takes part in its sums
         if rank() == 0:
             position = {"step": step, "epoch": self.span.epoch_of(step), "dataset_id": self.manifest.id}
+            position["classes"] = list(self.manifest.classes)
             if self.stage.carried is not None:
                 state["carried"] = self.stage.carried.state_dict()
             self.folder.save(self.settings, position | self._stage_name() | state)
@@ -297,7 +299,7 @@ class _Fit:
             "classes": len(self.manifest.classes),
             "train": len(self.samples.ids), "val": len(self.samples.val_ids), "test": len(self.samples.test),
             "parameters": sum(p.numel() for p in self.learner.model.parameters()),
-            "workers": world_size(), "device": str(self.device),
+            "workers": world_size(), "device": str(self.device), "local_norm": first_local_norm(self.learner.model),
             **({"unlabeled": len(self.samples.unlabeled)} if self.samples.unlabeled is not None else {}),
         }  # fmt: skip
         last = self.spans[-1]

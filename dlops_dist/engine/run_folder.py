@@ -222,7 +222,8 @@ class RunFolder:
 
     def _refuse_other_settings(self, existing: dict[str, Any], settings: Run) -> None:
         """But for more epochs, where all that was trained would be the same with these from the start."""
-        wanted = result_settings(settings)
+        found = result_settings(settings)
+        wanted = {name: value for name, value in found.items() if not name.startswith(settings.unused)}
         refuse_other_settings(self, existing, wanted, _hindrance(existing, wanted))
 
     def _read(self, name: str) -> bytes | None:

@@ -87,6 +87,10 @@ class Settings(Run):
     def variant(self) -> str:
         return self.loss
 
+    @property
+    def unused(self) -> tuple[str, ...]:
+        return tuple(f"{loss}." for loss in ("triplet", "center") if loss != self.loss)
+
     def check_search(self, names: Collection[str]) -> None:
         for name in names:
             owner = name.partition(".")[0]

@@ -17,23 +17,24 @@ from dlops_dist.engine import fit
 from dlops_dist.engine.learner import Learner
 from dlops_dist.engine.samples import Inputs
 
-EXAMPLE = str(Path(__file__).parents[2] / "examples/proxy_anchor_pml.py")
+EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLE = str(EXAMPLES / "proxy_anchor_pml.py")
 CPU = torch.device("cpu")
 
 
-def settings_of(shards, runs="unused", **changes):
+def settings_of(shards, runs="unused", example=EXAMPLE, **changes):
     values = {
         "name": "run", "runs_dir": str(runs), "epochs": 1, "global_batch_size": 22, "precision": "float64",
         "data": {"shards": str(shards), "reader": "decode", "val_fraction": 0.5}, "optimizer": {"lr": 0.01},
     }  # fmt: skip
-    return load_recipe(EXAMPLE).settings_type(**{**values, **changes})
+    return load_recipe(example).settings_type(**{**values, **changes})
 
 
-def one_step(shards, ids, size):
+def one_step(example, shards, ids, size):
     """What a step on a global batch leaves, in micro-batches of a size."""
     manifest = read_manifest(shards)
     inputs = Inputs(10, manifest.mean, manifest.std, (32, 32))
-    learner = Learner(settings_of(shards), inputs, 10, CPU)
+    learner = Learner(settings_of(shards, example=example), inputs, 10, CPU)
     parts = [(part, rank_part(len(part), rank(), world_size())) for part in blocks(ids, size)]
     batches = list(read_ahead(Split(shards, manifest, "train"), parts, CPU, 1, len(parts)))
     value = learner.step(batches, epoch=1, step=5)
@@ -42,13 +43,18 @@ def one_step(shards, ids, size):
     return tensors({"value": value, "gradients": gradients, **with_total_sums(learner.state_dict())})
 
 
+STEPS = [("proxy_anchor_pml", 2, 8), ("arcface", 3, 22)]
+MORE = [("proxy_anchor_pml", 3, 22), ("proxy_anchor_pml", 4, 8), ("arcface", 2, 8), ("arcface", 4, 22)]
+
+
 @pytest.mark.parametrize(
-    ("ranks", "size"), [(2, 8), (3, 22), *(pytest.param(*c, marks=pytest.mark.slow) for c in ((3, 8), (4, 22), (4, 8)))]
+    ("example", "ranks", "size"), [*STEPS, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)]
 )
-def test_one_step_on_any_number_of_ranks_is_that_of_one_process(ranks, size, shapes_shards):
-    ids = np.arange(22)
-    expected = one_step(shapes_shards, ids, size)
-    results = on_ranks(one_step, ranks, shapes_shards, ids, size)
+def test_one_step_on_any_number_of_ranks_is_that_of_one_process(example, ranks, size, shapes_shards):
+    """In micro-batches of a size, where it is less than the batch."""
+    arguments = str(EXAMPLES / f"{example}.py"), shapes_shards, np.arange(22), size
+    expected = one_step(*arguments)
+    results = on_ranks(one_step, ranks, *arguments)
     for path, value in expected.items():
         assert distance(results[0][path], value) <= 1e-12, path
         assert all(torch.equal(other[path].nan_to_num(), results[0][path].nan_to_num()) for other in results), path
@@ -69,6 +75,7 @@ def trained(shards, runs, forgotten):
     return torch.load(max(folder.iterdir()), weights_only=True)
 
 
+@pytest.mark.slow
 def test_a_resume_changes_no_bit_and_ranks_train_as_one_process(shapes_shards, tmp_path):
     whole = on_ranks(trained, 2, shapes_shards, tmp_path / "two", 0)[0]
     assert same_state(on_ranks(trained, 2, shapes_shards, tmp_path / "two", 2)[0], whole)

@@ -271,3 +271,13 @@ def test_a_disk_without_room_for_checkpoints_is_refused_before_the_first_step(sh
     with pytest.raises(UserError, match=r"run has 0\.00 GB free, its checkpoints need 0\.01 GB; make room"):
         fit(settings)
     assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_local_wins_over_the_workers_of_a_file_and_not_over_those_of_the_command_line(shapes_shards, tmp_path):
+    file = tmp_path / "four.yaml"
+    file.write_text("workers: 4\nepochs: 1\n")
+    arguments = ("--config", file, "--name", "run")
+    code, output = train(shapes_shards, tmp_path, *arguments)
+    assert (code, "1 worker on cpu" in output) == (0, True), output
+    code, output = train(shapes_shards, tmp_path, *arguments, "--workers", "4")
+    assert (code, output) == (2, "error: workers: 4 processes need Ray; leave out --local\n")

@@ -92,6 +92,7 @@ print("finite")
 """
 
 
+@pytest.mark.slow
 def test_narrow_networks_survive_odd_batches():
     done = subprocess.run([sys.executable, "-c", STEPS], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "finite\n"), done.stderr[-500:]

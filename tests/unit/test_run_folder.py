@@ -346,3 +346,11 @@ def test_more_epochs_of_a_classifier_may_follow_but_not_of_what_later_stages_beg
         refused(constant, constant | {"pretrain": {"epochs": 20}})
     with user_error("epochs 10 there, 20 here", "seed 0 there, 1 here"):
         refused(constant, constant | {"epochs": 20, "seed": 1})
+
+
+def test_settings_of_a_loss_that_is_not_the_runs_may_differ(left, whole, settings_of, tmp_path, user_error):
+    shutil.copytree(left, tmp_path / "run")
+    go_on(settings_of(tmp_path, triplet={"margin": 0.9}))
+    assert_same(tmp_path / "run", whole)
+    with user_error("ce.label_smoothing 0.0 there, 0.1 here"):
+        go_on(settings_of(tmp_path, ce={"label_smoothing": 0.1}))
