@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dlops_dist.distributed.norm import SyncBatchNorm1d, SyncBatchNorm2d, _SyncBatchNorm
-from dlops_dist.errors import UserError
+from dlops_dist.errors import RunError, UserError
 
 NORMS: dict[type[nn.Module], type[nn.Module]] = {nn.BatchNorm1d: SyncBatchNorm1d, nn.BatchNorm2d: SyncBatchNorm2d}
 DROPPED = {"Dropout": "value", "Dropout1d": "channel", "Dropout2d": "channel", "StochasticDepth": "sample",
@@ -36,7 +36,7 @@ class KeyedDropout(nn.Module):
             return x
         shape = {"value": x.shape[1:], "channel": x.shape[1:2], "sample": ()}[self.together]
         if self.draws is None:
-            return x
+            raise RunError("a dropout has no numbers to drop by: a model with dropouts must be an Embedder")
         kept = (self.draws >= self.p).view(len(x), *shape, *[1] * (x.ndim - 1 - len(shape)))
         return x * kept / (1 - self.p)
 
@@ -65,7 +65,7 @@ class Embedder(nn.Module):
         return sum(module.num_draws for module in self._dropouts)
 
     def embed(self, images: Tensor, draws: Tensor | None = None) -> Tensor:
-        """Embeddings (N, D). Without draws nothing is dropped."""
+        """Embeddings (N, D); in training units are dropped by the draws (N, num_draws)."""
         sizes = [module.num_draws for module in self._dropouts]
         parts = [None] * len(sizes) if draws is None else draws.split(sizes, dim=1)
         for module, part in zip(self._dropouts, parts, strict=True):
@@ -155,7 +155,7 @@ def _probed(model: nn.Module, images: Tensor, num_features: int) -> Iterator[str
     """What is inexact. In float64, on a copy: what differs then differs by more than rounding."""
     copied = copy.deepcopy(model).double().train()
     for module in copied.modules():
-        if type(module) in NORMS or isinstance(module, _SyncBatchNorm):
+        if type(module) in NORMS or isinstance(module, _SyncBatchNorm | KeyedDropout):
             module.eval()  # what these do is known
     before = {name: buffer.clone() for name, buffer in copied.named_buffers()}
     first = _outputs(copied, images, 0)

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from dlops_dist.config.recipe_file import place_of
 from dlops_dist.engine.samples import Inputs
 from dlops_dist.errors import UserError, first_line
 from dlops_dist.losses import Terms
+
+TRIED = 4
+"""Samples that each loss is tried on before a run."""
 
 
 class Model(Protocol):
@@ -29,7 +32,6 @@ class Model(Protocol):
         ...
 
 
-@runtime_checkable
 class Loss(Protocol):
     """An `nn.Module` that gives the terms of some samples, and never divides. It knows nothing of ranks.
 
@@ -116,29 +118,18 @@ def made(settings: Run, inputs: Inputs) -> Recipe:
         UserError: the code raises an error, or returns something else; names its file and line.
     """
     code = code_of(settings)
+    where = f"{code.__file__}: recipe(settings, inputs)"
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(settings.seed)
         try:
             recipe = code.recipe(settings, inputs)
+            _check(where, recipe, inputs)
         except UserError:
             raise
         except Exception as error:
-            raise UserError(
-                f"{place_of(error, Path(str(code.__file__)))}: {type(error).__name__}: {first_line(error)}"
-            ) from error
-    where = f"{code.__file__}: recipe(settings, inputs)"
-    if not isinstance(recipe, Recipe):
-        raise UserError(f"{where} must return a Recipe, not a {type(recipe).__name__}")
-    for name, value in recipe.losses.items():
-        _check_loss(f"{where}: losses[{name!r}]", value)
-    if not any(loss.reads == "logits" for _, loss in recipe.losses.values()):
-        raise UserError(f"{where}: no loss reads the logits; add CrossEntropyLoss() with weight 0 to judge the head")
-    missing = [name for name in ("embed", "fc", "embedding_dim") if not hasattr(recipe.model, name)]
-    if missing:
-        raise UserError(
-            f"{where}: the model has no {missing[0]}; Embedder(trunk, dim, num_classes) gives a module both"
-        )
-    return recipe
+            place = place_of(error, Path(str(code.__file__)))
+            raise UserError(f"{place}: {type(error).__name__}: {first_line(error)}") from error
+    return recipe  # type: ignore[no-any-return]
 
 
 def code_of(settings: Run) -> Any:
@@ -146,17 +137,38 @@ def code_of(settings: Run) -> Any:
     return sys.modules[type(settings).__module__]
 
 
-def _check_loss(where: str, value: Any) -> None:
-    if not (isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], int | float)):
-        raise UserError(f"{where} must be (weight, loss), not {value!r:.60}")
-    loss = value[1]
-    if not isinstance(loss, nn.Module) or not callable(getattr(loss, "terms", None)):
-        raise UserError(f"{where} must be an nn.Module with terms(x, labels); Whole(function) makes one of a function")
-    if getattr(loss, "reads", None) not in ("embeddings", "logits") or getattr(loss, "sees", None) not in (
-        "own",
-        "all",
-    ):
+def _check(where: str, recipe: Any, inputs: Inputs) -> None:
+    """Refuse, before anything is started, what no step could be made of."""
+    if not isinstance(recipe, Recipe):
+        raise UserError(f"{where} must return a Recipe, not a {type(recipe).__name__}")
+    missing = [name for name in ("embed", "fc", "embedding_dim") if not hasattr(recipe.model, name)]
+    if missing:
+        raise UserError(f"{where}: the model has no {missing[0]}; Embedder(trunk, D, num_classes, image_size) has all")
+    outputs = {
+        "embeddings": torch.randn(TRIED, recipe.model.embedding_dim), "logits": torch.randn(TRIED, inputs.num_classes),
+    }  # fmt: skip
+    for name, value in recipe.losses.items():
+        _check_loss(f"{where}: losses[{name!r}]", value, outputs, torch.arange(TRIED) // 2 % inputs.num_classes)
+    if not any(loss.reads == "logits" for _, loss in recipe.losses.values()):
+        raise UserError(f"{where}: no loss reads the logits; add CrossEntropyLoss() with weight 0 to judge the head")
+
+
+@torch.no_grad()
+def _check_loss(where: str, value: Any, outputs: Mapping[str, Tensor], labels: Tensor) -> None:
+    match value:
+        case (int() | float(), nn.Module() as loss) if callable(getattr(loss, "terms", None)):
+            pass
+        case (int() | float(), _):
+            raise UserError(f"{where} must be a module with terms(x, labels); Whole(function) makes one of a function")
+        case _:
+            raise UserError(f"{where} must be (weight, loss), not {value!r:.60}")
+    tried: Any = loss
+    if getattr(loss, "reads", None) not in outputs or getattr(loss, "sees", None) not in ("own", "all"):
         raise UserError(f"{where} must say what it reads ('embeddings' or 'logits') and sees ('own' or 'all')")
+    more = (slice(0, TRIED),) if loss.sees == "all" else ()
+    terms = tried.terms(outputs[tried.reads], labels, *more, **hints(loss, labels.numpy()))
+    if not isinstance(terms, Terms) or not isinstance(terms.sum, Tensor) or terms.sum.ndim:
+        raise UserError(f"{where}: terms must give Terms(sum, count), the sum a scalar tensor, not {terms!r:.60}")
 
 
 def hints(loss: Any, host_labels: np.ndarray) -> dict[str, Any]:

@@ -186,7 +186,7 @@ def alone(shapes_shards, tmp_path_factory):
     return cache(lambda loss: train(loss, shapes_shards, tmp_path_factory.mktemp(loss)))
 
 
-TRAINED = [("center", 4), ("batch-hard", 3)]
+TRAINED = [("center", 4)]
 
 
 @pytest.mark.parametrize(
@@ -283,6 +283,7 @@ def lagging(shards, runs, steps):
     return checkpoint, [event.first_step for event in started if isinstance(event, Started)]
 
 
+@pytest.mark.slow
 def test_ranks_go_on_from_the_latest_checkpoint_that_all_of_them_see(shapes_shards, tmp_path):
     whole = on_ranks(trained, 2, shapes_shards, tmp_path, 0, "ce")[0]
     for path in (tmp_path / "run/checkpoints").iterdir():

@@ -90,7 +90,11 @@ def undisturbed(shapes_shards, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("loss", "how"),
-    [("triplet", signal.SIGKILL), ("center", signal.SIGINT), ("ce", signal.SIGTERM)],
+    [
+        ("triplet", signal.SIGKILL),
+        ("ce", signal.SIGTERM),
+        pytest.param("center", signal.SIGINT, marks=pytest.mark.slow),
+    ],
 )
 def test_a_stopped_run_goes_on_to_the_same_bits(loss, how, undisturbed, shapes_shards, tmp_path):
     arguments = ("--loss", loss, *LOSSES[loss], *FIVE_EPOCHS)

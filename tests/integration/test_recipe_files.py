@@ -73,6 +73,13 @@ def test_a_run_is_named_after_its_recipe_and_what_is_in_it(small, shapes_shards,
     assert yaml.safe_load((tmp_path / "runs" / names[0] / "config.yaml").read_text())["task"] == str(small)
 
 
+def with_loss(line):
+    """The recipe with a loss of its own, whose terms are computed by one line."""
+    loss = ["class Wrong(nn.Module):", "    reads, sees = 'logits', 'own'", "    def terms(self, x, labels):"]
+    text = "\n".join([*loss, f"        {line}", "", "class Settings"])
+    return SMALL.replace("CrossEntropyLoss())", "Wrong())").replace("class Settings", text)
+
+
 MISTAKES = {
     "not there": (None, ["nowhere.py", "No such file"]),
     "does not compile": ("def recipe(:", ["small.py:1: SyntaxError"]),
@@ -83,6 +90,8 @@ MISTAKES = {
     "returns nothing": (SMALL.replace("return Recipe", "Recipe"), ["must return a Recipe, not a NoneType"]),
     "no weight": (SMALL.replace("(1.0, CrossEntropyLoss())", "CrossEntropyLoss()"), ["must be (weight, loss)"]),
     "no terms": (SMALL.replace("CrossEntropyLoss())", "nn.CrossEntropyLoss())"), ["losses['ce']", "Whole(function)"]),
+    "terms of another kind": (with_loss("return x.sum()"), ["losses['ce']: terms must give Terms(sum, count)"]),
+    "terms that raise": (with_loss("1 / 0"), ["small.py:8: ZeroDivisionError"]),
     "another width": (SMALL.replace("Embedder(trunk, settings.width", "Embedder(trunk, 99"), ["(4, 8)", "(4, 99)"]),
     "weights without a gradient": (
         SMALL.replace("nn.Flatten())", "nn.Flatten())\n    trunk[1].more = nn.Linear(2, 2)"),

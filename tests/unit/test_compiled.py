@@ -51,7 +51,7 @@ def trained_and_evaluated(run, compiled):
     return found
 
 
-@pytest.fixture(scope="module", params=RUNS)
+@pytest.fixture(scope="module", params=["triplet", pytest.param("center", marks=pytest.mark.slow)])
 def runs(request):
     """The figures of a plain run and of two compiled ones; the graphs that were handed to the backend after each."""
     graphs, figures, numbers = [], [], []

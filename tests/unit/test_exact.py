@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from dlops_dist.distributed.exact import Embedder, KeyedDropout, exact
 from dlops_dist.distributed.norm import SyncBatchNorm2d
+from dlops_dist.errors import RunError
 
 IMAGES = torch.rand(4, 3, 8, 8, dtype=torch.float64)
 
@@ -85,6 +86,7 @@ def test_dropped_units_are_those_of_the_draws():
     row, values = (draws[:, 3:4] >= 0.5) / 0.5, (draws[:, 4:] >= 0.5) / 0.5
     torch.testing.assert_close(model.embed(images, draws), (images * channels).flatten(1) * row * values)
     assert torch.equal(model.embed(images[2:4], draws[2:4]), model.embed(images, draws)[2:4])
-    assert torch.equal(model.embed(images), images.flatten(1))
+    with pytest.raises(RunError, match="must be an Embedder"):
+        model.embed(images)
     assert torch.equal(model.eval().embed(images, draws), images.flatten(1))
     assert sum(isinstance(module, KeyedDropout) for module in model.modules()) == 3
