@@ -59,6 +59,11 @@ def _refuse_old_driver(said: str) -> None:
         )
 
 
+def is_of_memory(error: Exception) -> bool:
+    """Whether a device's memory is full."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(re.search(FULL, str(error))))
+
+
 @contextmanager
 def memory_errors_explained(device: torch.device, advice: str) -> Iterator[None]:
     """A device whose memory is full is one line: how much was wanted, and the advice what to do."""
@@ -66,7 +71,7 @@ def memory_errors_explained(device: torch.device, advice: str) -> Iterator[None]
         yield
     except (RuntimeError, MemoryError) as error:
         parts = re.split(r"\. |\n", str(error))
-        if not (isinstance(error, MemoryError) or re.search(FULL, str(error))):
+        if not is_of_memory(error):
             raise
         wanted = next((part for part in parts if "allocate" in part), parts[0]).rpartition(": ")[2]
         free = next((f" ({part})" for part in parts if part.endswith("is free")), "")

@@ -81,7 +81,7 @@ def prepare(task: str, settings: Run) -> Run:
     cache = settings.data.cache_dir and str(Path(settings.data.cache_dir).absolute())
     data = settings.data.model_copy(update={"shards": str(shards), "cache_dir": cache})
     runs_dir = settings.runs_dir if is_url(settings.runs_dir) else str(Path(settings.runs_dir).absolute())
-    stages_of(settings, Samples(shards, manifest, settings), torch.device("cpu"))
+    stages_of(settings, Samples(shards, manifest, settings), torch.device("meta"))
     return settings.model_copy(update={"name": name, "runs_dir": runs_dir, "data": data})
 
 
@@ -95,11 +95,11 @@ def resolved(shards: str) -> Path:
 def stages_of(
     settings: Run, samples: Samples, device: torch.device, tell: Callable[[str], None] = lambda text: None
 ) -> list[Stage]:
-    """The stages of a run. Refuses settings and data that do not fit together."""
+    """The stages of a run; to be looked at alone on the device "meta". Refuses settings and data that do not fit."""
     code = code_of(settings)
     if hasattr(code, "stages"):
         return code.stages(settings, samples, device, tell)  # type: ignore[no-any-return]
-    recipe = made(settings, samples.inputs)
+    recipe = made(settings, samples.inputs, dry=device.type == "meta")
     return [Classification(settings, samples, device, lambda: recipe, balanced=recipe.balanced)]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dlops_dist.config import Run
 from dlops_dist.config.recipe_file import place_of
+from dlops_dist.engine.device import is_of_memory
 from dlops_dist.engine.samples import Inputs
 from dlops_dist.errors import UserError, first_line
 from dlops_dist.losses import Terms
@@ -111,14 +112,20 @@ class Losses(nn.ModuleDict):
         return None if any(v is None for _, v in parts) else sum(w * v for w, v in parts if v is not None)
 
 
-def made(settings: Run, inputs: Inputs) -> Recipe:
+def made(settings: Run, inputs: Inputs, dry: bool = False) -> Recipe:
     """The recipe of a run, by the code that its settings come from, with the random numbers of the seed.
+
+    Args:
+        dry: only look at it: the model of a recipe of ours then takes no memory. A user's is built, to be checked.
 
     Raises:
         UserError: the code raises an error, or returns something else; names its file and line.
     """
     code = code_of(settings)
     where = f"{code.__file__}: recipe(settings, inputs)"
+    if dry and settings.source is None:
+        with torch.device("meta"):
+            return code.recipe(settings, inputs)  # type: ignore[no-any-return]
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(settings.seed)
         try:
@@ -127,6 +134,8 @@ def made(settings: Run, inputs: Inputs) -> Recipe:
         except UserError:
             raise
         except Exception as error:
+            if settings.source is None or is_of_memory(error):
+                raise
             place = place_of(error, Path(str(code.__file__)))
             raise UserError(f"{place}: {type(error).__name__}: {first_line(error)}") from error
     return recipe  # type: ignore[no-any-return]
