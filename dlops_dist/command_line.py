@@ -11,7 +11,7 @@ from unittest import mock
 
 import yaml
 
-from dlops_dist.config import DEFAULT, RecipeFile, Run, Sweep, load_recipe, sweep_type
+from dlops_dist.config import DEFAULT, RecipeFile, Run, Sweep, load_recipe, stem_of, sweep_type
 from dlops_dist.config.section import setting_names, unknown_setting
 from dlops_dist.errors import OneLineParser, UserError
 
@@ -43,7 +43,7 @@ def _read(
     known, _ = first.parse_known_args(arguments)
     file = Path(known.config) if known.config else _packaged_config(packaged)
     values = read_yaml(file) if file else {}
-    if (written_for := values.pop("task", recipe.name)) != recipe.name:
+    if stem_of(written_for := str(values.pop("task", recipe.name))) != stem_of(recipe.name):
         raise UserError(f"--config {known.config} is for the recipe {written_for}, not {recipe.name}")
     if known.smoke or values.get("smoke"):
         values = _merged(values, smoke)

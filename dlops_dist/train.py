@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dlops_dist.command_line import read_settings
-from dlops_dist.config import SHIPPED, Run, load_recipe
+from dlops_dist.config import SHIPPED, Run, load_recipe, stem_of
 from dlops_dist.errors import UserError, exit_code_of
 
 SMOKE_SIZES = {"train_per_class": 40, "test_per_class": 10}
@@ -44,7 +44,7 @@ def main() -> None:
         settings = with_smoke_shards(task, settings)
     with Console() as console:
         rows = run(task, settings, console)
-    what = " ".join(filter(None, (load_recipe(task).stem, settings.variant)))
+    what = " ".join(filter(None, (stem_of(task), settings.variant)))
     print(f"result: {what} after {rows[-1]['epoch']} epochs{result_figures(rows)}")
 
 
@@ -117,7 +117,7 @@ def result_figures(rows: list[dict[str, Any]]) -> str:
 
 
 def with_smoke_shards(task: str, settings: Run) -> Run:
-    """Run that read small generated shards, made under the runs folder unless they are there."""
+    """Settings that read small generated shards, made under the runs folder unless they are there."""
     import tempfile
 
     from dlops_dist.data.pack import pack

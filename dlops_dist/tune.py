@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import cast
 
 from dlops_dist.command_line import read_sweep
-from dlops_dist.config import DEFAULT, SHIPPED, Sweep, check_sweep, load_recipe
+from dlops_dist.config import DEFAULT, SHIPPED, Sweep, check_sweep, stem_of
 from dlops_dist.errors import RunError, exit_code_of
 from dlops_dist.train import with_smoke_shards
 
@@ -72,7 +72,7 @@ def run_sweep(task: str, sweep: Sweep) -> str:
     if sweep.wandb != "off":
         log_pictures(sweep.wandb, folder.path, sorted(folder.pictures.glob("*.png")), board.warn)
     print(f"best point: {folder.write_best(best.point)}")
-    return f"{' '.join(filter(None, (load_recipe(task).stem, sweep.variant)))}: {best_line(folder, best)}"
+    return f"{' '.join(filter(None, (stem_of(task), sweep.variant)))}: {best_line(folder, best)}"
 
 
 if __name__ == "__main__":

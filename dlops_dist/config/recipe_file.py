@@ -44,15 +44,6 @@ class RecipeFile:
     module: ModuleType
 
     @property
-    def stem(self) -> str:
-        """What runs are named after."""
-        return Path(self.name).stem if self.is_path else self.name.rpartition(".")[2]
-
-    @property
-    def is_path(self) -> bool:
-        return self.name.endswith(".py")
-
-    @property
     def sha256(self) -> str | None:
         """Of a user's file: a part of what his run is. Ours change with the package."""
         return None if self.name in SHIPPED else hashlib.sha256(self.source).hexdigest()
@@ -82,6 +73,22 @@ def load_recipe(name: str) -> RecipeFile:
     elif name.endswith(".py") and Path(name).is_file() and Path(name).read_bytes() != _loaded[name].source:
         _loaded[name] = _checked(_from_path(Path(name)))
     return _loaded[name]
+
+
+def stem_of(name: str) -> str:
+    """What the runs of a recipe are named after."""
+    return Path(name).stem if name.endswith(".py") else name.rpartition(".")[2]
+
+
+def check_task(name: str, settings: Run) -> None:
+    """Refuse settings of another recipe than the named one.
+
+    Raises:
+        UserError: they are.
+    """
+    ours = type(settings).__module__ == f"{OURS}.{name}"
+    if not (ours if name in SHIPPED else settings.source is not None):
+        raise UserError(f"task: these settings are not of the recipe {name}; name the one that they come from")
 
 
 def is_loaded(name: str) -> bool:

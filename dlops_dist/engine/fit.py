@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from dlops_dist.config import DEFAULT, Run, default_name, load_recipe, result_settings
+from dlops_dist.config import DEFAULT, Run, check_task, default_name, result_settings, stem_of
 from dlops_dist.data.loader import Batch, read_ahead
 from dlops_dist.data.order import blocks, rank_part
 from dlops_dist.data.readers import Reader, open_readers
@@ -77,7 +77,8 @@ def prepare(task: str, settings: Run) -> Run:
     """Settings with name and paths filled in. Refuses what does not fit together; writes nothing."""
     shards = resolved(settings.data.shards)
     manifest = read_manifest(shards)
-    name = settings.name or default_name(load_recipe(task).stem, settings, manifest.id)
+    check_task(task, settings)
+    name = settings.name or default_name(stem_of(task), settings, manifest.id)
     cache = settings.data.cache_dir and str(Path(settings.data.cache_dir).absolute())
     data = settings.data.model_copy(update={"shards": str(shards), "cache_dir": cache})
     runs_dir = settings.runs_dir if is_url(settings.runs_dir) else str(Path(settings.runs_dir).absolute())

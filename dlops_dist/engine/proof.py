@@ -48,16 +48,16 @@ def measure(name: str, source: bytes, values: dict[str, Any], batch_size: int) -
 
 def _found(learner: Learner, before: dict[str, Tensor]) -> Iterator[tuple[str, Tensor | None]]:
     """Figures, gradients by the model's parts, what moved in it, and the state of its losses."""
-    sizes: dict[str, list[Tensor]] = {}
+    gradients: dict[str, list[Tensor]] = {}
     for name, parameter in learner.model.named_parameters():
         part = ".".join(name.split(".")[:-1][:2]) or name
-        sizes.setdefault(part, []).append(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+        gradients.setdefault(part, []).append(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
     parameters = dict(learner.model.named_parameters())
     state = learner.model.state_dict()
     buffers = [n for n in state if n not in parameters and state[n].is_floating_point()]
     losses = [value for value in learner.loss.state_dict().values() if value.is_floating_point()]
     yield from ((f"train {name}", _number(value)) for name, value in learner.end_epoch().items())
-    yield from ((f"gradient of {part}", _flat(gradients)) for part, gradients in sizes.items())
+    yield from ((f"gradient of {part}", _flat(of_part)) for part, of_part in gradients.items())
     yield "step of the weights", _flat([state[name] - before[name] for name in parameters])
     if buffers:
         yield "running statistics", _flat([state[name] for name in buffers])

@@ -29,7 +29,7 @@ from dlops_dist.files import Folder
 
 SWEEP, BEST, ENDED = "sweep.yaml", "best.yaml", "ended.json"
 OF_A_PLACE = {"name", "runs_dir", "config", "smoke", "local", "workers", "wandb", "tensorboard"}
-"""Run of the sweep's runs that best.yaml leaves to whoever takes it."""
+"""Settings of the sweep's runs that best.yaml leaves to whoever takes it."""
 
 
 @dataclass(frozen=True)

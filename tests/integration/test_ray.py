@@ -101,16 +101,22 @@ def command(shards, runs, *arguments):
     return "train", "q1", "--data.shards", shards, "--runs-dir", runs, *SETTINGS, *arguments
 
 
-def test_ray_workers_compute_what_one_process_computes(cluster, shapes_shards, tmp_path):
-    arguments = ("--loss", "triplet", "--optimizer.lr", "0.002")
-    code, output = train(shapes_shards, tmp_path / "ray", *arguments, "--workers", "2", env=cluster)
+def assert_two_workers_are_as_one(arguments, result, cluster, tmp_path):
+    """A command of a run called run, by Ray and in this process."""
+    code, output = run(*arguments, "--runs-dir", tmp_path / "ray", "--workers", "2", env=cluster, timeout_s=180)
     assert code == 0, output
     assert "2 workers on cpu" in output
-    assert output.splitlines()[-1].startswith("result: q1 triplet after 2 epochs: test loss ")
-    code, output = train_here(shapes_shards, tmp_path / "local", *arguments)
+    assert output.splitlines()[-1].startswith(result)
+    code, output = call(*arguments, "--runs-dir", tmp_path / "local", "--local")
     assert code == 0, output
     for ours, theirs in zip(rows(tmp_path / "ray/run"), rows(tmp_path / "local/run"), strict=True):
         assert ours == nearly(theirs)
+
+
+def test_ray_workers_compute_what_one_process_computes(cluster, shapes_shards, tmp_path):
+    arguments = ["train", "q1", "--data.shards", shapes_shards, *SETTINGS, "--loss", "triplet"]
+    arguments += ["--optimizer.lr", "0.002"]
+    assert_two_workers_are_as_one(arguments, "result: q1 triplet after 2 epochs: test loss ", cluster, tmp_path)
 
 
 @pytest.mark.slow
@@ -120,14 +126,7 @@ def test_a_users_recipe_on_ray_workers_computes_what_one_process_computes(cluste
     recipe.write_bytes((ROOT / "examples/proxy_anchor_pml.py").read_bytes())
     arguments = ["train", recipe, "--data.shards", shapes_shards, "--data.cache-dir", CACHE, "--precision", "float64"]
     arguments += ["--name", "run", "--global-batch-size", "22", "--epochs", "1", "--optimizer.lr", "0.01"]
-    code, output = run(*arguments, "--runs-dir", tmp_path / "ray", "--workers", "2", env=cluster, timeout_s=180)
-    assert code == 0, output
-    assert "2 workers on cpu" in output
-    assert output.splitlines()[-1].startswith("result: mine after 1 epochs: test loss ")
-    code, output = call(*arguments, "--runs-dir", tmp_path / "local", "--local")
-    assert code == 0, output
-    for ours, theirs in zip(rows(tmp_path / "ray/run"), rows(tmp_path / "local/run"), strict=True):
-        assert ours == nearly(theirs)
+    assert_two_workers_are_as_one(arguments, "result: mine after 1 epochs: test loss ", cluster, tmp_path)
 
 
 @pytest.mark.slow
@@ -135,14 +134,7 @@ def test_q2_on_ray_workers_computes_what_one_process_computes(cluster, stl_shard
     arguments = ["train", "q2", "--data.shards", stl_shards, "--data.cache-dir", CACHE, "--precision", "float64"]
     arguments += ["--name", "run", "--global-batch-size", "22", "--epochs", "2", "--model.layers", "12", "9", "5"]
     arguments += ["--model.code-layer", "9", "--pretrain.epochs", "1", "--pretrain.optimizer.lr", "0.2", "--finetune"]
-    code, output = run(*arguments, "--runs-dir", tmp_path / "ray", "--workers", "2", env=cluster, timeout_s=180)
-    assert code == 0, output
-    assert "2 workers on cpu" in output
-    assert output.splitlines()[-1].startswith("result: q2 finetuned after 5 epochs: test loss ")
-    code, output = call(*arguments, "--runs-dir", tmp_path / "local", "--local")
-    assert code == 0, output
-    for ours, theirs in zip(rows(tmp_path / "ray/run"), rows(tmp_path / "local/run"), strict=True):
-        assert ours == nearly(theirs)
+    assert_two_workers_are_as_one(arguments, "result: q2 finetuned after 5 epochs: test loss ", cluster, tmp_path)
     assert (tmp_path / "ray/run/report/confusion.png").is_file()
 
 

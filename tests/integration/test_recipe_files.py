@@ -7,6 +7,10 @@ import yaml
 from command import CACHE, call, rows, run
 from states import same_checkpoint
 
+from dlops_dist.config import load_recipe
+from dlops_dist.engine import fit
+from dlops_dist.errors import UserError
+
 SMALL = """
 from torch import nn
 from dlops_dist import CrossEntropyLoss, Embedder, Recipe, Run
@@ -112,3 +116,20 @@ def test_a_mistake_in_a_recipe_is_one_line_and_starts_nothing(mistake, small, sh
     assert (code, len(output.splitlines())) == (2, 1), output
     assert all(word in output for word in words), output
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_module_is_a_recipe_by_its_name(small, shapes_shards, tmp_path):
+    (tmp_path / "mine").mkdir()
+    small.rename(tmp_path / "mine/wide.py")
+    code, output = run(*command("mine.wide", shapes_shards, "runs", "--local", "--name", "run"), cwd=tmp_path)
+    assert code == 0, output
+    assert output.splitlines()[-1].startswith("result: wide after 2 epochs: ")
+    code, output = call(*command("mine.narrow", shapes_shards, "runs", "--local"), cwd=tmp_path)
+    assert (code, len(output.splitlines())) == (2, 1), output
+    assert "unknown recipe 'mine.narrow': choose from q1, q2, or pass the path of a file" in output
+
+
+def test_settings_of_another_recipe_than_the_named_one_are_refused(small, shapes_shards, tmp_path):
+    settings = load_recipe(str(small)).settings_type(data={"shards": str(shapes_shards)}, runs_dir=str(tmp_path))
+    with pytest.raises(UserError, match=r"^task: these settings are not of the recipe q1; name the one "):
+        fit(settings)
