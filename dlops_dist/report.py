@@ -128,7 +128,7 @@ def table(runs: list[Reported]) -> Any:
     from rich.table import Table
 
     from dlops_dist.console import figure
-    from dlops_dist.engine.run_folder import result_row
+    from dlops_dist.engine.rows import result_row
 
     result = Table(title="result of each run")
     for column in ("run", "loss", "epoch", *COLUMNS.values()):
@@ -145,7 +145,7 @@ def class_table(runs: list[Reported]) -> Any:
     """Class-wise test accuracies, and the study's beside those of the same data."""
     from rich.table import Table
 
-    from dlops_dist.engine.run_folder import result_row
+    from dlops_dist.engine.rows import result_row
 
     by_class = {run.name: result_row(run.rows).get("test/top1_by_class", []) for run in runs}
     for run in runs:

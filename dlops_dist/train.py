@@ -106,7 +106,7 @@ def stop_signals(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
 def result_figures(rows: list[dict[str, Any]]) -> str:
     """What the last line says of a run's rows."""
     from dlops_dist.console import fold_figures, test_figures
-    from dlops_dist.engine.run_folder import best_row
+    from dlops_dist.engine.rows import best_row
 
     if (folds := fold_figures(rows)) is not None:
         return f": test {folds}"

@@ -73,7 +73,7 @@ def verify_recipe(name: str, arguments: Sequence[str], workers: Sequence[int], c
     from dlops_dist.command_line import read_settings
     from dlops_dist.config import load_recipe
     from dlops_dist.distributed.ranks import run_ranks
-    from dlops_dist.engine.fit import resolved
+    from dlops_dist.engine.prepare import resolved
     from dlops_dist.engine.proof import causes, measure
     from dlops_dist.files import temporary_folder
     from dlops_dist.train import with_smoke_shards

@@ -77,6 +77,15 @@ class Run(Section):
     """Use torch.compile; by default on GPUs."""
     deterministic: bool = True
     """Only kernels that give the same bits each time."""
+    init_from: str | None = None
+    """Begin with the weights of a run (its folder or URL) or of a file; those that do not fit are named."""
+    freeze: tuple[str, ...] = ()
+    """Parts of the model, by their names, whose weights and statistics stay as they are."""
+    choose_by: str = Field("val/top1", pattern=r"^val/.")
+    """The held-out figure by which the best epoch of a run, and the best point of a sweep, are chosen: the highest, of
+    a loss the lowest."""
+    patience: int | None = Field(None, ge=1)
+    """End the run once so many epochs have not bettered choose_by."""
     data: Data = Data()
     augment: Augment = Augment()
     optimizer: Optimizer = Optimizer()
@@ -109,6 +118,11 @@ class Run(Section):
         """Refuse a sweep over settings of these names that could not find anything."""
 
 
+LATER: dict[str, Any] = {
+    "init_from": None, "freeze": (), "choose_by": "val/top1", "patience": None, "augment.mixup": 0.0,
+    "augment.cutmix": 0.0,
+}  # fmt: skip
+"""Settings that earlier versions did not have, and their defaults, with which a run is what it was without them."""
 MAY_CHANGE = frozenset({
     "config", "name", "runs_dir", "local", "smoke", "workers", "min_workers", "wandb", "tensorboard",
     "log_every",
@@ -121,7 +135,8 @@ MAY_CHANGE = frozenset({
 
 def result_settings(settings: Run) -> dict[str, Any]:
     """The settings that change the result, as a flat {dotted name: value}."""
-    found = {name: value for name, value in flat(settings.model_dump()).items() if name not in MAY_CHANGE}
+    values = flat(settings.model_dump()).items()
+    found = {n: v for n, v in values if n not in MAY_CHANGE and (n not in LATER or v != LATER[n])}
     return found if settings.source is None else {**found, "recipe": settings.source}
 
 

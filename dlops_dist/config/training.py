@@ -52,6 +52,14 @@ class Augment(Section):
     cutout: int = Field(0, ge=0)
     """Paint a square of so many pixels at a random place in the mean colour, or in black where
     model.standardize is off; 0 for none."""
+    mixup: float = Field(0.0, ge=0)
+    """Lay over each image the next one of the batch, labels too: a part of it by Beta(x, x); 0 for none."""
+    cutmix: float = Field(0.0, ge=0)
+    """Paste a box of the next image into each, whose area is such a part; with mixup, one or the other by a coin."""
+
+    @property
+    def mixes(self) -> bool:
+        return bool(self.mixup or self.cutmix)
 
 
 class Optimizer(Section):

@@ -6,7 +6,8 @@ Whatever is drawn for a sample depends on (seed, epoch, id) alone, and what is m
 the last bit: only integer sums, and operations that IEEE 754 rounds correctly wherever in a batch they fall.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from dlops_dist.config import Augment
 from dlops_dist.data.draws import drawn, epoch_keys
+from dlops_dist.data.transforms import transformed
 
 LUMA = (77, 150, 29)
 """Weights of red, green and blue in 256ths (ITU-R BT.601)."""
@@ -28,11 +30,13 @@ class Augmenter:
     Args:
         mean: of each channel, as a part of 255: what fills a cutout.
         compiled: fuse them into few kernels, where these cannot round otherwise.
+        more: of a recipe, after the chosen ones, as `transformed` takes it.
     """
 
     def __init__(
-        self, chosen: Augment, seed: int, mean: Sequence[float], device: torch.device, compiled: bool = False
-    ) -> None:
+        self, chosen: Augment, seed: int, mean: Sequence[float], device: torch.device, compiled: bool = False,
+        more: Callable[..., Any] | None = None,
+    ) -> None:  # fmt: skip
         fill = torch.tensor([round(255 * m) for m in mean], dtype=torch.uint8, device=device)
 
         def changed(images: Tensor, ids: Tensor, keys: Tensor) -> Tensor:
@@ -40,14 +44,19 @@ class Augmenter:
 
         whole_numbers = chosen.resized_crop is None and not _colors(chosen)
         self._changed = torch.compile(changed, dynamic=False) if compiled and whole_numbers else changed
-        self._seed, self._device = seed, device
+        self._seed, self._device, self._more = seed, device, more
         self._keys: tuple[int, Tensor] | None = None
 
     def __call__(self, images: Tensor, ids: Tensor, epoch: int) -> Tensor:
         """uint8 images (N, H, W, 3) of the samples with these ids (N,), as the epoch sees them."""
+        images = self._changed(images, ids, self.keys(epoch))
+        return images if self._more is None else transformed(self._more, images, ids, self._seed, epoch)
+
+    def keys(self, epoch: int) -> Tensor:
+        """Of the epoch, on the device."""
         if self._keys is None or self._keys[0] != epoch:
             self._keys = epoch, epoch_keys(self._seed, epoch, self._device)
-        return self._changed(images, ids, self._keys[1])
+        return self._keys[1]
 
 
 def augment(images: Tensor, ids: Tensor, keys: Tensor, chosen: Augment, fill: Tensor) -> Tensor:
@@ -168,7 +177,7 @@ def cutout(images: Tensor, ids: Tensor, keys: Tensor, side: int, fill: Tensor) -
 
 
 class Normalize(nn.Module):
-    """(x / 255 - mean) / std of uint8 (N, H, W, C), as (N, C, H, W) of a floating dtype.
+    """(x / 255 - mean) / std of images (N, H, W, C) in [0, 255], as (N, C, H, W) of a floating dtype.
 
     Args:
         mean, std: of each channel, as parts of 255.

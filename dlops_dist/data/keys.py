@@ -7,7 +7,7 @@ GOLDEN = 0x9E3779B97F4A7C15
 MIX_1, MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 PURPOSES = (
     "order", "class order", "holdout", "packing", "crop", "flip", "shapes", "resized crop", "colors", "cutout", "limit",
-    "corruption", "dropout", "rotation",
+    "corruption", "dropout", "rotation", "mix", "transform",
 )  # fmt: skip
 """New ones at the end: the place is part of the key."""
 _MASK = 2**64 - 1

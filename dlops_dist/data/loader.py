@@ -1,7 +1,7 @@
 """From an order of ids to batches on the device, read ahead by threads."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import NamedTuple
@@ -13,8 +13,9 @@ from torch import Tensor
 from dlops_dist.data import order
 from dlops_dist.data.order import Ids
 from dlops_dist.data.readers import Reader, copied_ahead
-from dlops_dist.errors import UserError
+from dlops_dist.errors import RunError, UserError
 
+Batches = Callable[[int, int, Ids], Sequence[Ids]]
 SHOWN = 8
 """Class sizes that an error names."""
 
@@ -23,9 +24,9 @@ class Batch(NamedTuple):
     """One rank's part of a global batch, or of a micro-batch of it."""
 
     images: Tensor
-    """uint8 (n, H, W, 3), on the device."""
+    """uint8 (n, H, W, 3), on the device; perhaps with the sample after this rank's part."""
     ids: Tensor
-    """(n,): sample ids, on the device."""
+    """(n,): their samples' ids, on the device."""
     labels: Tensor
     """(G,): of the whole (micro-)batch, on the device."""
     part: slice
@@ -42,13 +43,15 @@ class TrainingOrder:
         labels: (N,) of all samples of the split.
         samples_per_class: K for P x K batches; None for a uniform shuffle.
         repeat: in P x K batches, take samples of classes with fewer than K again; else these are left out.
+        batches: another order than these: (seed, epoch, labels of the ids) -> batches of places among the ids.
     """
 
     def __init__(
         self, ids: Ids, labels: Ids, seed: int, global_batch_size: int, samples_per_class: int | None, drop_last: bool,
-        repeat: bool = False,
+        repeat: bool = False, batches: Batches | None = None,
     ) -> None:  # fmt: skip
         self._ids, self._seed, self._batch_size, self._drop_last = ids, seed, global_batch_size, drop_last
+        self._labels, self._batches = labels[ids], batches
         self.balance: order.Balance | None = None
         if samples_per_class is not None:
             self.balance = order.Balance(labels[ids], global_batch_size, samples_per_class, repeat)
@@ -62,12 +65,31 @@ class TrainingOrder:
     def epoch(self, epoch: int) -> list[Ids]:
         """The global batches of an epoch, as sample ids."""
         size, batch_size = len(self._ids), self._batch_size
+        if self._batches is not None:
+            return self._of_recipe(self._batches(self._seed, epoch, self._labels), epoch)
         if self.balance is not None:
             return list(self._ids[self.balance.epoch(self._seed, epoch)])
         batches = list(self._ids[order.uniform_epoch(self._seed, epoch, size, batch_size)])
         if size % batch_size and not self._drop_last:
             batches.append(self._ids[order.last_batch(self._seed, epoch, size, batch_size)])
         return batches
+
+    def _of_recipe(self, batches: Sequence[Ids], epoch: int) -> list[Ids]:
+        """A recipe's own batches, looked at before they are used."""
+        places = [np.asarray(batch) for batch in batches]
+        number = getattr(self, "steps_per_epoch", len(places))
+        if len(places) != number:
+            raise RunError(f"batches: epoch {epoch} has {len(places)} batches, the first has {number}: all must have")
+        for place in places:
+            if place.ndim != 1 or place.dtype.kind not in "iu" or not len(place):
+                raise RunError("batches: each must be places among the samples, one-dimensional whole numbers")
+            if place.min() < 0 or place.max() >= len(self._ids):
+                raise RunError(f"batches: places must be from 0 to {len(self._ids) - 1}, not {place.max()}")
+            if len(place) != self._batch_size:
+                raise RunError(
+                    f"batches: each must have global_batch_size {self._batch_size} samples, not {len(place)}"
+                )
+        return [self._ids[place] for place in places]
 
 
 def _unfilled(balance: order.Balance) -> str:
@@ -84,15 +106,20 @@ def _unfilled(balance: order.Balance) -> str:
 
 
 def read_ahead(
-    reader: Reader, parts: Iterable[tuple[Ids, slice]], device: torch.device, threads: int, prefetch: int
-) -> Iterator[Batch]:
+    reader: Reader, parts: Iterable[tuple[Ids, slice]], device: torch.device, threads: int, prefetch: int,
+    and_next: bool = False,
+) -> Iterator[Batch]:  # fmt: skip
     """Batches in order; for each, the global ids and this rank's part of them. `prefetch` more are under way.
 
     What lies in memory is read when it is asked for: a thread would take longer to hand it over than to copy it.
+
+    Args:
+        and_next: read the image after this rank's part, too; after the last one the first.
     """
 
     def load(global_ids: Ids, part: slice) -> Batch:
-        ids, labels = np.ascontiguousarray(global_ids[part]), reader.labels[global_ids]
+        places = np.arange(part.start, part.stop + and_next)
+        ids, labels = global_ids.take(places, mode="wrap"), reader.labels[global_ids]
         images, own_ids, all_labels = (copied_ahead(a, device) for a in (reader.read(ids), ids, labels))
         return Batch(images, own_ids, all_labels, part, labels)
 

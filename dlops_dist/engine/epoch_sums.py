@@ -10,11 +10,19 @@ from dlops_dist.losses.center import add_rows
 from dlops_dist.metrics import rank_of_label, unit_length
 
 
-class RankSums:
-    """Named sums over the samples of an epoch so far: each rank adds its own, `total` is that of all ranks."""
+class EpochSums:
+    """Sums over the samples of an epoch so far: each rank adds its own, `total` is that of all ranks.
 
-    def __init__(self, **zeros: Tensor) -> None:
-        self._own = zeros
+    Args:
+        losses: their names.
+        of_all: those of all samples.
+    """
+
+    def __init__(self, losses: Sequence[str], of_all: Sequence[str], device: torch.device) -> None:
+        self._losses, self._of_all = losses, of_all
+        self.counts = torch.zeros(1 + len(losses), dtype=torch.float64, device=device)
+        """Samples, then each loss summed over samples."""
+        self._own = {"counts": self.counts}
 
     def total(self) -> dict[str, Tensor]:
         return {name: all_sum(own) for name, own in self._own.items()}
@@ -39,27 +47,39 @@ class RankSums:
         """Accuracy of the epoch so far, on this rank's samples; None where nothing is classified."""
         return None
 
+    def add_losses(self, losses: Tensor, num_samples: int, defined: bool) -> None:
+        """Means of a step's losses, in the order of their names, and how many of its samples are this rank's.
 
-class EpochSums(RankSums):
-    """Those of a model with a head."""
+        Where the global batch has no term of a loss of all samples, no triplet say, that loss is 0 and says nothing.
+        """
+        self.counts[0] += num_samples
+        self.counts[1:].add_(losses, alpha=num_samples)
+
+    def metrics(self, total: dict[str, Tensor]) -> dict[str, float | None]:
+        """Means over the epoch."""
+        samples, *losses = total["counts"].tolist()
+        return {name: loss / samples for name, loss in zip(self._losses, losses, strict=True)}
+
+
+class ClassifiedSums(EpochSums):
+    """Those of a model with a head, whose accuracies and embeddings are summed too.
+
+    Args:
+        like: has the shape (C, D), type and device of the head.
+    """
 
     def __init__(self, losses: Sequence[str], of_all: Sequence[str], like: Tensor) -> None:
-        """`of_all` are the losses of all samples; `like` has the shape (C, D), type and device of a head."""
+        super().__init__(losses, of_all, like.device)
         num_classes, embedding_dim = like.shape
-        self._losses, self._of_all = losses, of_all
         self.counts = like.new_zeros(4 + len(losses), dtype=torch.float64)
         """Samples, top-1, top-5, samples of steps where a loss had no term, then each loss summed over samples."""
         self.by_class = like.new_zeros(num_classes, 1 + embedding_dim)
         """Samples and summed embeddings of each class."""
         self.unit = like.new_zeros(embedding_dim, dtype=torch.float64)
         """Summed embeddings of length 1."""
-        super().__init__(counts=self.counts, by_class=self.by_class, unit=self.unit)
+        self._own = {"counts": self.counts, "by_class": self.by_class, "unit": self.unit}
 
     def add_losses(self, losses: Tensor, num_samples: int, defined: bool) -> None:
-        """Means of a step's losses, in the order of their names, and how many of its samples are this rank's.
-
-        Where the global batch has no term of a loss of all samples, no triplet say, that loss is 0 and says nothing.
-        """
         self.counts[4:].add_(losses, alpha=num_samples)
         if not defined:
             self.counts[3] += num_samples

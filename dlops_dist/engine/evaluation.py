@@ -1,7 +1,7 @@
 """Exact evaluation: every sample once, the same figures for any number of workers."""
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,15 +11,32 @@ from dlops_dist.data.loader import Batch, read_ahead
 from dlops_dist.data.order import Ids, blocks, rank_part
 from dlops_dist.data.readers import Reader, on_device
 from dlops_dist.distributed.collectives import all_sum, gather, rank, world_size
-from dlops_dist.engine.learner import Learner
-from dlops_dist.engine.recipe import is_defined
-from dlops_dist.metrics import confusion_counts, nearest_center_correct, rank_of_label, recall_at_1, unit_length
+from dlops_dist.engine.learner import BLOCK, Learner
+from dlops_dist.engine.losses import is_defined
+from dlops_dist.engine.step import Outputs, Step
+from dlops_dist.errors import RunError
+from dlops_dist.losses import Terms
+from dlops_dist.metrics import (
+    Judged,
+    Metric,
+    confusion_counts,
+    map_at_r,
+    nearest_center,
+    recall_at,
+    top_k,
+    unit_length,
+)
 
-BLOCK = 256
-"""Samples that are evaluated together. A rank owns whole blocks, so the blocks do not depend on the ranks."""
+OF_A_HEAD: dict[str, Metric] = {
+    "top1": top_k(1), "top5": top_k(5), "nearest_center": nearest_center, "recall_at_1": recall_at(1),
+}  # fmt: skip
+OF_OPEN_SETS: dict[str, Metric] = {"recall_at_1": recall_at(1), "map_at_r": map_at_r()}
+"""Of classes that training never saw."""
 
 
-def evaluate(learner: Learner, reader: Reader, ids: Ids, with_confusion: bool = False) -> dict[str, Any]:
+def evaluate(
+    learner: Learner, reader: Reader, ids: Ids, with_confusion: bool = False, is_open: bool = False
+) -> dict[str, Any]:
     """Figures of the model on some samples.
 
         loss               the run's loss, each block of 256 samples judged as a batch; None if it has no term
@@ -29,70 +46,126 @@ def evaluate(learner: Learner, reader: Reader, ids: Ids, with_confusion: bool = 
         top1_by_class      list (C,); None for a class without samples
         confusion          where wanted, list (C, C): how many samples of a class (row) were taken for which (column)
 
-    Embeddings have length 1 where they are compared by their directions. Sums are float64, added in block order.
+    and the metrics of the recipe. Of an open set, whose classes training never saw, retrieval alone is judged:
+    recall_at_1, map_at_r, and the recipe's. Embeddings have length 1 where they are compared by their directions. Sums
+    are float64, added in block order.
     """
-    sums = device_sums(learner, reader, ids)
-    totals = sums.rows.cpu().cumsum(dim=0)[-1].tolist()  # block by block
+    metrics = {**(OF_OPEN_SETS if is_open else OF_A_HEAD), **learner.metrics}
+    sums = device_sums(learner, reader, ids, metrics, with_losses=not is_open)
+    figures = figures_of_sums(learner, reader, ids, metrics, sums)
+    if is_open:
+        return {"loss": None} | {name: figures[name] for name in metrics}
     confusion = sums.confusion.cpu()
-    recalled = sums.recalled.item()
-
     numbers = np.bincount(reader.labels[ids], minlength=len(confusion)).tolist()
-    terms = {name: totals[3 + 2 * i : 5 + 2 * i] for i, name in enumerate(learner.loss.weights)}
-    losses = {name: total / count if count else None for name, (total, count) in terms.items()}
-    for name, loss in learner.loss.of_all.items():
-        if losses[name] is None and any(is_defined(loss, reader.labels[block]) for block in blocks(ids, BLOCK)):
-            losses[name] = 0.0  # all far enough: none is counted by average active
     hits = confusion.diagonal().tolist()
-    more = {"confusion": confusion.long().tolist()} if with_confusion else {}
-    return {
-        "loss": learner.loss.total(losses),
-        **losses,
-        "top1": totals[0] / len(ids),
-        "top5": totals[1] / len(ids),
-        "nearest_center": totals[2] / len(ids),
-        "recall_at_1": recalled / len(ids) if max(numbers) > 1 else None,
-        "top1_by_class": [h / n if n else None for h, n in zip(hits, numbers, strict=True)],
-        **more,
-    }
+    by_class = [h / n if n else None for h, n in zip(hits, numbers, strict=True)]
+    return {**figures, "top1_by_class": by_class} | ({"confusion": confusion.long().tolist()} if with_confusion else {})
 
 
 class DeviceSums(NamedTuple):
     """What an evaluation adds up, float64 on the device, equal on all ranks: looked at once, when all is done."""
 
     rows: Tensor
-    """Of each block: hits of top-1, top-5 and the nearest centre, then sum and count of each loss."""
+    """Of each block: sum and count of each loss, then the sum of each metric."""
     confusion: Tensor
-    """(C, C) samples of a class (row) that were taken for which (column)."""
-    recalled: Tensor
-    """Hits of Recall@1."""
+    """(C, C) samples of a class (row) that were taken for which (column); (0, 0) where nothing is classified."""
+
+
+def figures_of_sums(
+    learner: Step, reader: Reader, ids: Ids, metrics: Mapping[str, Metric], sums: DeviceSums
+) -> dict[str, float | None]:
+    """The means."""
+    names = list(learner.loss.weights)
+    totals = sums.rows.cpu().cumsum(dim=0)[-1].tolist()  # block by block
+    terms = {name: totals[2 * i : 2 * i + 2] for i, name in enumerate(names)}
+    losses = {name: total / count if count else None for name, (total, count) in terms.items()}
+    for name, loss in learner.loss.of_all.items():
+        if losses[name] is None and any(is_defined(loss, reader.labels[block]) for block in blocks(ids, BLOCK)):
+            losses[name] = 0.0  # all far enough: none is counted by average active
+    has_pairs = not metrics or np.unique(reader.labels[ids], return_counts=True)[1].max() > 1
+    means = {name: total / len(ids) for name, total in zip(metrics, totals[2 * len(names) :], strict=True)}
+    return {
+        "loss": learner.loss.total(losses),
+        **losses,
+        **{name: mean if has_pairs or _sees_own(metrics[name]) else None for name, mean in means.items()},
+    }
 
 
 @torch.no_grad()
-def device_sums(learner: Learner, reader: Reader, ids: Ids) -> DeviceSums:
-    """What `evaluate` makes its figures of. Nothing here waits for a GPU."""
+def device_sums(
+    learner: Step, reader: Reader, ids: Ids, metrics: Mapping[str, Metric] = OF_A_HEAD, with_losses: bool = True
+) -> DeviceSums:
+    """What figures are made of. Nothing here waits for a GPU."""
     parts, mine = evaluated_blocks(ids)
-    num_classes, num_losses = learner.inputs.num_classes, len(learner.loss.weights)
-    rows = torch.zeros(len(parts), 3 + 2 * num_losses, dtype=torch.float64, device=learner.device)
+    num_losses = len(learner.loss.weights)
+    rows = torch.zeros(len(parts), 2 * num_losses + len(metrics), dtype=torch.float64, device=learner.device)
+    num_classes = learner.inputs.num_classes if metrics else 0
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.float64, device=learner.device)
-    own = []
+    own: list[Tensor] = []
     for place, batch in enumerate(read_blocks(learner, reader, parts[mine]), mine.start):
-        embeddings, logits = _judged(learner, batch.images)
-        rows[place], judged = _block_row(learner, embeddings, logits, batch)
-        confusion += confusion_counts(logits, batch.labels)
-        own.append(judged)
-    everyone = gather(torch.cat(own) if own else _no_embeddings(learner), _sizes(parts))
-    return DeviceSums(
-        all_sum(rows),  # the other ranks' rows are zero: exact
-        all_sum(confusion),
-        _count_recalled(everyone, on_device(reader.labels[ids], learner.device)),
+        outputs, targets = learner.judged(batch)
+        if with_losses:
+            rows[place, : 2 * num_losses] = _flat_terms(learner, outputs, targets, batch)
+        if isinstance(learner, Learner) and metrics:
+            judged = _judged(learner, outputs, batch.labels)
+            confusion += confusion_counts(judged.logits, judged.labels)
+            for i, (name, metric) in enumerate(metrics.items(), 2 * num_losses):
+                if _sees_own(metric):
+                    rows[place, i] = _summed(name, metric, judged)
+            own.append(judged.embeddings)
+    if isinstance(learner, Learner) and not all(map(_sees_own, metrics.values())):
+        everyone = gather(torch.cat(own) if own else _no_embeddings(learner), _sizes(parts))
+        _add_retrieval(learner, rows, metrics, everyone, reader.labels[ids], parts, mine)
+    return DeviceSums(all_sum(rows), all_sum(confusion))  # the other ranks' rows are zero: exact
+
+
+def _sees_own(metric: Metric) -> bool:
+    return getattr(metric, "sees", "own") == "own"
+
+
+def _flat_terms(learner: Step, outputs: Outputs, targets: Tensor, batch: Batch) -> Tensor:
+    """Sum and count of each loss of a block."""
+    loss = learner.loss
+    terms: dict[str, Terms] = loss.own_terms(outputs, targets)
+    terms |= loss.all_terms(outputs, batch.labels, slice(None), batch.host_labels)
+    values: list[int | Tensor] = [value for name in loss.weights for value in (terms[name].sum, terms[name].count)]
+    like = terms[next(iter(loss.weights))].sum
+    return torch.stack([
+        v.double() if isinstance(v, Tensor) else like.new_full((), v, dtype=torch.float64) for v in values
+    ])  # fmt: skip
+
+
+def _judged(learner: Learner, outputs: Outputs, labels: Tensor) -> Judged:
+    """A block as a metric sees it that knows of no other."""
+    embeddings, centers = outputs["embeddings"], learner.class_means
+    if learner.directions:
+        embeddings, centers = unit_length(embeddings), unit_length(centers)
+    return Judged(
+        embeddings, labels, outputs["logits"], centers, embeddings, labels, slice(0, len(labels)), len(labels)
     )
 
 
-class Evaluated(Protocol):
-    """What reading blocks needs of a learner."""
+def _add_retrieval(
+    learner: Learner, rows: Tensor, metrics: Mapping[str, Metric], everyone: Tensor, host_labels: np.ndarray,
+    parts: Sequence[Ids], mine: slice,
+) -> None:  # fmt: skip
+    """Sums of the metrics that see all samples, for this rank's blocks."""
+    labels = on_device(host_labels, learner.device)
+    largest, end = int(np.bincount(host_labels).max()), sum(map(len, parts[: mine.start]))
+    for row in range(mine.start, mine.stop):
+        start, end = end, end + len(parts[row])
+        x, place = everyone[start:end], slice(start, end)
+        judged = Judged(x, labels[place], x[:, :0], learner.class_means, everyone, labels, place, largest)
+        for i, (name, metric) in enumerate(metrics.items(), 2 * len(learner.loss.weights)):
+            if not _sees_own(metric):
+                rows[row, i] = _summed(name, metric, judged)
 
-    settings: Any
-    device: torch.device
+
+def _summed(name: str, metric: Metric, judged: Judged) -> Tensor:
+    values = metric(judged)
+    if values.shape != judged.labels.shape:
+        raise RunError(f"metrics[{name!r}] gave {tuple(values.shape)} numbers of {len(judged.labels)} samples")
+    return values.double().sum()
 
 
 def evaluated_blocks(ids: Ids) -> tuple[list[Ids], slice]:
@@ -101,48 +174,14 @@ def evaluated_blocks(ids: Ids) -> tuple[list[Ids], slice]:
     return parts, rank_part(len(parts), rank(), world_size())
 
 
-def read_blocks(learner: Evaluated, reader: Reader, parts: list[Ids]) -> Iterator[Batch]:
+def read_blocks(learner: Step, reader: Reader, parts: Sequence[Ids]) -> Iterator[Batch]:
     data = learner.settings.data
     whole = ((block, slice(0, len(block))) for block in parts)
     return read_ahead(reader, whole, learner.device, data.threads, data.prefetch)
 
 
-def _judged(learner: Learner, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Embeddings and logits of a block. One shape for all blocks costs one compilation."""
-    missing = BLOCK - len(images) if learner.compiled else 0
-    padded = torch.cat([images, images.new_zeros(missing, *images.shape[1:])]) if missing else images
-    embeddings, logits = learner.judge(padded)
-    return embeddings[: len(images)], logits[: len(images)]
-
-
-def _block_row(learner: Learner, embeddings: Tensor, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Of one block: counts of hits with sum and count of each loss; the embeddings as they are compared."""
-    labels = batch.labels
-    everyone = {"embeddings": embeddings, "logits": logits}
-    terms = learner.loss.own_terms(embeddings, logits, labels)
-    terms |= learner.loss.all_terms(everyone, labels, slice(None), batch.host_labels)
-    centers = learner.class_means
-    if learner.directions:
-        embeddings, centers = unit_length(embeddings), unit_length(centers)
-    place = rank_of_label(logits, labels)
-    nearest = nearest_center_correct(embeddings, labels, centers)
-    figures: list[int | Tensor] = [(place < 1).sum(), (place < 5).sum(), nearest.sum()]
-    figures += [f for name in learner.loss.weights for f in (terms[name].sum, terms[name].count)]
-    row = [f.double() if isinstance(f, Tensor) else place.new_full((), f, dtype=torch.float64) for f in figures]
-    return torch.stack(row), embeddings
-
-
 def _no_embeddings(learner: Learner) -> Tensor:
     return torch.empty(0, learner.model.embedding_dim, device=learner.device, dtype=learner.dtype)
-
-
-def _count_recalled(embeddings: Tensor, labels: Tensor) -> Tensor:
-    """Recall@1 hits over all queries, float64; each rank asks for whole blocks of them."""
-    parts, mine = evaluated_blocks(np.arange(len(labels)))
-    own = torch.zeros((), dtype=torch.float64, device=labels.device)
-    for block in parts[mine]:
-        own += recall_at_1(embeddings, labels, slice(block[0], block[-1] + 1)).sum()
-    return all_sum(own)
 
 
 def _sizes(parts: list[Ids]) -> list[int]:

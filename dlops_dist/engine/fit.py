@@ -10,24 +10,27 @@ from typing import Any, NoReturn
 
 import torch
 
-from dlops_dist.config import DEFAULT, Run, check_task, default_name, result_settings, stem_of
+from dlops_dist.config import DEFAULT, Run, result_settings
 from dlops_dist.data.loader import Batch, read_ahead
 from dlops_dist.data.order import blocks, rank_part
 from dlops_dist.data.readers import Reader, open_readers
-from dlops_dist.data.shards import REMOTE, Split, read_manifest
+from dlops_dist.data.shards import Split, read_manifest
 from dlops_dist.distributed.agreement import describe_divergence
 from dlops_dist.distributed.collectives import of_all_ranks, rank, world_size
 from dlops_dist.distributed.norm import first_local_norm
 from dlops_dist.engine.device import default_device, memory_errors_explained, use
 from dlops_dist.engine.events import EpochEnded, Event, Finished, Listener, Logged, Started, Stepped, Told, Warned
+from dlops_dist.engine.learner import Learner
 from dlops_dist.engine.numerics import set_numerics
-from dlops_dist.engine.recipe import code_of, made
-from dlops_dist.engine.run_folder import RunFolder, rows_before
+from dlops_dist.engine.prepare import located, stages_of
+from dlops_dist.engine.rows import is_out_of_patience, rows_before
+from dlops_dist.engine.run_folder import RunFolder
 from dlops_dist.engine.samples import Samples
-from dlops_dist.engine.stages import Classification, Span, Stage, StageLearner, named, spans_of
+from dlops_dist.engine.stages import Span, Stage, collapse, named, spans_of
+from dlops_dist.engine.step import Step
 from dlops_dist.engine.step_log import StepLog
+from dlops_dist.engine.warm_start import fitting_weights
 from dlops_dist.errors import RunError, UserError
-from dlops_dist.files import is_url
 
 TELL_EVERY_S = 1.0
 CHECK_EVERY = {"cpu": 1, "cuda": 20}
@@ -62,46 +65,16 @@ def fit(
         RunError: the loss became infinite or NaN, or the device's memory is full.
         KeyboardInterrupt: stopped, and saved.
     """
-    settings, device = prepare(task, settings), device or default_device()
+    settings, device = located(task, settings), device or default_device()
     use(device)
-    if rank() == 0:
-        RunFolder.of(settings).create(task, settings)
     advice = "pass a lower --micro-batch-size (under another --name, where the run has begun)"
     if device.type == "cuda" and settings.data.reader in ("auto", "device"):
         advice += ", or --data.reader decoded"
     with memory_errors_explained(device, advice):
-        return _Fit(settings, device, listeners, stop).run()
-
-
-def prepare(task: str, settings: Run) -> Run:
-    """Settings with name and paths filled in. Refuses what does not fit together; writes nothing."""
-    shards = resolved(settings.data.shards)
-    manifest = read_manifest(shards)
-    check_task(task, settings)
-    name = settings.name or default_name(stem_of(task), settings, manifest.id)
-    cache = settings.data.cache_dir and str(Path(settings.data.cache_dir).absolute())
-    data = settings.data.model_copy(update={"shards": str(shards), "cache_dir": cache})
-    runs_dir = settings.runs_dir if is_url(settings.runs_dir) else str(Path(settings.runs_dir).absolute())
-    stages_of(settings, Samples(shards, manifest, settings), torch.device("meta"))
-    return settings.model_copy(update={"name": name, "runs_dir": runs_dir, "data": data})
-
-
-def resolved(shards: str) -> Path:
-    """The folder of data.shards. What is no folder is refused: nothing is run, and nothing fetched yet."""
-    if REMOTE.match(shards):
-        raise UserError(f"data.shards: {shards} must be a folder; nothing is run or fetched")
-    return Path(shards).absolute()
-
-
-def stages_of(
-    settings: Run, samples: Samples, device: torch.device, tell: Callable[[str], None] = lambda text: None
-) -> list[Stage]:
-    """The stages of a run; to be looked at alone on the device "meta". Refuses settings and data that do not fit."""
-    code = code_of(settings)
-    if hasattr(code, "stages"):
-        return code.stages(settings, samples, device, tell)  # type: ignore[no-any-return]
-    recipe = made(settings, samples.inputs, dry=device.type == "meta")
-    return [Classification(settings, samples, device, lambda: recipe, balanced=recipe.balanced)]
+        run = _Fit(settings, device, listeners, stop)
+        if rank() == 0:
+            run.folder.create(task, settings)
+        return run.run()
 
 
 class _Fit:
@@ -119,9 +92,8 @@ class _Fit:
         self.spans = spans_of(self.stages)
         self.stage: Stage
         self.span: Span
-        self.learner: StageLearner
+        self.learner: Step
         self.reader: Reader
-        self.samples.open(self._open)
         self.log = StepLog(settings.log_every if rank() == 0 else 0, settings.global_batch_size, device)
 
     def _open(self, splits: Sequence[Split]) -> list[Reader]:
@@ -134,6 +106,7 @@ class _Fit:
         return readers
 
     def run(self) -> dict[str, Any]:
+        self.samples.open(self._open)
         state = self._loaded()
         step = 0 if state is None else state["step"]
         first = next(i for i, span in enumerate(self.spans) if step <= span.end_step)
@@ -142,11 +115,14 @@ class _Fit:
             self._check_room()
             self.folder.restore_rows(state, warn=lambda text: self._tell(Warned(text)))
         self._tell(self._started(step))
-        row = rows_before(state)[-1] if step == self.span.end_step else {}
+        self.rows = rows_before(state)
+        row = self.rows[-1] if self.rows else {}
         for index in range(first, len(self.stages)):
             if index > first:
                 self._enter(index, None)
             for epoch in range(int(self.span.epoch_of(max(step, self.span.first_step))), self.span.end_epoch):
+                if is_out_of_patience(self.rows, self.settings):
+                    break
                 row = self._epoch(epoch, max(step - self.span.first_step_of(epoch), 0))
             if rank() == 0:
                 with (self.folder.folder / "report").as_path() as report:
@@ -169,14 +145,19 @@ class _Fit:
     def _enter(self, index: int, state: dict[str, Any] | None) -> None:
         """Begin a stage, or go on in it."""
         self.stage, self.span = self.stages[index], self.spans[index]
-        if state is not None and self.stage.carried is not None:
-            self.stage.carried.load_state_dict(state["carried"])
+        if state is not None and (carried := self.stage.carried()) is not None:
+            carried.load_state_dict(state["carried"])
         self.learner = self.stage.learner()
         if state is not None:
             self.learner.load_state_dict(state)
+        elif self.settings.init_from is not None and isinstance(self.learner, Learner):
+            weights = fitting_weights(
+                self.settings.init_from, self.learner.model, lambda text: self._tell(Warned(text))
+            )
+            self.learner.start_from(weights)
         self.reader = self.stage.reader(self.learner)
-        if (notice := self.stage.notice()) is not None:
-            self._tell(Warned(notice))
+        if self.stage.notice is not None:
+            self._tell(Warned(self.stage.notice))
 
     def _epoch(self, epoch: int, first: int) -> dict[str, Any]:
         """Train an epoch from its `first` step on, evaluate, save. Returns its row of metrics."""
@@ -186,6 +167,7 @@ class _Fit:
         self._train_epoch(epoch, first)
         trained_s = time.monotonic() - started
         row = self._evaluated_row(epoch)
+        self.rows.append(row)
         images = (self.span.steps_per_epoch - first) * self.settings.global_batch_size
         row |= {"epoch_s": time.monotonic() - started, "train_images_per_s": images / trained_s}
         if rank() == 0:
@@ -232,7 +214,9 @@ class _Fit:
         data, size = self.settings.data, self.settings.micro_batch_size
         steps = [blocks(ids, size) for ids in self.stage.order.epoch(epoch)[first:]]
         parts = ((ids, rank_part(len(ids), rank(), world_size())) for step in steps for ids in step)
-        batches = read_ahead(self.reader, parts, self.device, data.threads, data.prefetch)
+        batches = read_ahead(
+            self.reader, parts, self.device, data.threads, data.prefetch, self.learner.reads_next
+        )  # fmt: skip
         return (list(islice(batches, len(step))) for step in steps)
 
     def _evaluated_row(self, epoch: int) -> dict[str, Any]:
@@ -242,7 +226,7 @@ class _Fit:
         row["lr"] = self.learner.lr(end - 1 - self.span.first_step)
         row |= named("train", self.learner.end_epoch())
         row |= self.stage.figures(self.learner)
-        if (warning := self.stage.warning(row)) is not None:
+        if (warning := collapse(row)) is not None:
             self._tell(Warned(warning))
         return row
 
@@ -290,8 +274,8 @@ class _Fit:
         if rank() == 0:
             position = {"step": step, "epoch": self.span.epoch_of(step), "dataset_id": self.manifest.id}
             position["classes"] = list(self.manifest.classes)
-            if self.stage.carried is not None:
-                state["carried"] = self.stage.carried.state_dict()
+            if (carried := self.stage.carried()) is not None:
+                state["carried"] = carried.state_dict()
             self.folder.save(self.settings, position | self._stage_name() | state)
 
     def _started(self, step: int) -> Started:

@@ -1,10 +1,10 @@
-"""What a run is made of, and how its losses make one."""
+"""What a run is made of, and what is refused of what a user brings."""
 
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -12,13 +12,18 @@ from torch import Tensor, nn
 
 from dlops_dist.config import Run
 from dlops_dist.config.recipe_file import place_of
+from dlops_dist.data.loader import Batches
+from dlops_dist.data.transforms import transformed
+from dlops_dist.engine.descent import MakeOptimizer, named_weights
 from dlops_dist.engine.device import is_of_memory
+from dlops_dist.engine.losses import Losses, hints
 from dlops_dist.engine.samples import Inputs
-from dlops_dist.errors import UserError, first_line
+from dlops_dist.errors import RunError, UserError, first_line
 from dlops_dist.losses import Terms
+from dlops_dist.metrics import Judged, Metric
 
 TRIED = 4
-"""Samples that each loss is tried on before a run."""
+"""Samples that whatever a user brings is tried on before a run."""
 
 
 class Model(Protocol):
@@ -33,26 +38,6 @@ class Model(Protocol):
         ...
 
 
-class Loss(Protocol):
-    """An `nn.Module` that gives the terms of some samples, and never divides. It knows nothing of ranks.
-
-    `sees` says what it is given: a rank's "own" samples, or, gathered with gradient, "all" of the global batch, of
-    whose terms it then gives those of the `anchors` alone. A loss may also have
-
-        sums(x, labels), update(sums)    of state that the whole batch moves, once a step
-        defined(host_labels)             whether a batch of these labels has any terms; always, by default
-        hints(host_labels)               further keywords of `terms`, found without asking the device
-        figures(x, labels, **hints)      what else is to be logged of a step, as scalars
-    """
-
-    reads: Literal["embeddings", "logits"]
-    sees: Literal["own", "all"]
-
-    def terms(self, x: Tensor, labels: Tensor, *anchors: slice) -> Terms:
-        """Sum and number of the terms; of a loss that sees all, those of the anchors."""
-        ...
-
-
 @dataclass(frozen=True)
 class Recipe:
     """What a run is made of. Built under the run's seed, so that initial weights depend on nothing else."""
@@ -62,54 +47,22 @@ class Recipe:
     losses: Mapping[str, tuple[float, Any]]
     """{name: (weight, `Loss`)}. Where no loss of the logits has a weight, the head alone learns, on embeddings that it
     does not change."""
+    optimizer: MakeOptimizer | None = None
+    """Makes an optimiser of torch.optim of the named weights [(name, weight), ...], with groups perhaps, whose learning
+    rates are then the peaks of the schedule; by default SGD with the settings of `optimizer`."""
     balanced: bool = False
     """Whether batches are P classes x K samples unless data.order says otherwise."""
+    batches: Batches | None = None
+    """An order of its own, (seed, epoch, labels) -> batches of places among the labels: a pure function."""
+    augment: Any = None
+    """Changes of the training images besides those of the settings: `Keyed(function, num_draws)`, or any transform of
+    one uint8 image (3, H, W), of torchvision.transforms.v2 say, which is then run under a random state for each."""
+    views: int = 1
+    """How often a step sees each sample, each time changed anew: labels are repeated, the views of a sample adjoin."""
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    """{name: `Metric`} of evaluations, besides those that all runs have."""
     directions: bool = False
     """Whether embeddings are compared by their directions alone."""
-
-
-class Losses(nn.ModuleDict):
-    """The losses of a run with their weights."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        super().__init__({name: loss for name, (_, loss) in recipe.losses.items()})
-        losses: dict[str, Any] = dict(self.items())
-        self.weights = {name: weight for name, (weight, _) in recipe.losses.items()}
-        self.of_own = {name: loss for name, loss in losses.items() if loss.sees == "own"}
-        self.of_all = {name: loss for name, loss in losses.items() if loss.sees == "all"}
-        self.read_by_all: list[str] = sorted({loss.reads for loss in self.of_all.values()})
-        """Outputs that are to be gathered."""
-        self.moved = [loss for loss in losses.values() if hasattr(loss, "update")]
-        """Those with a state that every step moves."""
-        of_logits = [name for name, loss in losses.items() if loss.reads == "logits"]
-        self.detach_head = not any(self.weights[name] for name in of_logits)
-        self.backward_weights = {
-            name: weight or float(self.detach_head and name in of_logits) for name, weight in self.weights.items()
-        }
-        """The weights of what is back-propagated: a head on detached embeddings learns with weight 1."""
-
-    def own_terms(self, embeddings: Tensor, logits: Tensor, labels: Tensor) -> dict[str, Terms]:
-        """The terms of some samples, of losses that know nothing of others."""
-        outputs = {"embeddings": embeddings, "logits": logits}
-        return {name: loss.terms(outputs[loss.reads], labels) for name, loss in self.of_own.items()}
-
-    def all_terms(
-        self, outputs: Mapping[str, Tensor], labels: Tensor, anchors: slice, host_labels: np.ndarray
-    ) -> dict[str, Terms]:
-        """The terms of some anchors among all samples, whose outputs are gathered."""
-        return {
-            name: loss.terms(outputs[loss.reads], labels, anchors, **hints(loss, host_labels))
-            for name, loss in self.of_all.items()
-        }
-
-    def defined(self, host_labels: np.ndarray) -> bool:
-        """Whether each loss has a term in a batch of these labels."""
-        return all(is_defined(loss, host_labels) for loss in self.of_all.values())
-
-    def total(self, values: Mapping[str, float | None]) -> float | None:
-        """The loss of a run from its parts; None where one of them is of nothing."""
-        parts = [(weight, values[name]) for name, weight in self.weights.items() if weight]
-        return None if any(v is None for _, v in parts) else sum(w * v for w, v in parts if v is not None)
 
 
 def made(settings: Run, inputs: Inputs, dry: bool = False) -> Recipe:
@@ -157,10 +110,44 @@ def _check(where: str, recipe: Any, inputs: Inputs) -> None:
     outputs = {
         "embeddings": torch.randn(TRIED, recipe.model.embedding_dim), "logits": torch.randn(TRIED, inputs.num_classes),
     }  # fmt: skip
+    labels = np.arange(TRIED) // 2 % inputs.num_classes
     for name, value in recipe.losses.items():
-        _check_loss(f"{where}: losses[{name!r}]", value, outputs, np.arange(TRIED) // 2 % inputs.num_classes)
+        _check_loss(f"{where}: losses[{name!r}]", value, outputs, labels)
     if not any(loss.reads == "logits" for _, loss in recipe.losses.values()):
         raise UserError(f"{where}: no loss reads the logits; add CrossEntropyLoss() with weight 0 to judge the head")
+    for name, metric in recipe.metrics.items():
+        _check_metric(f"{where}: metrics[{name!r}]", metric, outputs, torch.from_numpy(labels))
+    if recipe.optimizer is not None:
+        _check_optimizer(f"{where}: optimizer", recipe)
+    if recipe.augment is not None:
+        images = torch.zeros(TRIED, *inputs.image_size, 3, dtype=torch.uint8)
+        try:
+            transformed(recipe.augment, images, torch.arange(TRIED), 0, 0)
+        except RunError as error:
+            raise UserError(f"{where}: {error}") from None
+
+
+def _check_metric(where: str, metric: Any, outputs: Mapping[str, Tensor], labels: Tensor) -> None:
+    if not callable(metric):
+        raise UserError(f"{where} must be a function of what is judged, not {metric!r:.60}")
+    embeddings, logits = outputs.values()
+    logits = logits[:, :0] if getattr(metric, "sees", "own") == "all" else logits
+    means = torch.zeros(logits.shape[1], embeddings.shape[1])
+    values = metric(Judged(embeddings, labels, logits, means, embeddings, labels, slice(0, TRIED), TRIED))
+    if not isinstance(values, Tensor) or values.shape != (TRIED,):
+        shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise UserError(f"{where} must give one number for each of {TRIED} samples, ({TRIED},), not {shape}")
+
+
+def _check_optimizer(where: str, recipe: Recipe) -> None:
+    wanted = dict(named_weights(recipe.model, Losses(recipe.losses)))
+    optimizer: Any = recipe.optimizer and recipe.optimizer(list(wanted.items()))
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UserError(f"{where} must make a torch.optim.Optimizer of the weights, not a {type(optimizer).__name__}")
+    taken = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    left = [name for name, p in wanted.items() if id(p) not in taken]
+    if left:
+        raise UserError(f"{where} leaves out the weights {left[0]}; what is not to be trained is named by --freeze")
 
 
 @torch.no_grad()
@@ -179,22 +166,3 @@ def _check_loss(where: str, value: Any, outputs: Mapping[str, Tensor], labels: n
     terms = tried.terms(outputs[tried.reads], torch.tensor(labels.tolist()), *more, **hints(loss, labels))
     if not isinstance(terms, Terms) or not isinstance(terms.sum, Tensor) or terms.sum.ndim:
         raise UserError(f"{where}: terms must give Terms(sum, count), the sum a scalar tensor, not {terms!r:.60}")
-
-
-def hints(loss: Any, host_labels: np.ndarray) -> dict[str, Any]:
-    return loss.hints(host_labels) if hasattr(loss, "hints") else {}
-
-
-def figures_of(
-    losses: Iterable[Any], outputs: Mapping[str, Tensor], labels: Tensor, host_labels: np.ndarray
-) -> dict[str, Tensor]:
-    """What else some losses have to log."""
-    found: dict[str, Tensor] = {}
-    for loss in losses:
-        if hasattr(loss, "figures"):
-            found |= loss.figures(outputs[loss.reads].detach(), labels, **hints(loss, host_labels))
-    return found
-
-
-def is_defined(loss: Any, host_labels: np.ndarray) -> bool:
-    return bool(loss.defined(host_labels)) if hasattr(loss, "defined") else True

@@ -16,14 +16,14 @@ from dlops_dist.config import SHIPPED, Run, common_settings, is_loaded, load_rec
 from dlops_dist.data.locks import locked
 from dlops_dist.data.shards import Manifest, read_manifest
 from dlops_dist.engine.checkpoints import ANEW, Checkpoints
+from dlops_dist.engine.resume import hindrance, refuse_other_settings
+from dlops_dist.engine.rows import best_row, is_out_of_patience, parsed, rows_before, text_of
 from dlops_dist.errors import RunError, UserError, first_line
 from dlops_dist.files import Folder, make_writable
 
 FORMAT = 3
 CONFIG, METRICS, STEPS = "config.yaml", "metrics.jsonl", "steps.jsonl"
 CPU = torch.device("cpu")
-EXTENDABLE = ("constant", "step")
-"""Schedules by which a step's learning rate does not depend on how many are to come."""
 
 
 class RunFolder:
@@ -113,7 +113,7 @@ class RunFolder:
         content, damage = self._read(METRICS), ""
         try:
             if content:
-                return _parsed(content)
+                return parsed(content)
         except ValueError as error:
             damage = str(error)
         state = self.checkpoints.latest(CPU, warn=lambda _: None)
@@ -137,7 +137,8 @@ class RunFolder:
         if state is None:
             return None
         self._check(state, settings, manifest.id)
-        if state["epoch"] < settings.total_epochs(manifest.num_folds):
+        is_over = is_out_of_patience(rows_before(state), settings)
+        if state["epoch"] < settings.total_epochs(manifest.num_folds) and not is_over:
             return None
         self.restore_rows(state, warn)
         return rows_before(state)[-1]
@@ -145,7 +146,7 @@ class RunFolder:
     def restore_rows(self, state: dict[str, Any] | None, warn: Callable[[str], None]) -> None:
         """Let metrics.jsonl hold the rows before the checkpoint that the run goes on from, and no others."""
         self._trained = rows_before(state)
-        there, text = self._read(METRICS) or b"", _text(self._trained).encode()
+        there, text = self._read(METRICS) or b"", text_of(self._trained).encode()
         if there != text:
             self.folder.write(METRICS, lambda file: file.write(text))
             where, later = self.folder / METRICS, len(there.removeprefix(text).splitlines())
@@ -164,21 +165,21 @@ class RunFolder:
 
     def add_steps(self, rows: Sequence[dict[str, Any]]) -> None:
         """Rows of steps that were logged, after those that are there."""
-        self.folder.append(STEPS, _text(rows))
+        self.folder.append(STEPS, text_of(rows))
 
     def add_row(self, row: dict[str, Any]) -> None:
         """That of an epoch whose checkpoint follows; the checkpoint before is safe by then."""
         self.checkpoints.wait()
         self._trained.append(row)
-        self.folder.write_text(METRICS, _text(self._trained))
+        self.folder.write_text(METRICS, text_of(self._trained))
 
     def save(self, settings: Run, state: dict[str, Any]) -> None:
         """Write the checkpoint of state["step"], beside the steps that follow."""
         content = {
             "format": FORMAT, "settings": result_settings(settings), "threads": torch.get_num_threads(),
-            "rows": _text(self._trained), **state,
+            "rows": text_of(self._trained), **state,
         }  # fmt: skip
-        best = best_row(self._trained)
+        best = best_row(self._trained, settings.choose_by)
         self.checkpoints.save(state["step"], content, None if best is None else best["step"])
 
     def load(
@@ -197,7 +198,7 @@ class RunFolder:
             raise UserError(f"{self} has no checkpoint yet; train it first")
         _, settings = self.settings()
         self._check(state, settings)
-        best = best_row(rows_before(state))
+        best = best_row(rows_before(state), settings.choose_by)
         if best is not None and best["step"] != state["step"]:
             try:
                 state = self.checkpoints.load(best["step"], device)
@@ -224,7 +225,7 @@ class RunFolder:
         """But for more epochs, where all that was trained would be the same with these from the start."""
         found = result_settings(settings)
         wanted = {name: value for name, value in found.items() if not name.startswith(settings.unused)}
-        refuse_other_settings(self, existing, wanted, _hindrance(existing, wanted))
+        refuse_other_settings(self, existing, wanted, hindrance(existing, wanted))
 
     def _read(self, name: str) -> bytes | None:
         """The content of a file; None where there is none."""
@@ -235,83 +236,9 @@ class RunFolder:
             return None
 
 
-def rows_before(state: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The rows of the epochs before a checkpoint."""
-    return [] if state is None else _parsed(state["rows"].encode())
-
-
-def _text(rows: Sequence[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-def _parsed(content: bytes) -> list[dict[str, Any]]:
-    """Raises ValueError: names the line that is not a row."""
-    rows = []
-    for number, line in enumerate(content.splitlines(), 1):
-        try:
-            row = json.loads(line)
-            whole = isinstance(row, dict) and {"epoch", "step"} <= row.keys()
-        except ValueError:
-            whole = False
-        if not whole:
-            raise ValueError(f"line {number} is damaged")
-        rows.append(row)
-    return rows
-
-
 def _step_of(line: bytes) -> float:
     """Of a row of a step; that of a killed process's last, of which only a part was written, is later than all."""
     try:
         return float(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
     except ValueError:
         return math.inf
-
-
-def best_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The row of the epoch with the highest val/top1 of a run's last stage, the earliest of equals.
-
-    None where nothing was held out, or nothing is classified yet.
-    """
-    judged = [row for row in rows if "val/top1" in row and row.get("stage") == rows[-1].get("stage")]
-    return max(judged, key=lambda row: row["val/top1"], default=None)
-
-
-def result_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The row that is a run's result: the best on the held-out part of train, where there is one, else the last."""
-    return best_row(rows) or rows[-1]
-
-
-def refuse_other_settings(
-    where: object, existing: dict[str, Any], wanted: dict[str, Any], more_epochs: str | None = "are another run"
-) -> None:
-    """Refuse to go on in a folder whose result comes from settings that are not those wanted.
-
-    Args:
-        more_epochs: why another number of epochs alone is refused, too; None where it is not.
-    """
-    changed = [n for n in wanted if _plain(existing.get(n)) != _plain(wanted[n])]
-    if changed == ["epochs"] and more_epochs is None:
-        return
-    if changed:
-        shown = ", ".join(f"{n} {existing.get(n)} there, {wanted[n]} here" for n in changed[:3])
-        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        why = f": {more_epochs}" if changed == ["epochs"] else ""
-        raise UserError(f"{where} was started with other settings ({shown}{more}{why}); choose another --name")
-
-
-def _hindrance(existing: dict[str, Any], wanted: dict[str, Any]) -> str | None:
-    """Why a run cannot go on to another number of epochs; None where it can."""
-    before, after, schedule = existing.get("epochs", 0), wanted["epochs"], wanted["optimizer.schedule"]
-    warmup = wanted["optimizer.warmup_epochs"]
-    if schedule not in EXTENDABLE:
-        can = " or ".join(EXTENDABLE)
-        return f"each step's rate depends on them under optimizer.schedule {schedule}; under {can}, more may follow"
-    if after < before:
-        return "more may follow, not fewer"
-    if 2 * warmup >= before:
-        return f"optimizer.warmup_epochs {warmup} takes half of a run at most, so the first steps depend on them"
-    return "one fold begins where another ends" if wanted.get("folds") else None
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

@@ -4,8 +4,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from dlops_dist.config import Run
-from dlops_dist.data.loader import TrainingOrder
+from dlops_dist.data.loader import Batches, TrainingOrder
 from dlops_dist.data.order import Ids, fit_samples_per_class, hold_out
 from dlops_dist.data.readers import Reader
 from dlops_dist.data.shards import Manifest, Split
@@ -43,6 +45,8 @@ class Samples:
                 f"data.val_fraction: {data.val_fraction} leaves {len(self.ids)} to train and "
                 f"{len(self.val_ids)} held out"
             )
+        self.is_open = not np.isin(self.test.labels, self.train.labels[self.ids]).any()
+        """Whether no class of test is trained on."""
         mean, std = (manifest.mean, manifest.std) if settings.standardized else ((0.0,) * 3, (1.0,) * 3)
         self.inputs = Inputs(len(manifest.classes), mean, std, (manifest.height, manifest.width))
 
@@ -52,8 +56,10 @@ class Samples:
         self.unlabeled = others[0] if others else None
 
 
-def training_order(settings: Run, samples: Samples, ids: Ids, balanced: bool) -> TrainingOrder:
-    """The batches of every epoch of labelled samples; balanced or not where data.order is auto."""
+def training_order(
+    settings: Run, samples: Samples, ids: Ids, balanced: bool = False, batches: Batches | None = None
+) -> TrainingOrder:
+    """The batches of every epoch of labelled samples; those of a recipe, balanced or not, where data.order is auto."""
     data, batch_size = settings.data, settings.global_batch_size
     balanced = data.order == "balanced" or (data.order == "auto" and balanced)
     samples_per_class = (
@@ -61,7 +67,8 @@ def training_order(settings: Run, samples: Samples, ids: Ids, balanced: bool) ->
     )
     repeat = data.small_classes == "repeat"
     labels = samples.train.labels
-    return TrainingOrder(ids, labels, settings.seed, batch_size, samples_per_class, data.drop_last, repeat)
+    batches = batches if data.order == "auto" else None
+    return TrainingOrder(ids, labels, settings.seed, batch_size, samples_per_class, data.drop_last, repeat, batches)
 
 
 def balance_notice(order: TrainingOrder, classes: Sequence[str]) -> str | None:

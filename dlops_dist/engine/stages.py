@@ -1,95 +1,47 @@
 """A run is a sequence of stages: each trains one thing on its own order of samples. Most runs have one of them."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dlops_dist.config import Run
-from dlops_dist.data.loader import Batch, TrainingOrder
-from dlops_dist.data.order import Ids
+from dlops_dist.data.loader import TrainingOrder
 from dlops_dist.data.readers import Reader
-from dlops_dist.engine.epoch_sums import RankSums
-from dlops_dist.engine.evaluation import evaluate
+from dlops_dist.engine.evaluation import OF_A_HEAD, evaluate
 from dlops_dist.engine.learner import Learner
 from dlops_dist.engine.recipe import Recipe
 from dlops_dist.engine.samples import Samples, balance_notice, training_order
+from dlops_dist.errors import UserError
 
 COLLAPSED_SPREAD = 0.01
 
 
-class StageLearner(Protocol):
-    """What a stage trains, on this rank."""
-
-    sums: RankSums
-
-    @property
-    def model(self) -> nn.Module: ...
-
-    def lr(self, step: int) -> float:
-        """Of a step, counted from 0 over the stage."""
-        ...
-
-    def step(
-        self, micro_batches: Sequence[Batch], epoch: int, step: int, figures: dict[str, Tensor] | None = None
-    ) -> Tensor:
-        """Train on this rank's parts of a global batch. The loss over the whole of it, without gradient.
-
-        Args:
-            epoch: counted from 0 over the run.
-            step: counted from 0 over the stage.
-            figures: takes more that is to be known of the step, on the device; on one rank alone. It changes no bit.
-        """
-        ...
-
-    def end_epoch(self) -> Mapping[str, float | None]: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-    def equal_on_all_ranks(self) -> dict[str, Tensor]: ...
-
-
-class Stage(Protocol):
+@dataclass(frozen=True)
+class Stage:
     """What is trained on which samples, for how many epochs, and how it is judged."""
 
     epochs: int
     order: TrainingOrder
-
-    @property
-    def name(self) -> str | None:
-        """None where a run has but one stage."""
-        ...
-
-    @property
-    def carried(self) -> nn.Module | None:
-        """What later stages need beside the learner's state; its own state is in every checkpoint of this stage."""
-        ...
-
-    def notice(self) -> str | None:
-        """What the user should know before it begins."""
-        ...
-
-    def learner(self) -> Any:
-        """A new learner, its weights as earlier stages left them."""
-        ...
-
-    def reader(self, learner: Any) -> Reader:
-        """Of the samples to train on. Every rank must call it, once the learner's state is that to go on from."""
-        ...
-
-    def figures(self, learner: Any) -> dict[str, Any]:
-        """Of an epoch's evaluation, by split: {"test/loss": ...}, equal on every rank."""
-        ...
-
-    def warning(self, row: dict[str, Any]) -> str | None:
-        """What the user should know of an epoch's row."""
-        ...
-
-    def draw(self, folder: Path, learner: Any, row: dict[str, Any]) -> None:
-        """Write pictures into a folder, after the last epoch, whose row is given. Called on rank 0 alone."""
-        ...
+    learner: Callable[[], Any]
+    """Makes a new `Step`, its weights as earlier stages left them."""
+    reader: Callable[[Any], Reader]
+    """Of the samples to train on, for a learner whose state is that to go on from. Every rank must call it."""
+    figures: Callable[[Any], dict[str, Any]]
+    """Of an epoch's evaluation of a learner, by split: {"test/loss": ...}, equal on every rank."""
+    name: str | None = None
+    """None where a run has but one stage."""
+    notice: str | None = None
+    """What the user should know before it begins."""
+    carried: Callable[[], nn.Module | None] = lambda: None
+    """What later stages need beside the learner's state; its own state is in every checkpoint of this stage."""
+    draw: Callable[[Path, Any, dict[str, Any]], None] = lambda folder, learner, row: None
+    """Writes pictures into a folder, after the last epoch, whose row is given. Called on rank 0 alone."""
 
 
 class Span(NamedTuple):
@@ -125,59 +77,39 @@ def spans_of(stages: Sequence[Stage]) -> list[Span]:
     return spans
 
 
-class Classification:
-    """Trains a model with a head on labelled images.
+def training(settings: Run, samples: Samples, recipe: Recipe, device: torch.device) -> Stage:
+    """The one stage of most runs: train a recipe's model on all samples that are not held out."""
+    names = ("loss", *recipe.losses, *OF_A_HEAD, *recipe.metrics)
+    if settings.choose_by.removeprefix("val/") not in names:
+        raise UserError(f"choose_by: {settings.choose_by}: there is no such figure; there are val/ {', '.join(names)}")
+    not_mixed = [name for name, (_, loss) in recipe.losses.items() if not getattr(loss, "takes_mixed", False)]
+    if settings.augment.mixes and (not_mixed or recipe.views > 1):
+        what = (
+            f"the loss {not_mixed[0]} takes labels, not parts of them" if not_mixed else "several views are not mixed"
+        )
+        raise UserError(f"augment.mixup, augment.cutmix: {what}; leave them at 0")
+    order = training_order(settings, samples, samples.ids, recipe.balanced, recipe.batches)
+    return Stage(
+        settings.epochs, order, partial(Learner, settings, samples.inputs, order.steps_per_epoch, device, recipe),
+        reader=lambda _: samples.train, figures=lambda learner: judged(learner, samples),
+        notice=balance_notice(order, samples.manifest.classes),
+    )  # fmt: skip
 
-    Args:
-        build: the recipe of the stage, when it begins: its model may come of earlier stages.
-        ids: of the samples to train on; by default all that are not held out.
-        balanced: whether batches are so, where data.order is auto.
-    """
 
-    name: str | None = None
-    with_confusion = False
+def judged(learner: Learner, samples: Samples, with_confusion: bool = False) -> dict[str, Any]:
+    """The figures of a classifier, of what is held out and of test."""
+    val = named("val", evaluate(learner, samples.train, samples.val_ids)) if len(samples.val_ids) else {}
+    test = evaluate(learner, samples.test, np.arange(len(samples.test)), with_confusion, samples.is_open)
+    return val | named("test", test)
 
-    def __init__(
-        self, settings: Run, samples: Samples, device: torch.device, build: Callable[[], Recipe],
-        ids: Ids | None = None, balanced: bool = False,
-    ) -> None:  # fmt: skip
-        self.epochs = settings.epochs
-        self.order = training_order(settings, samples, samples.ids if ids is None else ids, balanced)
-        self._settings, self._samples, self._device, self._build = settings, samples, device, build
 
-    @property
-    def carried(self) -> nn.Module | None:
+def collapse(row: Mapping[str, Any]) -> str | None:
+    """What the user should know of an epoch's row."""
+    spread = row.get("train/embedding_spread", 1)
+    if spread >= COLLAPSED_SPREAD:
         return None
-
-    def notice(self) -> str | None:
-        return balance_notice(self.order, self._samples.manifest.classes)
-
-    def learner(self) -> Learner:
-        steps = self.order.steps_per_epoch
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self._settings.seed)
-            recipe = self._build()
-        return Learner(self._settings, self._samples.inputs, steps, self._device, recipe)
-
-    def reader(self, _: Learner) -> Reader:
-        return self._samples.train
-
-    def figures(self, learner: Learner) -> dict[str, Any]:
-        samples, val = self._samples, {}
-        if len(samples.val_ids):
-            val = named("val", evaluate(learner, samples.train, samples.val_ids))
-        test = evaluate(learner, samples.test, np.arange(len(samples.test)), self.with_confusion)
-        return val | named("test", test)
-
-    def warning(self, row: dict[str, Any]) -> str | None:
-        spread = row["train/embedding_spread"]
-        if spread >= COLLAPSED_SPREAD:
-            return None
-        advice = "lower optimizer.lr, give a loss of the logits more weight, or mine other triplets"
-        return f"epoch {row['epoch']}: the embeddings have collapsed (spread {spread:.4f}): {advice}"
-
-    def draw(self, folder: Path, learner: Learner, row: dict[str, Any]) -> None:
-        """`report` draws what all runs have."""
+    advice = "lower optimizer.lr, give a loss of the logits more weight, or mine other triplets"
+    return f"epoch {row['epoch']}: the embeddings have collapsed (spread {spread:.4f}): {advice}"
 
 
 def named(split: str, figures: Mapping[str, Any]) -> dict[str, Any]:

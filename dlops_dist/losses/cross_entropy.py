@@ -11,10 +11,12 @@ class CrossEntropyLoss(nn.Module):
 
         l_i = log sum_j exp(z_ij) - (1 - s) z_iy - s/C sum_j z_ij,    L = 1/N sum_i l_i
 
-    s is `label_smoothing` (Szegedy et al. 2016, Rethinking the Inception Architecture, section 7).
+    s is `label_smoothing` (Szegedy et al. 2016, Rethinking the Inception Architecture, section 7). Of labels that are
+    mixed, parts t (N, C) that add up to 1, z_iy is sum_j t_ij z_ij.
     """
 
     reads, sees = "logits", "own"
+    takes_mixed = True
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
         super().__init__()
@@ -24,14 +26,15 @@ class CrossEntropyLoss(nn.Module):
 
     def terms(self, logits: Tensor, labels: Tensor) -> Terms:
         """Sum of l_i and N."""
-        logits, labels = at_least_float32(logits), checked_labels(labels, *logits.shape)
+        logits, mixed = at_least_float32(logits), labels.is_floating_point() and labels.shape == logits.shape
+        labels = labels if mixed else checked_labels(labels, *logits.shape)
         highest = logits.detach().amax(dim=1, keepdim=True)
         shifted = logits - highest  # the largest is 0: exp never overflows
         log_sum = shifted.exp().sum(dim=1).log()
-        target = shifted.gather(1, labels[:, None]).squeeze(1)
+        target = (labels * shifted).sum(dim=1) if mixed else shifted.gather(1, labels[:, None]).squeeze(1)
         if self.label_smoothing:
             target = torch.lerp(target, shifted.mean(dim=1), self.label_smoothing)
-        return Terms((log_sum - target).sum(), len(labels))
+        return Terms((log_sum - target).sum(), len(logits))
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         return self.terms(logits, labels).mean()

@@ -14,6 +14,8 @@ class ReconstructionLoss(nn.Module):
     A sample's terms are as many as its inputs, so N D counts them.
     """
 
+    reads, sees = "reconstructions", "own"
+
     def terms(self, reconstructions: Tensor, inputs: Tensor) -> Terms:
         """Sum of (x'_ij - x_ij)^2 and N D."""
         if reconstructions.shape != inputs.shape:

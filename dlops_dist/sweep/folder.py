@@ -23,7 +23,8 @@ from dlops_dist.config import (
 from dlops_dist.config.sweep import ACCURACY
 from dlops_dist.data.facts import replace
 from dlops_dist.data.shards import read_manifest
-from dlops_dist.engine.run_folder import RunFolder, refuse_other_settings
+from dlops_dist.engine.resume import refuse_other_settings
+from dlops_dist.engine.run_folder import RunFolder
 from dlops_dist.errors import UserError
 from dlops_dist.files import Folder
 

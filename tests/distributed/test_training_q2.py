@@ -17,10 +17,12 @@ from dlops_dist.data.order import blocks, rank_part
 from dlops_dist.data.shards import read_manifest
 from dlops_dist.distributed.collectives import rank, world_size
 from dlops_dist.engine import fit, prepare
-from dlops_dist.engine.fit import _Fit, stages_of
+from dlops_dist.engine.fit import _Fit
+from dlops_dist.engine.prepare import stages_of
 from dlops_dist.engine.samples import Samples
 from dlops_dist.recipes.q2 import Settings as Q2
 from dlops_dist.recipes.stacked import codes
+from dlops_dist.recipes.stacked.stages import Shared
 
 CPU = torch.device("cpu")
 KINDS = {
@@ -114,8 +116,7 @@ def all_codes(shards):
 
 def codes_in_blocks(shards):
     settings = settings_of("batch norm, noise, dropout", shards, "unused", precision="float32")
-    stages = stages_of(settings, Samples(Path(shards), read_manifest(Path(shards)), settings), CPU)
-    shared = stages[0]._shared
+    shared = Shared(settings, Samples(Path(shards), read_manifest(Path(shards)), settings), CPU, print)
     found = {}
     for depth in (1, 2):
         for name, reader in shared.codes.at(depth).items():
@@ -139,8 +140,7 @@ def test_codes_that_do_not_fit_are_told_once_and_not_kept(stl_shards):
     """125 images of 12 float64 values, and 30 to test on, are 14.9 kB; of 9, 11.2 kB."""
     told = []
     settings = settings_of("tied, masked", stl_shards, "unused", pretrain={"codes_gb": 12e-6})
-    stages = stages_of(settings, Samples(stl_shards, read_manifest(stl_shards), settings), CPU, told.append)
-    shared = stages[0]._shared
+    shared = Shared(settings, Samples(stl_shards, read_manifest(stl_shards), settings), CPU, told.append)
     for _ in range(2):
         assert shared.codes.at(1) is shared.codes.at(0)
     assert set(shared.codes.at(2)) == {"train", "test"}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dlops_dist.engine.checkpoints import Checkpoints
-from dlops_dist.engine.run_folder import best_row, result_row
+from dlops_dist.engine.rows import best_row, result_row
 from dlops_dist.errors import RunError
 from dlops_dist.files import Folder
 

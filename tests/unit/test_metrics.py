@@ -11,10 +11,14 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from dlops_dist.metrics import (
+    Judged,
     confusion_counts,
+    map_at_r,
     nearest_center_correct,
     rank_of_label,
-    recall_at_1,
+    recall_at,
+    retrieved,
+    top_k,
     unit_length,
 )
 
@@ -131,7 +135,7 @@ def test_recall_equals_the_loop(offset, dtype):
     embeddings, labels = samples(num=60, dim=3, dtype=dtype)
     embeddings += offset
     expected = loop_recall(embeddings, labels)
-    assert recall_at_1(embeddings, labels, slice(None)).tolist() == expected
+    assert retrieved(embeddings, labels, slice(None), 1)[:, 0].tolist() == expected
     assert 0 < sum(expected) < 60
 
 
@@ -141,19 +145,19 @@ def test_recall_in_tight_clusters_of_several_labels_is_that_of_float64(noise):
     centers = torch.randn(7, 16, generator=generator, dtype=torch.float64)
     embeddings = (centers.repeat(30, 1) + noise * torch.randn(210, 16, generator=generator)).float()
     labels = torch.randint(3, (210,), generator=generator)
-    assert recall_at_1(embeddings, labels, slice(None)).tolist() == loop_recall(embeddings.double(), labels)
+    assert retrieved(embeddings, labels, slice(None), 1)[:, 0].tolist() == loop_recall(embeddings.double(), labels)
 
 
 def test_of_equally_near_samples_the_first_counts():
     embeddings = torch.tensor([[0.0], [1.0], [-1.0], [1.0]])
     for labels, hits in (([0, 0, 1, 1], [True, False, False, False]), ([0, 1, 0, 0], [False, False, True, False])):
-        assert recall_at_1(embeddings, torch.tensor(labels), slice(None)).tolist() == hits
+        assert retrieved(embeddings, torch.tensor(labels), slice(None), 1)[:, 0].tolist() == hits
 
 
 @pytest.mark.parametrize("cuts", [[0, 24], [0, 10, 10, 24], [0, 1, 23, 24]])
 def test_recall_of_blocks_of_queries_is_that_of_all(cuts):
     embeddings, labels = samples()
-    blocks = [recall_at_1(embeddings, labels, slice(*ends)) for ends in pairwise(cuts)]
+    blocks = [retrieved(embeddings, labels, slice(*ends), 1)[:, 0] for ends in pairwise(cuts)]
     assert torch.cat(blocks).tolist() == loop_recall(embeddings, labels)
 
 
@@ -162,7 +166,7 @@ def test_the_nearest_other_of_a_duplicate_is_its_twin(dtype):
     embeddings, _ = samples(num=11, dim=32, dtype=dtype)
     first = torch.arange(11) % 4
     second = torch.where(torch.arange(11) < 6, first, first + 1)
-    hits = recall_at_1(embeddings.repeat(2, 1), torch.cat([first, second]), slice(None))
+    hits = retrieved(embeddings.repeat(2, 1), torch.cat([first, second]), slice(None), 1)[:, 0]
     assert hits.tolist() == ([True] * 6 + [False] * 5) * 2
 
 
@@ -173,3 +177,50 @@ def test_unit_length_keeps_directions_and_has_length_1(dtype):
     assert scaled.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert_close(scaled.norm(dim=1), torch.ones(24, dtype=scaled.dtype))
     assert_close(F.cosine_similarity(scaled, values.to(scaled.dtype)), torch.ones(24, dtype=scaled.dtype))
+
+
+def judged(embeddings, labels, place=slice(None), logits=None):
+    logits = embeddings.new_empty(len(labels[place]), 0) if logits is None else logits
+    largest = int(labels.bincount().max())
+    return Judged(embeddings[place], labels[place], logits, embeddings.new_empty(0), embeddings, labels, place, largest)
+
+
+def neighbours(embeddings, i):
+    """All others, the nearest first, of equal ones the first."""
+    points = embeddings.tolist()
+    return sorted((j for j in range(len(points)) if j != i), key=lambda j: (math.dist(points[i], points[j]), j))
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_recall_at_k_equals_the_loop(k, dtype):
+    embeddings, labels = samples(num=40, dim=3, num_classes=9, dtype=dtype)
+    expected = [any(labels[j] == labels[i] for j in neighbours(embeddings, i)[:k]) for i in range(40)]
+    found = [recall_at(k)(judged(embeddings, labels, part)).tolist() for part in (slice(0, 7), slice(7, 40))]
+    assert [*found[0], *found[1]] == expected
+    assert sum(expected) > 0
+
+
+@pytest.mark.parametrize("num_classes", [2, 9, 30])
+def test_map_at_r_equals_the_loop(num_classes):
+    embeddings, labels = samples(num=40, dim=3, num_classes=num_classes)
+    expected = []
+    for i in range(40):
+        r = sum(labels[j] == labels[i] for j in range(40)) - 1
+        same = [bool(labels[j] == labels[i]) for j in neighbours(embeddings, i)[:r]]
+        precision = [same[j] * sum(same[: j + 1]) / (j + 1) for j in range(int(r))]
+        expected.append(sum(precision) / r if r else 0.0)
+    found = torch.cat([map_at_r()(judged(embeddings, labels, part)) for part in (slice(0, 11), slice(11, 40))])
+    assert_close(found, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_retrieval_finds_nothing_among_embeddings_that_are_nan():
+    embeddings, labels = torch.full((6, 2), NAN), torch.zeros(6, dtype=torch.int64)
+    assert not recall_at(3)(judged(embeddings, labels)).any()
+    assert not map_at_r()(judged(embeddings, labels)).any()
+
+
+def test_top_k_counts_those_whose_label_is_among_the_largest():
+    logits = torch.tensor([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0]])
+    labels = torch.tensor([1, 0])
+    assert top_k(2)(judged(logits, labels, logits=logits)).tolist() == [True, False]

@@ -14,7 +14,8 @@ from dlops_dist.config import result_settings
 from dlops_dist.data.shards import read_manifest
 from dlops_dist.engine import fit, prepare
 from dlops_dist.engine.events import Started, Warned
-from dlops_dist.engine.run_folder import RunFolder, best_row
+from dlops_dist.engine.rows import best_row
+from dlops_dist.engine.run_folder import RunFolder
 from dlops_dist.errors import RunError
 from dlops_dist.evaluate import evaluate_run
 from dlops_dist.recipes.q1 import Settings as Q1

@@ -15,9 +15,10 @@ from dlops_dist.data.loader import TrainingOrder
 from dlops_dist.data.order import Ids
 from dlops_dist.data.readers import Reader
 from dlops_dist.distributed.norm import SyncBatchNorm1d
+from dlops_dist.engine.learner import Learner
 from dlops_dist.engine.recipe import Recipe
-from dlops_dist.engine.samples import Inputs, Samples
-from dlops_dist.engine.stages import Classification, Stage, named
+from dlops_dist.engine.samples import Inputs, Samples, balance_notice, training_order
+from dlops_dist.engine.stages import Stage, judged, named
 from dlops_dist.errors import UserError
 from dlops_dist.losses import CrossEntropyLoss
 from dlops_dist.models.autoencoder import StackedAutoencoder, StackedAutoencoderClassifier
@@ -35,17 +36,17 @@ def stacked_stages(
 ) -> list[Stage]:
     shared = Shared(settings, samples, device, tell)
     layers = len(settings.model.layers)
-    stages: list[Stage] = [Reconstruction(shared, f"layer {i + 1}", i, settings.pretrain.epochs) for i in range(layers)]
+    stages = [reconstruction(shared, f"layer {i + 1}", i, settings.pretrain.epochs) for i in range(layers)]
     if settings.pretrain.joint_epochs:
-        stages.append(Reconstruction(shared, "joint", None, settings.pretrain.joint_epochs))
+        stages.append(reconstruction(shared, "joint", None, settings.pretrain.joint_epochs))
     if not settings.folds:
-        return [*stages, StackedClassification(shared, "classifier", samples.ids)]
+        return [*stages, classification(shared, "classifier", samples.ids)]
     num_folds = samples.manifest.num_folds
     if not num_folds:
         raise UserError(f"folds: {settings.data.shards} names no folds; leave out --folds")
     for fold in range(num_folds):
         ids = samples.ids[samples.folds[samples.ids] >> fold & 1 == 1]
-        stages.append(StackedClassification(shared, f"fold {fold}", ids, is_last=fold == num_folds - 1))
+        stages.append(classification(shared, f"fold {fold}", ids, is_last=fold == num_folds - 1))
     return stages
 
 
@@ -63,14 +64,16 @@ class Shared:
         return stack.to(self.device, torch.float64 if self.settings.precision == "float64" else torch.float32)
 
     @cached_property
+    def carried(self) -> nn.Module | None:
+        """A later fold starts from the pretrained encoders again."""
+        return nn.ModuleList(self.stack.encoders) if self.settings.folds else None
+
+    @cached_property
     def codes(self) -> Codes:
         samples = self.samples
         pretrained: Reader = samples.train if samples.unlabeled is None else Joined([samples.train, samples.unlabeled])
         pixels = {"train": pretrained, "test": samples.test}
         return Codes(self.settings, samples.inputs, self.stack, pixels, self.device, self._tell)
-
-    def classifier(self) -> Recipe:
-        return classifier(self.settings, self.samples.inputs, self.stack)
 
     @cached_property
     def order(self) -> TrainingOrder:
@@ -80,76 +83,66 @@ class Shared:
         return TrainingOrder(self.ids, labels, settings.seed, settings.global_batch_size, None, settings.data.drop_last)
 
 
-class Reconstruction:
-    """A stage that trains one layer of the stack, or all of it, to reconstruct."""
+def reconstruction(shared: Shared, name: str, layer: int | None, epochs: int) -> Stage:
+    """Train one layer of the stack, or all of it, to reconstruct."""
+    settings, samples, order = shared.settings, shared.samples, shared.order
 
-    carried = None
-
-    def __init__(self, shared: Shared, name: str, layer: int | None, epochs: int) -> None:
-        self.name, self.epochs = name, epochs
-        self.order = shared.order
-        self._shared, self._layer = shared, layer
-
-    def notice(self) -> str | None:
-        return None
-
-    def learner(self) -> ReconstructionLearner:
-        shared = self._shared
+    def learner() -> ReconstructionLearner:
         return ReconstructionLearner(
-            shared.settings, shared.samples.inputs, shared.stack, shared.codes, self._layer,
-            self.order.steps_per_epoch, shared.device,
-        )  # fmt: skip
+            settings, samples.inputs, shared.stack, shared.codes, layer, order.steps_per_epoch, shared.device
+        )
 
-    def reader(self, learner: ReconstructionLearner) -> Reader:
-        reader = self._shared.codes.at(self._layer or 0)["train"]
-        learner.measure(reader, self._shared.ids[:MEASURED])
-        return reader
+    def reader(learner: ReconstructionLearner) -> Reader:
+        found = shared.codes.at(layer or 0)["train"]
+        learner.measure(found, shared.ids[:MEASURED])
+        return found
 
-    def figures(self, learner: ReconstructionLearner) -> dict[str, Any]:
-        readers, samples = self._shared.codes.at(self._layer or 0), self._shared.samples
+    def figures(learner: ReconstructionLearner) -> dict[str, Any]:
+        readers = shared.codes.at(layer or 0)
         val = named("val", learner.error(readers["train"], samples.val_ids)) if len(samples.val_ids) else {}
         return val | named("test", learner.error(readers["test"], np.arange(len(samples.test))))
 
-    def warning(self, _: dict[str, Any]) -> str | None:
-        return None
-
-    def draw(self, folder: Path, learner: ReconstructionLearner, _: dict[str, Any]) -> None:
+    def draw(folder: Path, learner: ReconstructionLearner, _: dict[str, Any]) -> None:
         from dlops_dist.recipes.stacked import pictures
 
-        samples = self._shared.samples
-        if self._layer in (0, None):
+        if layer in (0, None):
             pictures.draw_filters(folder / "filters.png", learner, samples.manifest)
-        if self._layer == 0:
-            pictures.draw_samples(folder / "samples.png", Path(self._shared.settings.data.shards), samples.manifest)
-        depth = len(learner.model) if self._layer is None else self._layer + 1
+        if layer == 0:
+            pictures.draw_samples(folder / "samples.png", Path(settings.data.shards), samples.manifest)
+        depth = len(learner.model) if layer is None else layer + 1
         pictures.draw_reconstructions(folder / "reconstructions.png", learner, samples.test, depth)
 
+    return Stage(epochs, order, learner, reader, figures, name, draw=draw)
 
-class StackedClassification(Classification):
-    """A stage that trains the classifier on some of the labelled samples, from the pretrained encoders.
+
+def classification(shared: Shared, name: str, ids: Ids, is_last: bool = True) -> Stage:
+    """Train the classifier on some of the labelled samples, from the pretrained encoders.
 
     Only the last one of a run draws: folds would draw over each other's pictures.
     """
+    settings, samples = shared.settings, shared.samples
+    order = training_order(settings, samples, ids)
 
-    with_confusion = True
+    def learner() -> Learner:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(settings.seed)
+            recipe = classifier(settings, samples.inputs, shared.stack)
+        return Learner(settings, samples.inputs, order.steps_per_epoch, shared.device, recipe)
 
-    def __init__(self, shared: Shared, name: str, ids: Ids, is_last: bool = True) -> None:
-        super().__init__(shared.settings, shared.samples, shared.device, shared.classifier, ids)
-        self.name, self._shared, self._is_last = name, shared, is_last
-
-    @property
-    def carried(self) -> nn.Module | None:
-        """A later fold starts from the pretrained encoders again."""
-        return nn.ModuleList(self._shared.stack.encoders) if self._shared.settings.folds else None
-
-    def draw(self, folder: Path, _: Any, row: dict[str, Any]) -> None:
-        if not self._is_last:
+    def draw(folder: Path, _: Any, row: dict[str, Any]) -> None:
+        if not is_last:
             return
         from dlops_dist.recipes.stacked import pictures
 
-        classes = self._shared.samples.manifest.classes
+        classes = samples.manifest.classes
         pictures.draw_class_accuracies(folder / "classes.png", row["test/top1_by_class"], classes)
         pictures.draw_confusion(folder / "confusion.png", row["test/confusion"], classes)
+
+    return Stage(
+        settings.epochs, order, learner, reader=lambda _: samples.train,
+        figures=lambda learner: judged(learner, samples, with_confusion=True), name=name,
+        notice=balance_notice(order, samples.manifest.classes), carried=lambda: shared.carried, draw=draw,
+    )  # fmt: skip
 
 
 def build_stack(settings: Settings, inputs: Inputs) -> StackedAutoencoder:
