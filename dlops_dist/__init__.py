@@ -6,9 +6,11 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "CenterLoss": "losses", "CrossEntropyLoss": "losses", "Embedder": "distributed.exact",
-    "Recipe": "engine.recipe", "Run": "config", "Section": "config.section", "Terms": "losses",
-    "TripletLoss": "losses", "Whole": "losses", "exact": "distributed.exact", "load": "engine.result",
+    "Augment": "config", "CenterLoss": "losses", "CrossEntropyLoss": "losses", "Data": "config.training",
+    "Embedder": "distributed.exact", "Keyed": "data.transforms", "Optimizer": "config", "Recipe": "engine.recipe",
+    "Run": "config", "Section": "config.section", "Terms": "losses", "TripletLoss": "losses", "Whole": "losses",
+    "exact": "distributed.exact", "load": "engine.result", "map_at_r": "metrics", "recall_at": "metrics",
+    "top_k": "metrics",
 }  # fmt: skip
 """What recipes are written with, and `load`: where each is."""
 

@@ -87,7 +87,7 @@ def figures_of_sums(
     return {
         "loss": learner.loss.total(losses),
         **losses,
-        **{name: mean if has_pairs or _sees_own(metrics[name]) else None for name, mean in means.items()},
+        **{name: mean if has_pairs or sees_own(metrics[name]) else None for name, mean in means.items()},
     }
 
 
@@ -107,19 +107,19 @@ def device_sums(
         if with_losses:
             rows[place, : 2 * num_losses] = _flat_terms(learner, outputs, targets, batch)
         if isinstance(learner, Learner) and metrics:
-            judged = _judged(learner, outputs, batch.labels)
+            judged = judged_alone(learner, outputs, batch.labels)
             confusion += confusion_counts(judged.logits, judged.labels)
             for i, (name, metric) in enumerate(metrics.items(), 2 * num_losses):
-                if _sees_own(metric):
+                if sees_own(metric):
                     rows[place, i] = _summed(name, metric, judged)
             own.append(judged.embeddings)
-    if isinstance(learner, Learner) and not all(map(_sees_own, metrics.values())):
+    if isinstance(learner, Learner) and not all(map(sees_own, metrics.values())):
         everyone = gather(torch.cat(own) if own else _no_embeddings(learner), _sizes(parts))
         _add_retrieval(learner, rows, metrics, everyone, reader.labels[ids], parts, mine)
     return DeviceSums(all_sum(rows), all_sum(confusion))  # the other ranks' rows are zero: exact
 
 
-def _sees_own(metric: Metric) -> bool:
+def sees_own(metric: Metric) -> bool:
     return getattr(metric, "sees", "own") == "own"
 
 
@@ -135,7 +135,7 @@ def _flat_terms(learner: Step, outputs: Outputs, targets: Tensor, batch: Batch) 
     ])  # fmt: skip
 
 
-def _judged(learner: Learner, outputs: Outputs, labels: Tensor) -> Judged:
+def judged_alone(learner: Learner, outputs: Outputs, labels: Tensor) -> Judged:
     """A block as a metric sees it that knows of no other."""
     embeddings, centers = outputs["embeddings"], learner.class_means
     if learner.directions:
@@ -157,7 +157,7 @@ def _add_retrieval(
         x, place = everyone[start:end], slice(start, end)
         judged = Judged(x, labels[place], x[:, :0], learner.class_means, everyone, labels, place, largest)
         for i, (name, metric) in enumerate(metrics.items(), 2 * len(learner.loss.weights)):
-            if not _sees_own(metric):
+            if not sees_own(metric):
                 rows[row, i] = _summed(name, metric, judged)
 
 

@@ -85,7 +85,7 @@ class Learner(Step):
             self._judged = compiled(Network(normalize, self.ema.model, loss.detach_head), settings, device)
         self.compiled = compiles(settings, device)
         """Whether each shape of a batch costs a compilation."""
-        self._augmenter = Augmenter(
+        self.augment = Augmenter(
             settings.augment, settings.seed, inputs.mean, device, self.compiled, recipe.augment
         )  # fmt: skip
         self._mix = Mixer(settings.augment, inputs.num_classes, device) if settings.augment.mixes else None
@@ -100,12 +100,12 @@ class Learner(Step):
         return super().step(micro_batches, epoch, step, figures)
 
     def seen(self, batch: Batch, epoch: int) -> Seen:
-        images, labels = self._augmenter(batch.images, batch.ids, epoch), batch.labels[batch.part]
+        images, labels = self.augment(batch.images, batch.ids, epoch), batch.labels[batch.part]
         ids = batch.ids[: len(labels)]
         targets = labels
         if self._mix is not None:
             following = batch.labels.roll(-1)[batch.part]
-            images, targets = self._mix(images, ids, labels, following, self._augmenter.keys(epoch))
+            images, targets = self._mix(images, ids, labels, following, self.augment.keys(epoch))
         number = getattr(self.model, "num_draws", 0)
         draws = [uniform(key(self.settings.seed, epoch, "dropout"), ids, number)] if number else []
         return Seen((images, *draws), targets)

@@ -1,6 +1,7 @@
 """Whether a step of anybody's recipe depends on the number of ranks, and what in it makes it depend."""
 
 import copy
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from dlops_dist.data.order import Ids, rank_part
 from dlops_dist.data.shards import read_manifest
 from dlops_dist.distributed.collectives import rank, world_size
 from dlops_dist.distributed.exact import whatever_is_inexact
-from dlops_dist.engine.evaluation import evaluate
+from dlops_dist.engine.evaluation import evaluate, judged_alone, sees_own
 from dlops_dist.engine.learner import Learner
-from dlops_dist.engine.recipe import hints
+from dlops_dist.engine.losses import hints
 from dlops_dist.engine.samples import Samples
 from dlops_dist.losses.terms import Terms
 
@@ -85,11 +86,13 @@ def causes(name: str, source: bytes, values: dict[str, Any], batch_size: int) ->
     settings = recipe_from_source(name, source).settings_type(**values)
     samples = _samples(settings)
     learner, batch = _learner(settings, samples), _batch(settings, samples, batch_size, 0)
-    images = learner.network.normalize(batch.images)
+    images = learner.network.normalize(batch.images[: len(batch.labels)])
     found = [f"model: {text}" for text in whatever_is_inexact(learner.model, images)]
     with torch.no_grad():
         embeddings = learner.model.eval().embed(images)
         outputs = {"embeddings": embeddings, "logits": learner.model.fc(embeddings)}
+    found += [f"augment {text}" for text in _of_augmentation(learner, batch)]
+    found += [f"metrics[{name!r}] {text}" for name, text in _of_metrics(learner, outputs, batch.labels)]
     third = len(batch.labels) // 3
     for loss_name, loss in learner.loss.items():
         parts = [slice(0, third), slice(third, len(batch.labels))]
@@ -100,6 +103,35 @@ def causes(name: str, source: bytes, values: dict[str, Any], batch_size: int) ->
                 f"batch {whole:.6g}: terms must give a sum and a count, and not divide by the batch they are given"
             )
     return found
+
+
+def _of_augmentation(learner: Learner, batch: Batch) -> Iterator[str]:
+    """What a sample's changes depend on besides its key."""
+    images, half = batch.images[: len(batch.labels)], slice(0, len(batch.labels) // 2)
+    changed = []
+    for seed, part in ((0, slice(None)), (1, slice(None)), (0, half)):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        changed.append(learner.augment(images[part], batch.ids[: len(images)][part], 0))
+    if not torch.equal(changed[0], changed[1]):
+        yield "changes with a random state of its own: draw from the numbers that Keyed(function, num_draws) is given"
+    elif not torch.equal(changed[0][half], changed[2]):
+        yield "depends on which other samples are in the batch: change each image by its own numbers alone"
+
+
+@torch.no_grad()
+def _of_metrics(learner: Learner, outputs: dict[str, Tensor], labels: Tensor) -> Iterator[tuple[str, str]]:
+    """Metrics that give a sample another number where the samples come in another order."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    for name, metric in learner.metrics.items():
+        values = []
+        for places in (torch.arange(len(labels)), order):
+            block = judged_alone(learner, {k: x[places] for k, x in outputs.items()}, labels[places])
+            none = block.logits[:, :0]
+            values.append(metric(block if sees_own(metric) else block._replace(logits=none)).double())
+        if not torch.allclose(values[0][order], values[1], rtol=SUMS, atol=SUMS, equal_nan=True):
+            yield name, "depends on the order of the samples: give each one a number of its own"
 
 
 @torch.no_grad()
@@ -136,7 +168,7 @@ def _batch(settings: Run, samples: Samples, size: int, step: int) -> Batch:
         chosen.append(own)
     ids = np.concatenate(chosen)[:size]
     part = rank_part(len(ids), rank(), world_size())
-    (batch,) = read_ahead(samples.train, [(ids, part)], CPU, 1, 1)
+    (batch,) = read_ahead(samples.train, [(ids, part)], CPU, 1, 1, settings.augment.mixes)
     return batch
 
 

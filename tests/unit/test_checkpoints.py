@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from dlops_dist.engine.checkpoints import Checkpoints
-from dlops_dist.engine.rows import best_row, result_row
+from dlops_dist.engine.rows import best_row, is_out_of_patience, result_row
 from dlops_dist.errors import RunError
 from dlops_dist.files import Folder
+from dlops_dist.recipes.q1 import Settings as Q1
 
 CPU = torch.device("cpu")
 
@@ -159,3 +160,25 @@ def test_the_best_row_is_the_earliest_with_the_highest_held_out_accuracy_of_the_
     assert best_row(stages[:1]) is None
     assert best_row([]) is None
     assert result_row([row(1), row(2)]) == row(2)
+
+
+def test_the_best_row_is_that_of_the_figure_that_is_asked_for_of_a_loss_the_lowest():
+    rows = [row(1, 0.5) | {"val/loss": 2.0, "val/mine": None}, row(2, 0.7) | {"val/loss": 2.5, "val/mine": 3.0}]
+    assert best_row(rows, "val/loss") == rows[0]
+    assert best_row(rows, "val/mine") == result_row(rows, "val/mine") == rows[1]
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "is_over"),
+    [
+        ([0.5], False),
+        ([0.5, 0.4], False),
+        ([0.5, 0.4, 0.5], True),
+        ([0.5, 0.6, 0.5], False),
+        ([0.1, 0.5, 0.4, 0.3], True),
+    ],
+)
+def test_patience_ends_with_epochs_that_are_no_better(accuracies, is_over):
+    rows = [row(epoch, top1) for epoch, top1 in enumerate(accuracies, 1)]
+    assert is_out_of_patience(rows, Q1(patience=2)) == is_over
+    assert not is_out_of_patience(rows, Q1())

@@ -14,8 +14,8 @@ from dlops_dist.data.pack import pack
 from dlops_dist.data.shapes import write_tiny_imagenet
 from dlops_dist.data.shards import Split, read_manifest
 from dlops_dist.data.sources import TinyImageNet
-from dlops_dist.engine.stages import balance_notice
-from dlops_dist.errors import UserError
+from dlops_dist.engine.samples import balance_notice
+from dlops_dist.errors import RunError, UserError
 
 CPU = torch.device("cpu")
 
@@ -218,3 +218,49 @@ def test_closing_early_ends_the_threads():
     read.close()
     assert reader_threads() == []
     assert len(images.started) < 120  # what was not begun is never read
+
+
+def by_twos(seed, epoch, labels):
+    """Neighbours by label, turned by the epoch."""
+    return np.roll(np.argsort(labels, kind="stable"), epoch).reshape(-1, 2)
+
+
+def order_of(batches, ids=np.arange(10, 20), size=2):
+    return TrainingOrder(ids, np.arange(30) % 3, 0, size, None, True, batches=batches)
+
+
+def test_a_recipes_own_batches_are_places_among_the_samples():
+    order, labels = order_of(by_twos), np.arange(10, 20) % 3
+    assert order.steps_per_epoch == 5
+    for epoch in (0, 3):
+        expected = [[10 + int(i) for i in pair] for pair in by_twos(0, epoch, labels)]
+        assert [batch.tolist() for batch in order.epoch(epoch)] == expected
+
+
+@pytest.mark.parametrize(
+    ("batches", "words"),
+    [
+        (lambda seed, epoch, labels: [[0, 10]], "places must be from 0 to 9, not 10"),
+        (lambda seed, epoch, labels: [[0, 1, 2]], "global_batch_size 2 samples, not 3"),
+        (lambda seed, epoch, labels: [[0.5, 1.0]], "whole numbers"),
+        (lambda seed, epoch, labels: [[[0, 1]]], "one-dimensional"),
+    ],
+)
+def test_batches_that_are_none_are_refused(batches, words):
+    with pytest.raises(RunError, match=words):
+        order_of(batches)
+
+
+def test_epochs_of_other_lengths_are_refused():
+    with pytest.raises(RunError, match="epoch 1 has 2 batches, the first has 1"):
+        order_of(lambda seed, epoch, labels: [[0, 1]] * (epoch + 1)).epoch(1)
+
+
+@pytest.mark.parametrize("part", [slice(0, 4), slice(4, 4), slice(4, 7)])
+def test_the_image_after_a_ranks_part_is_read_too(part):
+    reader, ids = Images(10), np.array([5, 3, 9, 0, 7, 1, 2])
+    (batch,) = read_ahead(reader, [(ids, part)], CPU, 1, 1, and_next=True)
+    expected = [int(ids[i % 7]) for i in range(part.start, part.stop + 1)]
+    assert batch.ids.tolist() == expected
+    assert batch.images[:, 0, 0, 0].tolist() == expected
+    assert batch.labels.tolist() == (ids % 7).tolist()
