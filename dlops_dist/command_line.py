@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, NamedTuple, Union, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, cast, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -21,6 +21,7 @@ CONFIG_FOLDERS = [Path(__file__).parent / "configs", Path(__file__).parent.paren
 LINE, SMOKE = "command line", "--smoke"
 SEVERAL = ("workers", "min_workers")
 """Settings of several processes."""
+SEVERAL_WORDS = (tuple, list, set, frozenset)
 FLAGS = "A setting that is true or false, x.y say, is set by --x.y, --x.no-y or --x.y False."
 
 
@@ -86,7 +87,7 @@ def _read(
     for name in SEVERAL:
         number = getattr(settings, name) or 1
         if settings.local and number > 1:
-            way_out = "leave out --local" if origins["local"] == LINE else "pass --no-local"
+            way_out = "leave out --local" if origins.get("local") == LINE else "pass --no-local"
             raise UserError(f"{name}: {number} processes need Ray; {way_out}")
     return CommandLine(settings, origins, dry_run)
 
@@ -95,7 +96,7 @@ def _parser(kind: type[Run], prog: str) -> OneLineParser:
     """Of options for all settings; it leaves out what is not given."""
     wide = {} if sys.stdout.isatty() else {"width": 10_000, "max_help_position": 1_000}  # a line for each option
     parser = OneLineParser(
-        prog, f"{prog} [--SETTING VALUE ...]", f"{kind.__doc__} {FLAGS}", argument_default=argparse.SUPPRESS,
+        prog, f"{prog} [--SETTING VALUE ...]", f"{kind.__doc__ or ''} {FLAGS}", argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, **cast(Any, wide)), conflict_handler="resolve",
         add_help=False, allow_abbrev=False,
     )  # fmt: skip
@@ -122,7 +123,7 @@ def _add_option(group: Any, place: tuple[str, ...], field: FieldInfo) -> None:
         option |= {"nargs": "?", "const": True, "type": _truth}
         inverse = _dashed(f"--{dotted((*place[:-1], f'no-{place[-1]}'))}")
         group.add_argument(inverse, dest=dotted(place), action="store_false", help=argparse.SUPPRESS)
-    elif any(get_origin(kind) in (tuple, list, set, frozenset) for kind in kinds):
+    elif any(get_origin(kind) in SEVERAL_WORDS for kind in kinds):
         option["nargs"] = "*"
     elif NoneType in kinds:
         option["type"] = lambda word: None if word == "None" else word
@@ -132,7 +133,9 @@ def _add_option(group: Any, place: tuple[str, ...], field: FieldInfo) -> None:
 def _shown(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "|".join(map(str, get_args(kind)))
-    return "None" if kind is NoneType else str(getattr(get_origin(kind) or kind, "__name__", kind)).upper()
+    if get_origin(kind) in (Annotated, *SEVERAL_WORDS):
+        return _shown(get_args(kind)[0])
+    return "None" if kind is NoneType else str(getattr(kind, "__name__", kind)).upper()
 
 
 def _truth(word: str) -> bool | None:
@@ -187,7 +190,9 @@ def _is_from(origin: str, place: Sequence[Any], origins: dict[str, str]) -> bool
 def _nested(given: dict[str, Any]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, value in given.items():
-        values = _merged(values, reduce(lambda inner, part: {part: inner}, reversed(name.split(".")), value))
+        for part in reversed(name.split(".")):
+            value = {part: value}
+        values = _merged(values, value)
     return values
 
 
