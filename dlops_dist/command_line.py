@@ -190,9 +190,11 @@ def _is_from(origin: str, place: Sequence[Any], origins: dict[str, str]) -> bool
 def _nested(given: dict[str, Any]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, value in given.items():
-        for part in reversed(name.split(".")):
-            value = {part: value}
-        values = _merged(values, value)
+        *groups, last = name.split(".")
+        inner = values
+        for group in groups:
+            inner = inner.setdefault(group, {})
+        inner[last] = value
     return values
 
 

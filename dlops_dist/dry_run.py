@@ -34,7 +34,7 @@ class Size(NamedTuple):
 
 
 def describe(task: str, settings: Run, origins: dict[str, str]) -> Iterator[str]:
-    """Lines that tell it. Refuses what a run would refuse."""
+    """Lines that tell it. Refuses settings and data as a run would."""
     with tempfile.TemporaryDirectory(dir=temporary_folder()) as scratch:
         if settings.smoke:  # the images are made, looked at and forgotten
             generated = with_smoke_shards(task, settings.model_copy(update={"runs_dir": scratch}))
@@ -81,7 +81,7 @@ def size_of(learner: Any, num_classes: int) -> Size:
 
 def exchange_of(size: Size, settings: Run) -> str:
     """Bytes that a step adds up over all workers: a gradient, or what moves a centre, for each value that is trained;
-    and of each sample what losses gather, with its gradient.
+    and of each sample what losses gather, with its gradient. Sums of norms are not among them.
     """
     if settings.local or settings.workers == 1:
         return "0 bytes: there is one worker"

@@ -80,7 +80,8 @@ def test_a_run_is_named_after_its_recipe_and_what_is_in_it(small, shapes_shards,
 def test_help_lists_the_settings_of_a_recipe_that_describes_nothing(small):
     code, output = call("train", small, "--help")
     assert (code, "None A setting" in output) == (0, False)
-    assert [line.split() for line in output.splitlines() if "--width" in line] == [["--width", "INT", "(default:", "8)"]]
+    (line,) = [line for line in output.splitlines() if "--width" in line]
+    assert line.split() == ["--width", "INT", "(default:", "8)"]
 
 
 def test_a_dry_run_tells_the_parameters_of_a_recipe_and_leaves_nothing(small, shapes_shards, tmp_path):
