@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError
 
-from dlops_dist.config.section import Section, SettingError
+from dlops_dist.config.section import Section, mistake_in
 from dlops_dist.config.training import Augment, Data, Optimizer
 from dlops_dist.errors import UserError
 
@@ -84,7 +84,7 @@ class Run(Section):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise SettingError(type(self), error) from None
+            raise mistake_in(type(self), error) from None
 
     @property
     def variant(self) -> str:

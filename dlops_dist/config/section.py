@@ -21,17 +21,22 @@ class Section(BaseModel):
 class SettingError(UserError):
     """The first mistake among some settings: which one, its value, what is allowed."""
 
-    def __init__(self, kind: type[BaseModel], error: ValidationError) -> None:
-        problem = error.errors()[0]
-        self.place = problem["loc"]
-        """Names of the groups that it is in, and its own; only the group's where several of it do not fit together."""
-        name, message = dotted(self.place), problem["msg"].removeprefix("Input ").removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
-            super().__init__(unknown_setting(name, setting_names(kind)))
-        elif problem["type"] == "value_error" and isinstance(problem["input"], dict):  # of a group; begins with a name
-            super().__init__(dotted((*self.place, message)))
-        else:
-            super().__init__(f"{name}: {problem['input']!r} {message}")
+    place: tuple[int | str, ...] = ()
+    """Names of the groups that it is in, and its own; only the group's where several settings do not fit together."""
+
+
+def mistake_in(kind: type[BaseModel], error: ValidationError) -> SettingError:
+    problem = error.errors()[0]
+    place, given = problem["loc"], problem["input"]
+    message = problem["msg"].removeprefix("Input ").removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        mistake = SettingError(unknown_setting(dotted(place), setting_names(kind)))
+    elif problem["type"] == "value_error" and isinstance(given, dict):  # of a group: it begins with a setting's name
+        mistake = SettingError(dotted((*place, message)))
+    else:
+        mistake = SettingError(f"{dotted(place)}: {given!r} {message}")
+    mistake.place = place
+    return mistake
 
 
 def dotted(place: Collection[Any]) -> str:

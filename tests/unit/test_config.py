@@ -1,6 +1,7 @@
 """Settings from YAML, --smoke and the command line; their errors in one line; names of runs; exit codes."""
 
 import importlib
+import pickle
 import re
 import sys
 
@@ -398,6 +399,13 @@ def test_a_mistake_on_the_command_line_names_no_file(text, arguments, message, r
     with pytest.raises(UserError) as caught:
         read(text, *arguments.split())
     assert str(caught.value).startswith(message)
+
+
+def test_a_mistake_is_told_by_one_process_to_another():
+    with pytest.raises(UserError) as caught:
+        Q1(optimizer={"lr": 0})
+    told = pickle.loads(pickle.dumps(caught.value))
+    assert (str(told), told.place) == ("optimizer.lr: 0 should be greater than 0", ("optimizer", "lr"))
 
 
 def test_a_mistake_in_a_file_that_the_command_line_mends_is_none(read):
