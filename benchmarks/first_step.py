@@ -21,7 +21,7 @@ from dlops_dist.data.shapes import write_tiny_imagenet
 from dlops_dist.data.sources import TinyImageNet
 
 BARE = """
-import sys, fsspec, numpy, PIL.Image, pyarrow.parquet, pydantic, rich.console, rich.live, simplejpeg, tyro, yaml
+import sys, fsspec, numpy, PIL.Image, pyarrow.parquet, pydantic, rich.console, rich.live, simplejpeg, yaml
 import torch, torchvision
 model = torchvision.models.resnet18(num_classes=10).to(memory_format=torch.channels_last)
 optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)

@@ -1,27 +1,51 @@
-"""A command line into settings: a YAML file, then dotted overrides."""
+"""A command line into settings: those of a YAML file, then of --smoke, then dotted options; pydantic reads them all."""
 
-import contextlib
-import io
-import os
+import argparse
 import re
+import sys
 from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
-from typing import Any, cast
-from unittest import mock
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, cast, get_args, get_origin
 
-import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
-from dlops_dist.config import DEFAULT, RecipeFile, Run, Sweep, load_recipe, stem_of, sweep_type
-from dlops_dist.config.section import setting_names, unknown_setting
+from dlops_dist.config import DEFAULT, RecipeFile, Run, Sweep, flat, load_recipe, stem_of, sweep_type
+from dlops_dist.config.section import SettingError, dotted, is_section, setting_names, unknown_setting
+from dlops_dist.config.yaml_file import content_of, line_of, parse_yaml
 from dlops_dist.errors import OneLineParser, UserError
 
 CONFIG_FOLDERS = [Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs"]  # wheel, checkout
+LINE, SMOKE = "command line", "--smoke"
+SEVERAL = ("workers", "min_workers")
+"""Settings of several processes."""
+SEVERAL_WORDS = (tuple, list, set, frozenset)
+FLAGS = "A setting that is true or false, x.y say, is set by --x.y, --x.no-y or --x.y False."
+
+
+class CommandLine(NamedTuple):
+    """What a command line asks for."""
+
+    settings: Run
+    origins: dict[str, str]
+    """Of settings that are not the default: a file, --smoke, or the command line."""
+    dry_run: bool
 
 
 def read_settings(name: str, arguments: Sequence[str]) -> Run:
     """Settings for a recipe: its YAML file (or --config), then --smoke, then the other command-line overrides."""
+    return read_command_line(name, arguments, dry_run=False).settings
+
+
+def read_command_line(name: str, arguments: Sequence[str], *, dry_run: bool = True) -> CommandLine:
+    """The same, and what else it says; --dry-run only where that is offered."""
     recipe = load_recipe(name)
-    return cast(Run, _read(recipe.settings_type, recipe, arguments, [f"{name}.yaml"], recipe.smoke, "train"))
+    parser = _parser(recipe.settings_type, f"python -m dlops_dist.train {recipe.name}")
+    if dry_run:
+        parser.add_argument("--dry-run", action="store_true", help="print what would be run, and start nothing")
+    return _read(recipe.settings_type, recipe, parser, arguments, [f"{name}.yaml"], recipe.smoke)
 
 
 def read_sweep(name: str, arguments: Sequence[str]) -> Sweep:
@@ -30,62 +54,109 @@ def read_sweep(name: str, arguments: Sequence[str]) -> Sweep:
     held_out = {**recipe.smoke["data"], "val_fraction": 0.25}
     smoke = {**recipe.smoke, "local": False, "workers": 1, "num_samples": 2, "data": held_out}
     files = [f"tune-{name}.yaml", *(["tune.yaml"] if name == DEFAULT else [])]
-    return cast(Sweep, _read(sweep_type(recipe.settings_type), recipe, arguments, files, smoke, "tune"))
+    kind = sweep_type(recipe.settings_type)
+    parser = _parser(kind, f"python -m dlops_dist.tune {recipe.name}")
+    return cast(Sweep, _read(kind, recipe, parser, arguments, files, smoke).settings)
 
 
 def _read(
-    kind: type[Run], recipe: RecipeFile, arguments: Sequence[str], packaged: Sequence[str], smoke: dict[str, Any],
-    command: str,
-) -> Any:  # fmt: skip
-    first = OneLineParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    first.add_argument("--smoke", action="store_true")
-    known, _ = first.parse_known_args(arguments)
-    file = Path(known.config) if known.config else _packaged_config(packaged)
-    values = read_yaml(file) if file else {}
+    kind: type[Run], recipe: RecipeFile, parser: OneLineParser, arguments: Sequence[str], packaged: Sequence[str],
+    smoke: dict[str, Any],
+) -> CommandLine:  # fmt: skip
+    given = _given(parser, kind, arguments)
+    dry_run, help_wanted = given.pop("dry_run", False), given.pop("help", False)
+    if help_wanted:
+        given = {name: value for name, value in given.items() if name in ("config", "smoke")}
+    file = Path(given["config"]) if given.get("config") else _packaged_config(packaged)
+    content = content_of(file) if file else b""
+    values = parse_yaml(str(file), content)
     if stem_of(written_for := str(values.pop("task", recipe.name))) != stem_of(recipe.name):
-        raise UserError(f"--config {known.config} is for the recipe {written_for}, not {recipe.name}")
-    if known.smoke or values.get("smoke"):
-        values = _merged(values, smoke)
-    return _override(kind(**values), arguments, f"python -m dlops_dist.{command} {recipe.name}")
-
-
-def _override(defaults: Any, arguments: Sequence[str], prog: str) -> Any:
-    import tyro
-
-    box = io.StringIO()
-    help_wanted = {"-h", "--help"} & set(arguments)
-    wide = {} if help_wanted else {"COLUMNS": "10000"}  # an error must not be broken into lines
+        raise UserError(f"--config {file} is for the recipe {written_for}, not {recipe.name}")
+    smoke = smoke if given.get("smoke", values.get("smoke")) else {}
+    merged, origins = _overlaid({str(file): values, SMOKE: smoke, LINE: _nested(given)})
     try:
-        with contextlib.redirect_stderr(box), mock.patch.dict(os.environ, wide):
-            settings, unknown = tyro.cli(
-                type(defaults), default=defaults, args=list(arguments), prog=prog, return_unknown_args=True
-            )
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        raise UserError(_first_sentence(box.getvalue())) from None
+        settings = kind(**merged)
+    except SettingError as error:
+        where = f"{file}:{line_of(content, error.place)}: " if _is_from(str(file), error.place, origins) else ""
+        raise UserError(f"{where}{error}") from None
+    if help_wanted:
+        names = setting_names(kind)
+        parser.set_defaults(**{name: reduce(getattr, name.split("."), cast(Any, settings)) for name in names})
+        parser.print_help()
+        parser.exit()
+    for name in SEVERAL:
+        number = getattr(settings, name) or 1
+        if settings.local and number > 1:
+            way_out = "leave out --local" if origins.get("local") == LINE else "pass --no-local"
+            raise UserError(f"{name}: {number} processes need Ray; {way_out}")
+    return CommandLine(settings, origins, dry_run)
+
+
+def _parser(kind: type[Run], prog: str) -> OneLineParser:
+    """Of options for all settings; it leaves out what is not given."""
+    wide = {} if sys.stdout.isatty() else {"width": 10_000, "max_help_position": 1_000}  # a line for each option
+    parser = OneLineParser(
+        prog, f"{prog} [--SETTING VALUE ...]", f"{kind.__doc__ or ''} {FLAGS}", argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, **cast(Any, wide)), conflict_handler="resolve",
+        add_help=False, allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("-h", "--help", action="store_true", help="show this, with the settings of --config")
+    _add_group(parser, kind, ())
+    return parser
+
+
+def _add_group(parser: OneLineParser, kind: type[BaseModel], place: tuple[str, ...]) -> None:
+    group = parser.add_argument_group(dotted(place) or "settings", kind.__doc__ if place else None)
+    for name, field in kind.model_fields.items():
+        if is_section(field.annotation):
+            _add_group(parser, field.annotation, (*place, name))
+        else:
+            _add_option(group, (*place, name), field)
+
+
+def _add_option(group: Any, place: tuple[str, ...], field: FieldInfo) -> None:
+    """An option whose words are left to pydantic, but for None and, of flags, what is not True or False."""
+    kinds = get_args(field.annotation) if get_origin(field.annotation) in (Union, UnionType) else [field.annotation]
+    option: dict[str, Any] = {"dest": dotted(place), "metavar": "|".join(map(_shown, kinds))}
+    option["help"] = f"{(field.description or '').replace('%', '%%')} (default: %(default)s)"
+    if bool in kinds:
+        option |= {"nargs": "?", "const": True, "type": _truth}
+        inverse = _dashed(f"--{dotted((*place[:-1], f'no-{place[-1]}'))}")
+        group.add_argument(inverse, dest=dotted(place), action="store_false", help=argparse.SUPPRESS)
+    elif any(get_origin(kind) in SEVERAL_WORDS for kind in kinds):
+        option["nargs"] = "*"
+    elif NoneType in kinds:
+        option["type"] = lambda word: None if word == "None" else word
+    group.add_argument(_dashed(f"--{dotted(place)}"), **option)
+
+
+def _shown(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "|".join(map(str, get_args(kind)))
+    if get_origin(kind) in (Annotated, *SEVERAL_WORDS):
+        return _shown(get_args(kind)[0])
+    return "None" if kind is NoneType else str(getattr(kind, "__name__", kind)).upper()
+
+
+def _truth(word: str) -> bool | None:
+    words = {"true": True, "false": False, "none": None}
+    if word.lower() not in words:
+        raise argparse.ArgumentTypeError(f"{word!r} must be True or False")
+    return words[word.lower()]
+
+
+def _dashed(word: str) -> str:
+    """An option may be written with underscores, too."""
+    return re.sub("^--[^=]*", lambda name: name[0].replace("_", "-"), word)
+
+
+def _given(parser: OneLineParser, kind: type[Run], arguments: Sequence[str]) -> dict[str, Any]:
+    """{dotted name: words} of the options that are there."""
+    known, unknown = parser.parse_known_args([_dashed(word) for word in arguments])
     if unknown:
-        raise UserError(unknown_setting(unknown[0], [f"--{name}" for name in setting_names(type(defaults))]))
-    return settings
-
-
-def _first_sentence(box: str) -> str:
-    """The message of tyro's error box, without its frame (of blanks where stdout is not UTF-8) and its help."""
-    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith(("│", "  "))]
-    end = next((i for i, line in enumerate(lines) if line.startswith(("──", "--"))), len(lines))
-    return " ".join(lines[:end])
-
-
-class _Yaml12Loader(yaml.SafeLoader):
-    """Only true and false are booleans: `wandb: off` is a word."""
-
-
-_Yaml12Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Yaml12Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("true|false"), list("tf"))
+        name = next(word for word in arguments if _dashed(word) == unknown[0]).split("=", maxsplit=1)[0]
+        raise UserError(unknown_setting(name, [_dashed(f"--{known}") for known in setting_names(kind)]))
+    return vars(known)
 
 
 def _packaged_config(names: Sequence[str]) -> Path | None:
@@ -93,33 +164,37 @@ def _packaged_config(names: Sequence[str]) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The settings in a file, as they stand there."""
-    try:
-        return parse_yaml(str(path), path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+def _overlaid(layers: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], dict[str, str]]:
+    """All layers in one, the later ones on top, and which of them each setting is from.
+
+    Where one says that a run is local, it takes back what those below say of several processes.
+    """
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for origin, layer in layers.items():
+        if layer.get("local"):
+            values = {name: value for name, value in values.items() if name not in SEVERAL}
+            origins = {name: of for name, of in origins.items() if name not in SEVERAL}
+        values = _merged(values, layer)
+        origins |= dict.fromkeys(flat(layer), origin)
+    return values, origins
 
 
-def parse_yaml(name: str, content: bytes) -> dict[str, Any]:
-    """The settings in the content of a file of that name."""
-    try:
-        values = yaml.load(content, _Yaml12Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise UserError(f"{name} must hold settings as 'name: value', not a {type(values).__name__}")
-    return _with_text_names(name, values)
+def _is_from(origin: str, place: Sequence[Any], origins: dict[str, str]) -> bool:
+    """Whether what stands at a place, and all in it, is from one origin alone."""
+    inside = f"{dotted(place)}."
+    found = {of for name, of in origins.items() if inside.startswith(f"{name}.") or name.startswith(inside)}
+    return found == {origin}
 
 
-def _with_text_names(file: str, values: dict[Any, Any]) -> dict[str, Any]:
-    for name, value in values.items():
-        if not isinstance(name, str):
-            raise UserError(f"{file}: {name!r} is not the name of a setting; quote it if it is meant as text")
-        if isinstance(value, dict):
-            _with_text_names(file, value)
+def _nested(given: dict[str, Any]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        *groups, last = name.split(".")
+        inner = values
+        for group in groups:
+            inner = inner.setdefault(group, {})
+        inner[last] = value
     return values
 
 

@@ -4,7 +4,9 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
+
+from dlops_dist import __version__
 
 
 class UserError(Exception):
@@ -16,10 +18,25 @@ class RunError(Exception):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are those of every command: one line."""
+    """An argument parser as all commands have it: errors in one line, --version, help in colour on a terminal."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.add_argument("--version", action="version", version=f"dlops_dist {__version__}", help="print it and exit")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help lists what there is")
+
+    def print_help(self, file: Any = None) -> None:
+        if not sys.stdout.isatty():
+            super().print_help(file)
+            return
+        from rich.console import Console
+        from rich.text import Text
+
+        text = Text.from_ansi(self.format_help())
+        text.highlight_regex(r"--[a-zA-Z](?:[\w.-]*\w)?", "cyan")
+        Console(file=file, highlight=False).print(text, soft_wrap=True)
 
 
 def first_line(error: BaseException) -> str:

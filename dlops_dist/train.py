@@ -3,12 +3,14 @@
     python -m dlops_dist.train q1 --loss center            on a Ray cluster, or on this machine's cores
     python -m dlops_dist.train q1 --loss triplet --local   in one process
     python -m dlops_dist.train q1 --smoke                  a trial of a few seconds on generated images
+    python -m dlops_dist.train q1 --dry-run                what would be run: settings, data, steps, memory
     python -m dlops_dist.train q2 --finetune               the stacked autoencoder, its classifier fine-tuned end to end
     python -m dlops_dist.train my.py --local               your own model and losses (docs/extending.md)
 
 The same command again goes on where it stopped. `RECIPE --help` lists every setting.
 """
 
+import argparse
 import os
 import signal
 import sys
@@ -18,28 +20,33 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dlops_dist.command_line import read_settings
+from dlops_dist.command_line import read_command_line
 from dlops_dist.config import SHIPPED, Run, load_recipe, stem_of
-from dlops_dist.errors import UserError, exit_code_of
+from dlops_dist.errors import OneLineParser, exit_code_of
 
 SMOKE_SIZES = {"train_per_class": 40, "test_per_class": 10}
 
 
 def main() -> None:
     task, *arguments = sys.argv[1:] or ["--help"]
-    if task in ("-h", "--help"):
-        print(f"{__doc__}\nRecipes of ours: {', '.join(SHIPPED)}")
+    if task.startswith("-"):
+        OneLineParser(
+            usage="python -m dlops_dist.train RECIPE [--SETTING VALUE ...]",
+            description=f"{__doc__}\nRecipes of ours: {', '.join(SHIPPED)}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        ).parse_args()
         return
-    settings = read_settings(task, arguments)
-    if settings.local and settings.workers not in (None, 1):
-        if any(argument.startswith("--workers") for argument in arguments):
-            raise UserError(f"workers: {settings.workers} processes need Ray; leave out --local")
-        settings = settings.model_copy(update={"workers": None})  # those of a file
+    settings, origins, dry_run = read_command_line(task, arguments)
 
     from dlops_dist.console import Console
     from dlops_dist.trackers import check_trackers
 
     check_trackers(settings)
+    if dry_run:
+        from dlops_dist.dry_run import describe
+
+        print(*describe(task, settings, origins), sep="\n")
+        return
     if settings.smoke:
         settings = with_smoke_shards(task, settings)
     with Console() as console:

@@ -19,7 +19,7 @@ SHIPPED = tuple(sorted(path.stem for path in (Path(__file__).parents[1] / "recip
 """Names of the recipes that come with the package."""
 DEFAULT = SHIPPED[0]
 SMOKE: dict[str, Any] = {
-    "smoke": True, "local": True, "workers": None, "epochs": 2, "global_batch_size": 40, "data": {"reader": "decode"},
+    "smoke": True, "local": True, "epochs": 2, "global_batch_size": 40, "data": {"reader": "decode"},
 }  # fmt: skip
 """What --smoke changes, besides what a recipe adds to it in its own SMOKE."""
 

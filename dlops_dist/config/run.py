@@ -6,9 +6,9 @@ import os
 from collections.abc import Collection
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
-from dlops_dist.config.section import Section
+from dlops_dist.config.section import Section, mistake_in
 from dlops_dist.config.training import Augment, Data, Optimizer
 from dlops_dist.errors import UserError
 
@@ -30,7 +30,6 @@ def wandb_of_environment() -> Literal["online", "offline", "off"]:
 class Run(Section):
     """What every run has: where, how long, on what, by which optimiser."""
 
-    place: ClassVar[str | None] = ""
     source: ClassVar[str | None] = None
     """Hash of the user's recipe that they are for: another one makes another run."""
     config: str | None = None
@@ -89,6 +88,12 @@ class Run(Section):
     data: Data = Data()
     augment: Augment = Augment()
     optimizer: Optimizer = Optimizer()
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise mistake_in(type(self), error) from None
 
     @property
     def variant(self) -> str:

@@ -1,55 +1,69 @@
 """A group of settings that is validated as it is read, and what a mistake in it looks like."""
 
-import difflib
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Collection
+from difflib import SequenceMatcher
+from typing import Any, TypeGuard
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dlops_dist.errors import UserError
+
+NEAR = 0.65
+"""How alike two names are, from 0 to 1, where one may be meant by the other."""
 
 
 class Section(BaseModel):
     """A group of settings. Unknown names are refused; values never change after they were read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
-    place: ClassVar[str | None] = None
-    """Its dotted name among all settings, '' for the whole of them; by default the class's name, lower case."""
-
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise UserError(_explain(type(self), error)) from None
 
 
-def unknown_setting(given: str, known: Sequence[str]) -> str:
-    name = given.split("=", maxsplit=1)[0]
-    last = name.lstrip("-").rpartition(".")[2]
-    close = [k for k in known if k.lstrip("-").rpartition(".")[2] == last.replace("_", "-")]
-    close = close or difflib.get_close_matches(name.replace("_", "-"), known, n=1, cutoff=0.6)
-    hint = f"; did you mean {close[0]}?" if close else "; --help lists them all"
-    return f"unknown setting {name}{hint}"
+class SettingError(UserError):
+    """The first mistake among some settings: which one, its value, what is allowed."""
+
+    place: tuple[int | str, ...] = ()
+    """Names of the groups that it is in, and its own; only the group's where several settings do not fit together."""
+
+
+def mistake_in(kind: type[BaseModel], error: ValidationError) -> SettingError:
+    problem = error.errors()[0]
+    place, given = problem["loc"], problem["input"]
+    message = problem["msg"].removeprefix("Input ").removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        mistake = SettingError(unknown_setting(dotted(place), setting_names(kind)))
+    elif problem["type"] == "value_error" and isinstance(given, dict):  # of a group: it begins with a setting's name
+        mistake = SettingError(dotted((*place, message)))
+    else:
+        mistake = SettingError(f"{dotted(place)}: {given!r} {message}")
+    mistake.place = place
+    return mistake
+
+
+def dotted(place: Collection[Any]) -> str:
+    return ".".join(map(str, place))
+
+
+def is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def setting_names(kind: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted names of all settings, those of its groups included."""
     names = []
     for name, field in kind.model_fields.items():
-        section = field.annotation if isinstance(field.annotation, type) else None
-        if section is not None and issubclass(section, BaseModel):
-            names += setting_names(section, f"{prefix}{name}.")
-        else:
-            names.append((prefix + name).replace("_", "-"))
+        section = field.annotation
+        names += setting_names(section, f"{prefix}{name}.") if is_section(section) else [prefix + name]
     return names
 
 
-def _explain(kind: type[Section], error: ValidationError) -> str:
-    """The first problem in one line: the field, the value, what is allowed."""
-    problem = error.errors()[0]
-    place = kind.__name__.lower() if kind.place is None else kind.place
-    section = place + "." if place else ""
-    field = section + ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        return unknown_setting(field, [section + name.replace("-", "_") for name in setting_names(kind)])
-    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    return f"{field.rstrip('.')}: {problem['input']!r} {message}" if problem["loc"] else f"{field}{message}"
+def unknown_setting(name: str, known: Collection[str]) -> str:
+    """What is wrong, and which known name is near, if one is: in its last part, and where it names a group in all."""
+
+    def nearness(other: str) -> float:
+        a, b = (text.strip("-").replace("_", "-") for text in (name, other))
+        last = SequenceMatcher(None, a.rpartition(".")[2], b.rpartition(".")[2]).ratio()
+        return (last + SequenceMatcher(None, a, b).ratio()) / 2 if "." in name else last
+
+    nearest = max(known, key=nearness)
+    hint = f"did you mean {nearest}?" if nearness(nearest) >= NEAR else "--help lists them all"
+    return f"unknown setting {name}; {hint}"

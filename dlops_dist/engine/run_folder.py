@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import yaml
 
-from dlops_dist.command_line import parse_yaml
 from dlops_dist.config import SHIPPED, Run, common_settings, is_loaded, load_recipe, result_settings
+from dlops_dist.config.yaml_file import parse_yaml
 from dlops_dist.data.locks import locked
 from dlops_dist.data.shards import Manifest, read_manifest
 from dlops_dist.engine.checkpoints import ANEW, Checkpoints

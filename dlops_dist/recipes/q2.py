@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -32,7 +32,6 @@ STUDY_DATA = ("stl10", 10)
 class StlData(Data):
     """Which samples, in which order."""
 
-    place: ClassVar[str | None] = "data"
     shards: str = "shards/stl10"
     """Folder of packed shards, as written by launch/shard.py."""
 
@@ -40,7 +39,6 @@ class StlData(Data):
 class Autoencoders(Section):
     """A stack of autoencoders, and the classifier on its code."""
 
-    place: ClassVar[str | None] = "model"
     layers: tuple[Annotated[int, Field(ge=1)], ...] = (1024, 1000, 500, 256, 128, 64)
     """Units of each encoder, from the pixels up."""
     code_layer: int = 128
@@ -65,7 +63,6 @@ class Autoencoders(Section):
 class PretrainOptimizer(Optimizer):
     """SGD of the autoencoders. The gradient is that of the squared error, as a part of the inputs' mean square."""
 
-    place: ClassVar[str | None] = "pretrain.optimizer"
     lr: float = Field(0.4, gt=0)
     """Peak learning rate."""
     weight_decay: float = Field(0.0, ge=0)

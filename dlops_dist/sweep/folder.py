@@ -7,7 +7,6 @@ from typing import Any
 
 import yaml
 
-from dlops_dist.command_line import read_yaml
 from dlops_dist.config import (
     SHIPPED,
     Point,
@@ -21,6 +20,7 @@ from dlops_dist.config import (
     trial_settings,
 )
 from dlops_dist.config.sweep import ACCURACY
+from dlops_dist.config.yaml_file import read_yaml
 from dlops_dist.data.facts import replace
 from dlops_dist.data.shards import read_manifest
 from dlops_dist.engine.resume import refuse_other_settings

@@ -1,6 +1,7 @@
 """One process, from the command line: train, stop, go on, evaluate; and every mistake that a user can make."""
 
 import json
+import re
 import shutil
 import signal
 
@@ -10,8 +11,10 @@ import yaml
 from command import TINY, call, rows, run, start, wait_until
 from states import same_checkpoint
 
+from dlops_dist.data.shards import read_manifest
 from dlops_dist.engine import fit
 from dlops_dist.errors import UserError
+from dlops_dist.models.resnet import resnet18
 from dlops_dist.recipes.q1 import Settings as Q1
 
 
@@ -120,7 +123,7 @@ MISTAKES = {
     "not shards": (["--data.shards", "."], ["manifest.json"]),
     "unknown setting": (["--optimizer.rl", "0.1"], ["--optimizer.rl", "--optimizer.lr"]),
     "out of range": (["--optimizer.momentum", "1.5"], ["optimizer.momentum", "1.5", "less than 1"]),
-    "not a number": (["--epochs", "many"], ["--epochs", "many"]),
+    "not a number": (["--epochs", "many"], ["epochs: 'many'", "integer"]),
     "not a choice": (["--loss", "cosine"], ["cosine", "triplet"]),
     "batch too large": (["--global-batch-size", "5000"], ["global_batch_size", "5000", "240"]),
     "no P x K": (["--loss", "triplet", "--global-batch-size", "23"], ["data.samples_per_class", "23"]),
@@ -285,3 +288,70 @@ def test_local_wins_over_the_workers_of_a_file_and_not_over_those_of_the_command
     assert (code, "1 worker on cpu" in output) == (0, True), output
     code, output = train(shapes_shards, tmp_path, *arguments, "--workers", "4")
     assert (code, output) == (2, "error: workers: 4 processes need Ray; leave out --local\n")
+
+
+def files(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_a_dry_run_tells_what_would_be_run_and_leaves_nothing(shapes_shards, tmp_path):
+    (tmp_path / "my.yaml").write_text("loss: triplet\nseed: 3\n")
+    before = files(tmp_path)
+    arguments = ("--config", tmp_path / "my.yaml", "--no-local", "--workers", "2", "--name", "run")
+    code, output = train(shapes_shards, tmp_path / "runs", *arguments, "--dry-run")
+    assert code == 0, output
+    lines = {line.split()[0]: line for line in output.splitlines()}
+    for name, value, origin in (
+        ("seed", 3, tmp_path / "my.yaml"), ("workers", 2, "command line"), ("epochs", 10, "default"),
+        ("model.width", 8, "command line"), ("name", "run", "command line"), ("data.drop_last", True, "default"),
+    ):  # fmt: skip
+        assert lines[f"{name}:"].split(maxsplit=2)[1:] == [str(value), f"({origin})"]
+    manifest = read_manifest(shapes_shards)
+    assert lines["data:"] == f"data: shapes, id {manifest.id[:12]}, 10 classes, 32x32: 240 train, 60 test"
+    assert lines["steps:"] == "steps: 12 an epoch, 120 in 10 epochs"
+    parameters = sum(p.numel() for p in resnet18(10, "imagenet", 8).parameters())
+    assert lines["parameters:"].split()[1] == f"{parameters:,};"
+    assert f" {4 * (parameters + 2 * 20 * 64):,} bytes a step, 4 x (" in lines["exchange:"]
+    assert f" {4 * 3 * parameters / 1e6:.1f} MB in each worker\n" in output
+    assert lines["run:"] == f"run: {tmp_path}/runs/run would begin"
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exchanged"),
+    [
+        (("--workers", "1"), "0 bytes: there is one worker"),
+        (("--local",), "0 bytes: there is one worker"),
+        (("--loss", "center"), f"{4 * (177362 + 10 * 64):,} bytes a step, .*; 0 where there is one worker"),
+        (("--precision", "float64"), f"{8 * 177362:,} bytes a step, .*"),
+    ],
+)
+def test_what_a_step_exchanges(arguments, exchanged, shapes_shards, tmp_path):
+    code, output = train(shapes_shards, tmp_path, "--no-local", *arguments, "--dry-run")
+    assert code == 0, output
+    assert re.search(f"^  exchange: {exchanged}$", output, re.MULTILINE), output
+
+
+def test_a_dry_run_says_how_far_the_run_has_come(runs, shapes_shards, tmp_path):
+    code, output = train(shapes_shards, runs, *two_epochs("ce"), "--dry-run")
+    assert (code, output.splitlines()[-1]) == (0, f"run: {runs}/ce is complete")
+    code, output = train(shapes_shards, runs, *two_epochs("ce"), "--seed", "7", "--dry-run")
+    assert (code, len(output.splitlines())) == (2, 1), output
+    assert "seed 0 there, 7 here" in output
+    shutil.copytree(runs / "ce", tmp_path / "ce")
+    max((tmp_path / "ce/checkpoints").iterdir()).unlink()
+    before = files(tmp_path)
+    code, output = train(shapes_shards, tmp_path, *two_epochs("ce"), "--dry-run")
+    assert (code, output.splitlines()[-1]) == (0, f"run: {tmp_path}/ce would go on from step 9")
+    assert files(tmp_path) == before
+
+
+def test_a_dry_run_of_generated_images_tells_each_stage_and_leaves_nothing(tmp_path):
+    code, output = call("train", "q2", "--smoke", "--dry-run", cwd=tmp_path)
+    assert code == 0, output
+    assert f"\n  data.shards: {tmp_path}/runs/.smoke-shapes-stl10  (--smoke)\n" in output
+    assert "400 train, 100 test, 100 unlabeled\n" in output
+    assert "\nlayer 2: 12 an epoch, 24 in 2 epochs\n" in output
+    assert f"values trained, with those of losses: {64 * 48 * 2 + 64 + 48:,}\n" in output
+    assert "\nin all: 124 steps, 11 epochs\n" in output
+    assert not list(tmp_path.iterdir())

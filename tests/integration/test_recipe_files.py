@@ -77,6 +77,22 @@ def test_a_run_is_named_after_its_recipe_and_what_is_in_it(small, shapes_shards,
     assert yaml.safe_load((tmp_path / "runs" / names[0] / "config.yaml").read_text())["task"] == str(small)
 
 
+def test_help_lists_the_settings_of_a_recipe_that_describes_nothing(small):
+    code, output = call("train", small, "--help")
+    assert (code, "None A setting" in output) == (0, False)
+    (line,) = [line for line in output.splitlines() if "--width" in line]
+    assert line.split() == ["--width", "INT", "(default:", "8)"]
+
+
+def test_a_dry_run_tells_the_parameters_of_a_recipe_and_leaves_nothing(small, shapes_shards, tmp_path):
+    code, output = call(*command(small, shapes_shards, tmp_path / "runs", "--local", "--width", "12", "--dry-run"))
+    assert code == 0, output
+    weights = 3 * 12 * 9 + 12 + 2 * 12 + 12 * 10 + 10
+    assert f"  parameters: {weights}; values trained, with those of losses: {weights}\n" in output
+    assert "\n  width: 12 " in output
+    assert list(tmp_path.iterdir()) == [small]
+
+
 def with_loss(line):
     """The recipe with a loss of its own, whose terms are computed by one line."""
     loss = ["class Wrong(nn.Module):", "    reads, sees = 'logits', 'own'", "    def terms(self, x, labels):"]

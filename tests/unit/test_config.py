@@ -1,12 +1,15 @@
 """Settings from YAML, --smoke and the command line; their errors in one line; names of runs; exit codes."""
 
-import io
+import importlib
+import pickle
+import re
 import sys
 
 import pytest
 
-from dlops_dist.command_line import read_settings
+from dlops_dist.command_line import read_command_line, read_settings
 from dlops_dist.config import LATER, default_name, result_settings
+from dlops_dist.config.section import setting_names
 from dlops_dist.engine import prepare
 from dlops_dist.engine.run_folder import RunFolder
 from dlops_dist.errors import RunError, UserError, exit_code_of
@@ -88,6 +91,12 @@ def test_paths_are_resolved_where_the_command_runs(shapes_shards, tmp_path, monk
         (["--epochs", "2", "--epochs", "4"], "epochs", 4),
         (["--optimizer.clip-norm", "None"], "optimizer.clip_norm", None),
         (["--name", "a-run_1.2=b"], "name", "a-run_1.2=b"),
+        (["--compile", "False"], "compile", False),
+        (["--compile"], "compile", True),
+        (["--compile", "None"], "compile", None),
+        (["--no-deterministic"], "deterministic", False),
+        (["--flip-test", "True"], "flip_test", True),
+        (["--data.no_drop_last"], "data.drop_last", False),
     ],
 )
 def test_arguments_set_what_they_name(arguments, name, value):
@@ -107,6 +116,7 @@ def test_a_file_that_says_nothing_leaves_the_defaults(text, read):
         ("wandb: off", "wandb", "off"),
         ("workers: null", "workers", None),
         ("compile: no", "compile", False),
+        ("name: true-colours", "name", "true-colours"),
     ],
 )
 def test_what_yaml_reads_in_its_own_way_is_still_understood(text, name, value, read):
@@ -121,21 +131,103 @@ def test_settings_cannot_be_changed_after_they_were_read():
         settings.optimizer.lr = 3
 
 
-def test_help_is_printed_and_ends_well(capsys):
+def helped(capsys, name, *arguments) -> list[str]:
+    """Lines of the help."""
     with pytest.raises(SystemExit) as stop:
-        read_settings("q1", ["--help"])
+        read_settings(name, ["--help", *arguments])
     assert stop.value.code in (0, None)
-    assert "--optimizer.lr" in capsys.readouterr().out
+    return capsys.readouterr().out.splitlines()
+
+
+def test_help_in_a_pipe_has_a_line_for_each_setting_with_its_text_and_its_value(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    lines = helped(capsys, "q1")
+    for name in setting_names(Q1):
+        (line,) = [line for line in lines if line.split()[:1] == [f"--{name.replace('_', '-')}"]]
+        assert line.endswith(f"(default: {flat(read_settings('q1', []).model_dump())[name]})")
+    assert [line for line in lines if "--optimizer.lr " in line and "Peak learning rate. (default: 0.1)" in line]
+    assert "  Which samples, in which order." in lines
+    (line,) = [line for line in helped(capsys, "q2") if line.startswith("  --model.layers [INT ...] ")]
+    assert line.endswith("(default: (1024, 1000, 500, 256, 128, 64))")
+
+
+def test_help_shows_the_settings_of_a_file(capsys, tmp_path):
+    (tmp_path / "settings.yaml").write_text("optimizer: {lr: 0.025}")
+    lines = helped(capsys, "q1", "--config", str(tmp_path / "settings.yaml"), "--epochs", "many")
+    assert any(line.endswith("Peak learning rate. (default: 0.025)") for line in lines)
+
+
+def test_help_on_a_terminal_is_wrapped_and_coloured(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "70")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    lines = helped(capsys, "q1")
+    assert max(len(re.sub(r"\x1b\[\d*m", "", line)) for line in lines) <= 70
+    assert any(line.startswith("  \x1b[36m--optimizer.lr\x1b[0m FLOAT") for line in lines)
+
+
+@pytest.mark.parametrize("command", ["train", "train q1", "tune", "evaluate", "predict", "report", "verify"])
+def test_every_command_tells_its_version(command, monkeypatch, capsys):
+    name, *recipe = command.split()
+    monkeypatch.setattr(sys, "argv", [name, *recipe, "--version"])
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(f"dlops_dist.{name}").main()
+    assert stop.value.code in (0, None)
+    assert capsys.readouterr().out == "dlops_dist 0.1.0\n"
+
+
+def test_where_each_setting_comes_from(tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text("epochs: 7\nseed: 5\nworkers: 4\noptimizer: {lr: 0.02, momentum: 0.5}")
+    line = read_command_line("q1", ["--config", str(file), "--smoke", "--optimizer.lr", "0.3", "--data.no-drop-last"])
+    expected = {
+        "config": "command line", "smoke": "command line", "optimizer.lr": "command line",
+        "data.drop_last": "command line", "seed": str(file), "optimizer.momentum": str(file), "local": "--smoke",
+        "epochs": "--smoke", "global_batch_size": "--smoke", "data.reader": "--smoke", "model.width": "--smoke",
+        "model.stem": "--smoke", "augment.crop_padding": "--smoke",
+    }  # fmt: skip
+    assert line.origins == expected
+    assert not line.dry_run
+    assert read_command_line("q1", ["--dry-run"]).dry_run
+
+
+def test_a_dry_run_is_refused_where_none_is_offered(user_error):
+    with user_error("unknown setting --dry-run;"):
+        read_settings("q1", ["--dry-run"])
+
+
+# one process, or several
+
+
+@pytest.mark.parametrize("flag", ["--local", "--smoke"])
+@pytest.mark.parametrize("text", ["workers: 4", "workers: 4\nmin_workers: 2", "min_workers: 2"])
+def test_one_process_wins_over_the_workers_of_a_file(flag, text, read):
+    settings = read(text, flag)
+    assert (settings.local, settings.workers, settings.min_workers) == (True, None, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "message"),
+    [
+        ("", "--local --workers 4", "workers: 4 processes need Ray; leave out --local"),
+        ("", "--local --min-workers 2", "min_workers: 2 processes need Ray; leave out --local"),
+        ("", "--smoke --workers 4", "workers: 4 processes need Ray; pass --no-local"),
+        ("local: true", "--workers 4", "workers: 4 processes need Ray; pass --no-local"),
+        ("local: true\nworkers: 4", "", "workers: 4 processes need Ray; pass --no-local"),
+    ],
+)
+def test_one_process_and_several_are_refused(text, arguments, message, read):
+    with pytest.raises(UserError, match=f"^{message}$"):
+        read(text, *arguments.split())
+
+
+def test_smoke_may_run_on_ray(read):
+    settings = read("workers: 4", "--smoke", "--no-local", "--workers", "2")
+    assert (settings.smoke, settings.local, settings.workers) == (True, False, 2)
 
 
 # mistakes
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
-def test_a_value_that_is_no_number_is_named_whatever_stdout_can_show(encoding, user_error, monkeypatch):
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
-    with user_error("Error parsing --epochs: invalid literal", "'many'"):
-        read_settings("q1", ["--epochs", "many"])
 
 
 @pytest.mark.parametrize(
@@ -148,6 +240,9 @@ def test_a_value_that_is_no_number_is_named_whatever_stdout_can_show(encoding, u
         ("--data.shard", "--data.shards"),
         ("--globalbatchsize", "--global-batch-size"),
         ("--lr", "--optimizer.lr"),
+        ("--optimizer.lrr", "--optimizer.lr"),
+        ("--optimizer.rl", "--optimizer.lr"),
+        ("--lrr", "--optimizer.lr"),
         ("--margin", "--triplet.margin"),
     ],
 )
@@ -171,9 +266,13 @@ def test_an_unknown_name_in_a_file_names_the_closest(text, given, closest, read,
         read(text)
 
 
-def test_a_name_like_none_points_at_the_help(user_error):
-    with user_error("--zzzzzz", "--help"):
-        read_settings("q1", ["--zzzzzz", "1"])
+@pytest.mark.parametrize("name", ["zzzzzz", "banana", "optimizer.banana", "temperature", "gpus", "data.resume"])
+def test_a_name_like_none_points_at_the_help(name, read, tmp_path):
+    with pytest.raises(UserError, match=f"^unknown setting --{name}; --help lists them all$"):
+        read_settings("q1", [f"--{name}", "1"])
+    section, _, last = name.rpartition(".")
+    with pytest.raises(UserError, match=f"settings.yaml:1: unknown setting {name}; --help lists them all$"):
+        read(f"{section}: {{{last}: 1}}" if section else f"{name}: 1")
 
 
 @pytest.mark.parametrize(
@@ -211,18 +310,18 @@ def test_a_value_out_of_range_names_field_value_and_what_is_allowed(*, where, na
 @pytest.mark.parametrize(
     ("arguments", "shown"),
     [
-        (["--epochs", "ten"], ["--epochs", "'ten'", "int"]),
-        (["--epochs", "1.5"], ["--epochs", "'1.5'", "int"]),
-        (["--workers", "many"], ["--workers", "'many'", "int"]),
-        (["--optimizer.lr", "fast"], ["--optimizer.lr", "'fast'", "float"]),
+        (["--epochs", "ten"], ["epochs: 'ten'", "integer"]),
+        (["--epochs", "1.5"], ["epochs: '1.5'", "integer"]),
+        (["--workers", "many"], ["workers: 'many'", "integer"]),
+        (["--optimizer.lr", "fast"], ["optimizer.lr: 'fast'", "number"]),
         (["--compile", "maybe"], ["--compile", "'maybe'", "True", "False"]),
-        (["--loss", "hinge"], ["--loss", "'hinge'", "'ce'", "'triplet'", "'center'"]),
-        (["--model.norm", "batch"], ["--model.norm", "'batch'", "'sync'", "'local'"]),
-        (["--triplet.mining", "semi"], ["--triplet.mining", "'semi'", "'batch-hard'", "'semi-hard'", "'all'"]),
-        (["--epochs"], ["--epochs", "alue"]),
-        (["--epochs", "--loss", "ce"], ["--epochs", "alue"]),
+        (["--loss", "hinge"], ["loss: 'hinge'", "'ce'", "'triplet'", "'center'"]),
+        (["--model.norm", "batch"], ["model.norm: 'batch'", "'sync'", "'local'"]),
+        (["--triplet.mining", "semi"], ["triplet.mining: 'semi'", "'batch-hard'", "'semi-hard'", "'all'"]),
+        (["--epochs"], ["--epochs", "expected one argument"]),
+        (["--epochs", "--loss", "ce"], ["--epochs", "expected one argument"]),
         (["--config"], ["--config", "argument"]),
-        (["--name"], ["--name", "alue"]),
+        (["--name"], ["--name", "expected one argument"]),
         (["--smoke=1"], ["--smoke", "1"]),
         (["triplet"], ["triplet"]),
     ],
@@ -266,10 +365,61 @@ def test_a_wrong_value_in_a_file_is_explained(text, shown, read, user_error):
 
 
 @pytest.mark.parametrize(
-    "content",
-    [b"a: [", b"a: b: c", b"epochs: 3\n\tseed: 1", b"'open", b"\xff\xfe\xfa", b"- epochs\n- 3", b"epochs", b"&a [*b]"],
-    ids=repr,
+    ("text", "arguments", "message"),
+    [
+        ("# ours\nepochs: 3\noptimizer:\n  lr: -1\n", "", "4: optimizer.lr: -1 should be greater than 0"),
+        ("epochs: 3\noptimizer:\n  lrr: 1\n", "", "3: unknown setting optimizer.lrr; did you mean optimizer.lr?"),
+        ("epochs: 3\n\nbanana: 3\n", "", "3: unknown setting banana; --help lists them all"),
+        ("seed: 0\noptimizer: 3", "", "2: optimizer: 3 should be a valid dictionary or instance of Optimizer"),
+        ("seed: 0\noptimizer: {nesterov: true,\n momentum: 0}", "", "2: optimizer.nesterov needs momentum > 0"),
+        ("epochs: 3\nseed: -1", "--epochs 4", "2: seed: -1 should be greater than or equal to 0"),
+        ("epochs: 1\nepochs: -3", "", "2: epochs: -3 should be greater than or equal to 1"),
+        ("base: &a {lr: 1}\noptimizer:\n  <<: *a\n  lr: -2", "", "4: optimizer.lr: -2 should be greater than 0"),
+        ("a: [1,\n2\nb: 3", "", "3: not valid YAML: while parsing a flow sequence, expected ',' or ']'"),
+        ("epochs: 3\n\tseed: 1", "", "2: not valid YAML: while scanning for the next token, found character '\\t'"),
+        ("epochs: 3\ndata: {1: 2}", "", "2: '1' is not the name of a setting"),
+        ("# no\n- epochs", "", "2: must hold settings as 'name: value'"),
+    ],
 )
+def test_a_mistake_in_a_file_names_its_line(text, arguments, message, read, tmp_path):
+    with pytest.raises(UserError) as caught:
+        read(text, *arguments.split())
+    assert str(caught.value).startswith(f"{tmp_path / 'settings.yaml'}:{message}")
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "message"),
+    [
+        ("epochs: 3", "--epochs 0", "epochs: '0' should be"),
+        ("optimizer: {nesterov: true}", "--optimizer.momentum 0", "optimizer.nesterov needs momentum > 0"),
+        ("optimizer: {lr: 3}", "--optimizer.momentum 2", "optimizer.momentum: '2' should be less than 1"),
+    ],
+)
+def test_a_mistake_on_the_command_line_names_no_file(text, arguments, message, read):
+    with pytest.raises(UserError) as caught:
+        read(text, *arguments.split())
+    assert str(caught.value).startswith(message)
+
+
+def test_a_mistake_is_told_by_one_process_to_another():
+    with pytest.raises(UserError) as caught:
+        Q1(optimizer={"lr": 0})
+    told = pickle.loads(pickle.dumps(caught.value))
+    assert (str(told), told.place) == ("optimizer.lr: 0 should be greater than 0", ("optimizer", "lr"))
+
+
+def test_a_mistake_in_a_file_that_the_command_line_mends_is_none(read):
+    assert read("epochs: many", "--epochs", "3").epochs == 3
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"a: [", b"a: b: c", b"epochs: 3\n\tseed: 1", b"'open", b"\xff\xfe\xfa", b"- epochs\n- 3", b"epochs",
+        b"&a [*b]", b"a: &a {b: *a}", b"epochs: 2024-13-45", b"[" * 5000,
+    ],
+    ids=lambda content: repr(content[:20]),
+)  # fmt: skip
 def test_a_file_that_is_no_mapping_is_named(content, tmp_path, user_error):
     path = tmp_path / "settings.yaml"
     path.write_bytes(content)

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from dlops_dist.command_line import read_settings
 from dlops_dist.data.adopt import _read
 from dlops_dist.data.codec import decode, encode
 from dlops_dist.data.shards import Split, read_manifest
@@ -149,6 +150,27 @@ def test_a_jpeg(content):
 def test_raw_pixels(content):
     with contextlib.suppress(ValueError):
         assert decode(content, "npy").dtype == np.uint8
+
+
+CONFIG = b"""epochs: 3
+name: a-run
+data: {shards: "shards", threads: 2}
+optimizer: # SGD
+  lr: 1e-3
+  nesterov: true
+"""
+
+
+@fuzzed
+@given(st.one_of(damaged(CONFIG), st.binary(max_size=60), st.text(max_size=60).map(str.encode)))
+def test_a_file_of_settings(tmp_path, content):
+    path = tmp_path / "settings.yaml"
+    path.write_bytes(content)
+    try:
+        read_settings("q1", ["--config", str(path)])
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1
+        assert str(error).startswith((f"{path}:", "--config"))
 
 
 @fuzzed

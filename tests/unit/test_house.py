@@ -22,7 +22,7 @@ LAYERS = [
     {"ray_cluster"},
     {"ray_backend"},
     {"ray_tuner"},
-    {"train", "evaluate", "report", "verify", "tune", "predict"},
+    {"train", "dry_run", "evaluate", "report", "verify", "tune", "predict"},
 ]
 """Each may import from those before it, and from its own."""
 PURE = {"models", "losses", "optim", "metrics"}

@@ -225,8 +225,8 @@ def by_twos(seed, epoch, labels):
     return np.roll(np.argsort(labels, kind="stable"), epoch).reshape(-1, 2)
 
 
-def order_of(batches, ids=np.arange(10, 20), size=2):
-    return TrainingOrder(ids, np.arange(30) % 3, 0, size, None, True, batches=batches)
+def order_of(batches):
+    return TrainingOrder(np.arange(10, 20), np.arange(30) % 3, 0, 2, None, True, batches=batches)
 
 
 def test_a_recipes_own_batches_are_places_among_the_samples():
