@@ -3,27 +3,26 @@
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from dlops_dist.config import Run, Sweep, load_recipe, recipe_from_source
-from dlops_dist.config.sweep import ACCURACY
 from dlops_dist.engine.events import EpochEnded, Warned
 from dlops_dist.engine.run_folder import RunFolder
 from dlops_dist.errors import RunError, UserError
 from dlops_dist.ray_backend import Placed, train_group, wandb_environment
 from dlops_dist.ray_cluster import check_nodes, cluster, resources_for
 from dlops_dist.sweep.board import Board
-from dlops_dist.sweep.folder import SWEEP, SweepFolder, forget_end, note_end
-from dlops_dist.sweep.plan import create, suggested_trials
+from dlops_dist.sweep.folder import SWEEP, SweepFolder, create_runs, forget_end, gain_of, is_compared, note_end
 
 QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_worker_maximum_startup_concurrency": "8",  # a trial is some five processes, at which Ray wonders on few cores
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # q2's epochs of pretraining have no accuracy
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # not each report has a gain
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends a sweep as it ends a run
 }
 DRIVER = {"CPU": 0, "node:__internal_head__": 0.001}
@@ -32,13 +31,13 @@ DRIVER = {"CPU": 0, "node:__internal_head__": 0.001}
 
 def train_trials(task: str, sweep: Sweep, folder: SweepFolder, known: Sequence[Run], board: Board) -> None:
     """Train the runs that are known and not over, then those that Optuna suggests."""
-    create(task, known)
+    create_runs(task, known)
     unfinished = [settings for settings in known if not folder.is_over(settings)]
     missing = max(0, sweep.num_samples * sweep.seeds - len(known)) if sweep.search == "optuna" else 0
     if not unfinished and not missing:
         board.say(f"sweep {folder.path} is complete; it goes on with more --num-samples or --seeds")
         return
-    trials = chain(unfinished, suggested_trials(task, sweep, folder) if missing else ())
+    trials = chain(unfinished, folder.suggested_trials(task, sweep) if missing else ())
     _run_trials(task, sweep, trials, len(unfinished) + missing, len(known) + missing, board)
 
 
@@ -132,7 +131,7 @@ def _scheduler(sweep: Sweep) -> Any:
     from ray.tune.schedulers import ASHAScheduler
 
     last = max(1, sweep.epochs - 1)  # after the last epoch nothing is saved by giving up
-    return ASHAScheduler("epoch", ACCURACY, "max", max_t=last, reduction_factor=3, stop_last_trials=False)
+    return ASHAScheduler("epoch", "gain", "max", max_t=last, reduction_factor=3, stop_last_trials=False)
 
 
 def _drive(
@@ -149,18 +148,19 @@ def _drive(
     try:
         with folder.locked():
             forget_end(path)
-            judged = sum(ACCURACY in row for row in folder.rows())
-            for event in train_group(task, settings, num_workers, resources, environment):
-                if isinstance(event, Placed):
-                    tune.report({"epoch": judged, "placement_group": event.placement_group})
-                if isinstance(event, Warned):
-                    warnings.append(event.text)
-                if isinstance(event, EpochEnded) and ACCURACY in event.row:
-                    judged += 1
-                    tune.report({"epoch": judged, ACCURACY: event.row[ACCURACY], "warnings": warnings})
-                    warnings = []
+            epoch = sum(is_compared(settings, row) for row in folder.rows())
+            with closing(train_group(task, settings, num_workers, resources, environment)) as events:
+                for event in events:
+                    if isinstance(event, Placed):
+                        tune.report({"epoch": epoch, "placement_group": event.placement_group})
+                    if isinstance(event, Warned):
+                        warnings.append(event.text)
+                    if isinstance(event, EpochEnded) and is_compared(settings, event.row):
+                        epoch += 1
+                        tune.report({"epoch": epoch, "gain": gain_of(settings, event.row), "warnings": warnings})
+                        warnings = []
             if warnings:
-                tune.report({"epoch": judged, "warnings": warnings})
+                tune.report({"epoch": epoch, "warnings": warnings})
     except (UserError, RunError) as error:
         note_end(path, failed=str(error))
 
@@ -185,7 +185,7 @@ def _watcher(board: Board) -> Any:
                 self.placement_groups[_name(trial)] = result["placement_group"]
             for warning in result.get("warnings", []):
                 self.board.warn(f"{_name(trial)}: {warning}")
-            if ACCURACY in result:
+            if "gain" in result:
                 self.board.judged(_name(trial))
 
         def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:

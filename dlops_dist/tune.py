@@ -47,10 +47,8 @@ def run_sweep(task: str, sweep: Sweep) -> str:
     from dlops_dist.engine.run_folder import RunFolder
     from dlops_dist.ray_cluster import refuse_uploaded_folder
     from dlops_dist.ray_tuner import train_trials
-    from dlops_dist.sweep.board import Board
+    from dlops_dist.sweep.board import Board, best_line, summarize
     from dlops_dist.sweep.folder import SweepFolder
-    from dlops_dist.sweep.plan import known_trials
-    from dlops_dist.sweep.summary import best_line, summarize
     from dlops_dist.trackers import log_pictures
 
     refuse_uploaded_folder(sweep)
@@ -62,7 +60,7 @@ def run_sweep(task: str, sweep: Sweep) -> str:
     for name in ("WANDB_NAME", "WANDB_RUN_ID"):  # one run's, not all trials'
         os.environ.pop(name, None)
     folder = SweepFolder(Path(sweep.runs_dir) / str(sweep.name))
-    known = known_trials(task, sweep, folder)
+    known = folder.known_trials(task, sweep)
     with RunFolder(folder.path).locked(), Board(folder) as board:
         folder.create(task, sweep)
         train_trials(task, sweep, folder, known, board)

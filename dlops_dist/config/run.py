@@ -77,6 +77,9 @@ class Run(Section):
     """Use torch.compile; by default on GPUs."""
     deterministic: bool = True
     """Only kernels that give the same bits each time."""
+    choose_by: str = "val/top1"
+    """The held-out figure by which the best epoch of a run, and the best point of a sweep, are chosen: the highest, of
+    a loss the lowest."""
     data: Data = Data()
     augment: Augment = Augment()
     optimizer: Optimizer = Optimizer()

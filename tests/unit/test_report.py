@@ -82,5 +82,5 @@ def test_they_do_not_stand_beside_a_run_on(kind, reported):
 
 def test_a_loss_that_cannot_be_is_a_gap_in_the_curve(tmp_path):
     rows = [row(1, 3, **{"train/loss": None, "test/loss": None}), row(2, 3, **{"train/loss": None})]
-    report.plot_curves(report.Reported(str(tmp_path), "run", "triplet", rows, None, None))
+    report.plot_curves(report.Reported(str(tmp_path), "run", Q1(loss="triplet"), rows, None, None))
     assert (tmp_path / "report/curves.png").read_bytes().startswith(b"\x89PNG")

@@ -14,11 +14,9 @@ from hypothesis import strategies as st
 from dlops_dist.command_line import read_sweep
 from dlops_dist.config import SHIPPED, Parameter, Point, Sweep, check_sweep, flat, result_settings, trial_settings
 from dlops_dist.ray_tuner import trials_at_once
-from dlops_dist.sweep.folder import SweepFolder, Trial
-from dlops_dist.sweep.plan import known_trials
-from dlops_dist.sweep.points import points_of
-from dlops_dist.sweep.ranking import importance, ranking
-from dlops_dist.sweep.suggestions import suggest
+from dlops_dist.sweep.folder import Ranked, SweepFolder, Trial, importance
+from dlops_dist.sweep.folder import ranking as ranking_by
+from dlops_dist.sweep.points import points_of, suggest
 from dlops_dist.tune import run_sweep
 
 MARGIN = Parameter.parse("triplet.margin uniform 0.1 1.0")
@@ -169,7 +167,7 @@ def test_draws_for_a_setting_of_whole_numbers_are_rounded_and_none_is_trained_tw
     assert trial_settings(sweep(), {"data.samples_per_class": 4.37}, seed=0).data.samples_per_class == 4
     assert trial_settings(sweep(), {"center.alpha": 0.37}, seed=0).center.alpha == 0.37
     given = sweep("--data.shards", str(shapes_shards), "--space", "augment.crop_padding uniform 0 3", "--seeds", "2")
-    names = [settings.name for settings in known_trials("q1", given, SweepFolder(tmp_path))]
+    names = [settings.name for settings in SweepFolder(tmp_path).known_trials("q1", given)]
     assert len(names) == len(set(names)) == 8
 
 
@@ -182,8 +180,11 @@ def test_a_sweep_is_read_again_from_what_was_written(tmp_path: Path) -> None:
 
 
 def trial(point: Point, *scores: float, seed: int = 0, epochs: int = 3, failed: str | None = None) -> Trial:
-    rows = [{"val/top1": score} for score in scores]
-    return Trial("name", point, seed, rows, epochs, failed, stopped=False)
+    return Trial("name", point, seed, list(scores), epochs, failed, stopped=False)
+
+
+def ranking(trials: list[Trial], choose_by: str = "val/top1") -> list[Ranked]:
+    return ranking_by(trials, choose_by)
 
 
 def test_points_are_ranked_by_epochs_reached_then_by_the_mean_of_their_seeds() -> None:

@@ -114,15 +114,17 @@ class Reconstruction:
         return None
 
     def draw(self, folder: Path, learner: ReconstructionLearner, _: dict[str, Any]) -> None:
+        from dlops_dist import draw
         from dlops_dist.recipes.stacked import pictures
 
         samples = self._shared.samples
         if self._layer in (0, None):
-            pictures.draw_filters(folder / "filters.png", learner, samples.manifest)
+            draw.image_grid(folder / "filters.png", pictures.filters(learner, samples.manifest))
         if self._layer == 0:
-            pictures.draw_samples(folder / "samples.png", Path(self._shared.settings.data.shards), samples.manifest)
+            draw.samples(folder / "samples.png", Path(self._shared.settings.data.shards), samples.manifest)
         depth = len(learner.model) if self._layer is None else self._layer + 1
-        pictures.draw_reconstructions(folder / "reconstructions.png", learner, samples.test, depth)
+        images = pictures.reconstructions(learner, samples.test, depth)
+        draw.image_grid(folder / "reconstructions.png", images, columns=len(images) // (1 + depth))
 
 
 class StackedClassification(Classification):
@@ -145,11 +147,11 @@ class StackedClassification(Classification):
     def draw(self, folder: Path, _: Any, row: dict[str, Any]) -> None:
         if not self._is_last:
             return
-        from dlops_dist.recipes.stacked import pictures
+        from dlops_dist import draw
 
         classes = self._shared.samples.manifest.classes
-        pictures.draw_class_accuracies(folder / "classes.png", row["test/top1_by_class"], classes)
-        pictures.draw_confusion(folder / "confusion.png", row["test/confusion"], classes)
+        draw.class_accuracies(folder / "classes.png", row["test/top1_by_class"], classes)
+        draw.confusion(folder / "confusion.png", row["test/confusion"], classes)
 
 
 def build_stack(settings: Settings, inputs: Inputs) -> StackedAutoencoder:
