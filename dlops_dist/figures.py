@@ -9,6 +9,9 @@ TITLES = {
 }  # fmt: skip
 """Those of every recipe. All but the loss are parts, which are shown per cent."""
 
+OF_CLASSES = ("top1_by_class", "confusion")
+"""Lists, or None."""
+
 
 def title(name: str) -> str:
     """Of "SPLIT/FIGURE"; a user's own figure is called by its name."""
@@ -54,4 +57,5 @@ def own_figures(row: dict[str, Any], split: str = "test") -> list[str]:
     Parts of the loss are not among them: those are in train, too. Nothing is said of a row without figures of train.
     """
     names = [name.partition("/")[2] for name in row if name.startswith(f"{split}/") and "train/loss" in row]
-    return [n for n in names if not (n in TITLES or f"train/{n}" in row or isinstance(row[f"{split}/{n}"], list))]
+    single = [n for n in names if n not in OF_CLASSES and not isinstance(row[f"{split}/{n}"], list)]
+    return [n for n in single if n not in TITLES and f"train/{n}" not in row]

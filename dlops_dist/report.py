@@ -38,21 +38,21 @@ def main() -> None:
     from rich.console import Console
 
     from dlops_dist.sweep.board import summarize
-    from dlops_dist.sweep.folder import SweepFolder
+    from dlops_dist.sweep.folder import SweepFolder, is_sweep
     from dlops_dist.trackers import log_report
 
     console = Console(width=160 if not sys.stdout.isatty() else None)
     runs = []
     for place in given:
-        if (folder := SweepFolder(Path(place).absolute())).is_sweep():
-            summarize(folder, console)
+        if is_sweep(Path(place)):
+            summarize(SweepFolder.open(Path(place).absolute()), console)
         else:
             runs.append(load(place))
     if runs:
         report_runs(runs, console)
     for run in runs:
         path = Folder(run.place).local
-        if path is not None and not SweepFolder(path.absolute().parent).is_sweep():  # which sends its own
+        if path is not None and not is_sweep(path.absolute().parent):  # which sends its own
             log_report(path, run.settings, lambda text: print(f"warning: {text}", file=sys.stderr))
 
 
@@ -155,25 +155,31 @@ def class_table(runs: Sequence[Reported]) -> Any:
 
 
 def plot_curves(run: Reported) -> str:
-    """Loss, accuracy and a recipe's own figures of each epoch; each class's test accuracy; reconstruction errors."""
     from dlops_dist import draw
 
-    early = [row for row in run.rows if "stage" in row and "test/top1" not in row]
-    late = run.rows[len(early) :]
-    errors = {name: _line(list(rows), "test/loss") for name, rows in groupby(early, key=lambda row: row["stage"])}
-    by_class = sorted((100 * (part or 0) for part in run.rows[-1].get("test/top1_by_class") or ()), reverse=True)
-    own = [f"{split}/{name}" for split in ("val", "test") for name in (own_figures(late[-1], split) if late else ())]
-    panels = [
-        draw.Panel("Test error of each layer's inputs", "mean squared error", errors, log=True),
-        draw.Panel("Loss", "loss", _lines(late, "train/loss", "val/loss", "test/loss")),
-        draw.Panel("Accuracy of the head", "%", _lines(late, "train/top1", "val/top1", "test/top1", "test/top5")),
-        draw.Panel("Figures of the recipe", "", _lines(late, *own)),
-        draw.Panel("Test top-1 of each class, best first", "%", bars=by_class),
-    ]
     report = Folder(run.place) / "report"
     with report.as_path() as folder:
-        draw.curves(folder / "curves.png", run.name, [panel for panel in panels if panel.lines or panel.bars])
+        draw.curves(folder / "curves.png", run.name, panels_of(run.rows))
     return str(report / "curves.png")
+
+
+def panels_of(rows: Sequence[dict[str, Any]]) -> list[Any]:
+    """Reconstruction errors; loss, accuracy and a recipe's own figures of each epoch; each class's test accuracy."""
+    from dlops_dist.draw import Panel
+
+    early = [row for row in rows if "stage" in row and "test/top1" not in row]
+    late = rows[len(early) :]
+    errors = {name: _line(list(own), "test/loss") for name, own in groupby(early, key=lambda row: row["stage"])}
+    by_class = sorted((100 * (part or 0) for part in rows[-1].get("test/top1_by_class") or ()), reverse=True)
+    own = [f"{split}/{name}" for split in ("val", "test") for row in late[-1:] for name in own_figures(row, split)]
+    panels = [
+        Panel("Test error of each layer's inputs", "mean squared error", errors, log=True),
+        Panel("Loss", "loss", _lines(late, "train/loss", "val/loss", "test/loss")),
+        Panel("Accuracy of the head", "%", _lines(late, "train/top1", "val/top1", "test/top1", "test/top5")),
+        Panel("Figures of the recipe", "", _lines(late, *own)),
+        Panel("Test top-1 of each class, best first", "%", bars=by_class),
+    ]
+    return [panel for panel in panels if panel.lines or panel.bars]
 
 
 def _lines(rows: Sequence[dict[str, Any]], *names: str) -> dict[str, Any]:

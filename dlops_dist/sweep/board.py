@@ -35,9 +35,9 @@ class Board(Lines):
 
     def judged(self, name: str) -> None:
         """A trial ended an epoch."""
-        trial, (_, sweep) = self._folder.trial(name), self._folder.settings()
-        score = shown(sweep.choose_by, trial.scores[-1])
-        self._tell(f"{name} epoch {len(trial.scores)}/{trial.epochs}: {title(sweep.choose_by)} {score}")
+        trial, figure = self._folder.trial(name), self._folder.sweep.choose_by
+        score = f"{title(figure)} {shown(figure, trial.scores[-1])}"
+        self._tell(f"{name} epoch {len(trial.scores)}/{trial.epochs}: {score}")
 
     def ended(self, name: str, died: str | None = None) -> None:
         """A trial finished, failed, was given up by the scheduler, or its own process died."""
@@ -53,36 +53,32 @@ class Board(Lines):
         if self.live is None:
             self.say(text)
             return
-        _, sweep = self._folder.settings()
         self.live.start()
-        self.live.update(
-            ranking_table(self._folder.path.name, sweep, self._folder.ranking(), SHOWN_POINTS), refresh=True
-        )
+        self.live.update(ranking_table(self._folder, self._folder.ranking(), SHOWN_POINTS), refresh=True)
 
 
 def summarize(folder: SweepFolder, out: Console) -> Ranked | None:
     """Print the ranking and what it says, draw it, and return the best point; None where none has a figure yet."""
     from dlops_dist import draw
 
-    _, sweep = folder.settings()
     ranked = folder.ranking()
-    out.print(ranking_table(f"{folder.path.name}: points, best first", sweep, ranked))
+    out.print(ranking_table(folder, ranked))
     if not ranked or ranked[0].mean is None:
         return None
-    out.print(importance_table(sweep, ranked))
-    for path in draw.sweep(folder.pictures, sweep.parameters, sweep.choose_by, ranked):
+    out.print(importance_table(folder.sweep, ranked))
+    for path in draw.sweep(folder.path / "report", folder.sweep.parameters, folder.sweep.choose_by, ranked):
         out.print(f"drawn: {path}", markup=False)
     return ranked[0]
 
 
 def best_line(folder: SweepFolder, best: Ranked) -> str:
     """The best point and its test figures: those of its runs' last epochs, read here for the first and only time."""
-    _, sweep = folder.settings()
-    test = sweep.choose_by.replace("val/", "test/", 1)
+    val = folder.sweep.choose_by
+    test = val.replace("val/", "test/", 1)
     rows = [RunFolder(folder.path / trial.name).rows()[-1] for trial in best.trials if trial.scores]
     tested = [row[test] for row in rows if row.get(test) is not None]
     seeds = f"mean of {len(rows)} seeds" if len(rows) > 1 else "one seed"
-    return f"{described(best.point)}: {_spread(sweep.choose_by, best.scores)}, {_spread(test, tested)} ({seeds})"
+    return f"{described(best.point)}: {_spread(val, best.scores)}, {_spread(test, tested)} ({seeds})"
 
 
 def _spread(name: str, figures: Sequence[float]) -> str:
@@ -90,14 +86,14 @@ def _spread(name: str, figures: Sequence[float]) -> str:
     return f"{title(name)} {mean}" + (f" ± {shown(name, statistics.stdev(figures))}" if len(figures) > 1 else "")
 
 
-def ranking_table(name: str, sweep: Sweep, ranked: Sequence[Ranked], limit: int | None = None) -> Table:
+def ranking_table(folder: SweepFolder, ranked: Sequence[Ranked], limit: int | None = None) -> Table:
     """The points, best first, with mean and deviation of their seeds. Nothing in it was measured on test.
 
     Args:
         limit: leave out those beyond so many.
     """
-    searched, figure = [parameter.name for parameter in sweep.parameters], sweep.choose_by
-    table = Table(title=name)
+    searched, figure = [parameter.name for parameter in folder.sweep.parameters], folder.sweep.choose_by
+    table = Table(title=f"{folder.path.name}: points, best first")
     for column in ("", *searched, "epochs", title(figure), "deviation", "seeds"):
         table.add_column(column, justify="right")
     table.add_column("", overflow="fold")

@@ -139,116 +139,109 @@ def gain_of(settings: Run, row: dict[str, Any]) -> float:
     return gain(settings.choose_by, row[settings.choose_by])
 
 
+def is_sweep(path: Path) -> bool:
+    return (path / SWEEP).is_file()
+
+
 class SweepFolder:
     """runs/SWEEP/: sweep.yaml, a run's folder for each trial, and in the end best.yaml and report/."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.pictures = path / "report"
+    def __init__(self, path: Path, task: str, sweep: Sweep) -> None:
+        self.path, self.task, self.sweep = path, task, sweep
 
-    def create(self, task: str, sweep: Sweep) -> None:
-        """Make the folder, or check that the one that is there is of the same search."""
-        if self.is_sweep():
-            _, existing = self.settings()
-            refuse_other_settings(self.path, result_settings(existing), result_settings(sweep))
-        Folder(self.path).write_text(SWEEP, yaml.safe_dump({"task": task, **sweep.model_dump()}, sort_keys=False))
-
-    def is_sweep(self) -> bool:
-        return (self.path / SWEEP).is_file()
-
-    def settings(self) -> tuple[str, Sweep]:
-        """Task and settings of the sweep, as it was called last."""
-        file = self.path / SWEEP
-        values = read_yaml(file)
+    @classmethod
+    def open(cls, path: Path) -> "SweepFolder":
+        """That of a sweep, as it was called last."""
+        values = read_yaml(path / SWEEP)
         task = values.pop("task", None)
         if not isinstance(task, str) or not is_loaded(task):
-            raise UserError(f"{file}: task {task!r} is none of our recipes ({', '.join(SHIPPED)}); pass --recipe FILE")
-        return task, sweep_type(load_recipe(task).settings_type)(**values)
+            ours = f"none of our recipes ({', '.join(SHIPPED)})"
+            raise UserError(f"{path / SWEEP}: task {task!r} is {ours}; pass --recipe FILE")
+        return cls(path, task, sweep_type(load_recipe(task).settings_type)(**values))
+
+    def create(self) -> None:
+        """Make the folder, or check that the one that is there is of the same search."""
+        if is_sweep(self.path):
+            existing = SweepFolder.open(self.path).sweep
+            refuse_other_settings(self.path, result_settings(existing), result_settings(self.sweep))
+        self._write(SWEEP, self.sweep.model_dump())
+
+    def _write(self, name: str, settings: dict[str, Any], comment: str = "") -> None:
+        text = yaml.safe_dump({"task": self.task, **settings}, sort_keys=False)
+        Folder(self.path).write_text(name, comment + text)
 
     def trial(self, name: str) -> Trial:
-        return self._trial(name, self.settings()[1])
-
-    def ranking(self) -> list[Ranked]:
-        """Of the trials that have a folder: of a random search all, of Optuna's those that were begun."""
-        _, sweep = self.settings()
-        names = sorted(path.parent.name for path in self.path.glob("*/config.yaml"))
-        return ranking([self._trial(name, sweep) for name in names], sweep.choose_by)
-
-    def _trial(self, name: str, sweep: Sweep) -> Trial:
         run = RunFolder(self.path / name)
         _, settings = run.settings()
         values = flat(settings.model_dump())
-        point = {parameter.name: values[parameter.name] for parameter in sweep.parameters}
+        point = {parameter.name: values[parameter.name] for parameter in self.sweep.parameters}
         scores = [row.get(settings.choose_by) for row in run.rows() if is_compared(settings, row)]
         return Trial(name, point, settings.seed, scores, settings.epochs, **_end_of(self.path / name))
 
-    def known_trials(self, task: str, sweep: Sweep) -> list[Run]:
+    def ranking(self) -> list[Ranked]:
+        """Of the trials that have a folder: of a random search all, of Optuna's those that were begun."""
+        names = sorted(path.parent.name for path in self.path.glob("*/config.yaml"))
+        return ranking([self.trial(name) for name in names], self.sweep.choose_by)
+
+    def known_trials(self) -> list[Run]:
         """The runs that are known beforehand: all of a random search, of Optuna's those that were begun.
 
         None of them twice: draws from an interval of whole numbers meet.
         """
-        if sweep.search == "random":
-            points = points_of(sweep.parameters, sweep.num_samples, sweep.seed)
+        if self.sweep.search == "random":
+            points = points_of(self.sweep.parameters, self.sweep.num_samples, self.sweep.seed)
         else:
-            points = [ranked.point for ranked in self.ranking()] if self.is_sweep() else []
-        runs = [settings for point in points for settings in self._runs_of(point, task, sweep)]
+            points = [ranked.point for ranked in self.ranking()]
+        runs = [settings for point in points for settings in self._runs_of(point)]
         return list({settings.name: settings for settings in runs}.values())
 
-    def suggested_trials(self, task: str, sweep: Sweep) -> Iterator[Run]:
+    def suggested_trials(self) -> Iterator[Run]:
         """The runs of the points that Optuna suggests, each by what has come of the others when it is wanted.
 
         A space that is exhausted ends them early.
         """
+        sweep = self.sweep
         for attempt in range(sweep.num_samples * 10):
             ranked = self.ranking()
             if len(ranked) >= sweep.num_samples:
                 return
             over = [r for r in ranked if r.finished or any(trial.failed for trial in r.trials)]
             gains = [(r.point, gain(sweep.choose_by, r.mean)) for r in over]
-            point = suggest(sweep.parameters, gains, sweep.seed + len(ranked) + attempt)
-            runs = self._runs_of(point, task, sweep)
+            runs = self._runs_of(suggest(sweep.parameters, gains, sweep.seed + len(ranked) + attempt))
             if runs[0].name not in [trial.name for other in ranked for trial in other.trials]:
-                create_runs(task, runs)
+                self.create_runs(runs)
                 yield from runs
 
-    def _runs_of(self, point: Point, task: str, sweep: Sweep) -> list[Run]:
+    def _runs_of(self, point: Point) -> list[Run]:
         """One for each seed, in a folder that is named by what makes its result."""
-        inside = sweep.model_copy(update={"runs_dir": str(self.path)})
-        seeds = range(sweep.seed, sweep.seed + sweep.seeds)
-        return [prepare(task, trial_settings(inside, point, seed)) for seed in seeds]
+        inside = self.sweep.model_copy(update={"runs_dir": str(self.path)})
+        seeds = range(inside.seed, inside.seed + inside.seeds)
+        return [prepare(self.task, trial_settings(inside, point, seed)) for seed in seeds]
+
+    def create_runs(self, runs: Sequence[Run]) -> None:
+        """Make their folders, so that the sweep's tables show them before they begin."""
+        for settings in runs:
+            RunFolder.of(settings).create(self.task, settings)
 
     def is_over(self, settings: Run) -> bool:
         """Whether a prepared trial needs no more training: it is complete, or the scheduler gave it up."""
         path = self.path / str(settings.name)
         if RunFolder(path).finished_row(settings, read_manifest(Path(settings.data.shards))) is not None:
             return True
-        _, sweep = self.settings()
-        return sweep.scheduler != "none" and _end_of(path)["stopped"]
+        return self.sweep.scheduler != "none" and _end_of(path)["stopped"]
 
     def write_best(self, point: Point) -> Path:
         """Write the settings of a point's runs to a file for `train --config`."""
-        task, sweep = self.settings()
-        settings = trial_settings(sweep, point, sweep.seed).model_dump(exclude=OF_A_PLACE)
-        comment = f"# The best point of {self.path.name}.  python -m dlops_dist.train {task} --config FILE\n"
-        comment += "# --data.val-fraction 0 trains on what was held out, too.\n"
-        Folder(self.path).write_text(BEST, comment + yaml.safe_dump({"task": task, **settings}, sort_keys=False))
+        settings = trial_settings(self.sweep, point, self.sweep.seed).model_dump(exclude=OF_A_PLACE)
+        comment = f"# The best point of {self.path.name}.  python -m dlops_dist.train {self.task} --config FILE\n"
+        self._write(BEST, settings, f"{comment}# --data.val-fraction 0 trains on what was held out, too.\n")
         return self.path / BEST
-
-
-def create_runs(task: str, runs: Sequence[Run]) -> None:
-    """Make the folders of runs, so that the sweep's tables show them before they begin."""
-    for settings in runs:
-        RunFolder.of(settings).create(task, settings)
 
 
 def note_end(trial: Path, failed: str | None = None, stopped: bool = False) -> None:
     """Say in a trial's folder why it ended before its last epoch."""
     content = json.dumps({"failed": failed, "stopped": stopped})
     replace(trial / ENDED, content.encode())  # its workers may be writing in the folder still
-
-
-def forget_end(trial: Path) -> None:
-    (trial / ENDED).unlink(missing_ok=True)
 
 
 def _end_of(trial: Path) -> dict[str, Any]:

@@ -145,7 +145,7 @@ def test_a_moved_sweeps_trials_say_where_they_lie_now(whole, settings_of, tmp_pa
     settings = prepare("q1", settings_of(tmp_path / "moved", "trial"))
     RunFolder.of(settings).create("q1", settings)
     (tmp_path / "moved/sweep.yaml").write_text("task: q1\nspace: [optimizer.lr grid 0.02]\n")
-    sweep = SweepFolder(tmp_path / "moved")
+    sweep = SweepFolder.open(tmp_path / "moved")
     assert sweep.is_over(settings)
     assert (sweep.trial("trial").finished, sweep.trial("trial").point) == (True, {"optimizer.lr": 0.02})
     assert RunFolder(tmp_path / "moved/trial").settings()[1].runs_dir == str(tmp_path / "moved")
