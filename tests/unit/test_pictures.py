@@ -1,5 +1,7 @@
-"""What a run of q2 draws."""
+"""What a run of q2 draws, and by which module."""
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -67,3 +69,9 @@ def test_bars_and_confusion_are_pictures(tmp_path):
     draw.class_accuracies(tmp_path / "classes.png", [0.5, None, 1.0], ["a", "b", "c"])
     draw.confusion(tmp_path / "confusion.png", [[1, 0], [2, 3]], ["a", "b"])
     assert all(imread(tmp_path / name).std() > 0 for name in ("classes.png", "confusion.png"))
+
+
+def test_one_module_alone_imports_matplotlib_and_none_pandas():
+    files = Path(draw.__file__).parent.rglob("*.py")
+    wanted = re.compile(r"^\s*(import|from) (matplotlib|pandas)", re.MULTILINE)
+    assert [path.name for path in files if wanted.search(path.read_text())] == ["draw.py"]

@@ -28,7 +28,7 @@ from dlops_dist.config import (
     trial_settings,
 )
 from dlops_dist.ray_tuner import trials_at_once
-from dlops_dist.sweep.board import best_line, summarize
+from dlops_dist.sweep.board import Board, best_line, summarize
 from dlops_dist.sweep.folder import Ranked, SweepFolder, Trial, gain_of, importance
 from dlops_dist.sweep.folder import ranking as ranking_by
 from dlops_dist.sweep.points import points_of, suggest
@@ -315,6 +315,22 @@ def test_the_held_out_figure_that_is_named_chooses_the_best_point(choose_by: str
     assert sorted(path.name for path in (folder.path / "report").iterdir()) == ["parallel.png", "responses.png"]
     again = read_settings("q2", ["--config", str(folder.write_best(best.point))])
     assert (again.choose_by, again.optimizer.lr) == (choose_by, lr)
+
+
+def test_the_board_tells_what_a_trial_is_compared_by(swept: Callable, capsys: pytest.CaptureFixture) -> None:
+    folder = swept("val/map_at_r", {0.1: [of(map_at_r=None)], 0.2: [of(map_at_r=0.25)]})
+    with Board(folder) as board:
+        for name in ("lr-0.1", "lr-0.2"):
+            board.started(name)
+            board.judged(name)
+        board.ended("lr-0.1")
+        board.ended("lr-0.2", died="its process died")
+    assert capsys.readouterr().out.splitlines() == [
+        "lr-0.1 starts: optimizer.lr 0.1, seed 0", "lr-0.1 epoch 1/2: val map_at_r -",
+        "lr-0.2 starts: optimizer.lr 0.2, seed 0", "lr-0.2 epoch 1/2: val map_at_r 0.2500",
+        "lr-0.1 ends at epoch 1, given up by the scheduler",
+        "warning: lr-0.2 failed: its process died", "lr-0.2 ends at epoch 1",
+    ]  # fmt: skip
 
 
 def test_a_figure_that_no_row_has_is_one_line(user_error: Callable) -> None:
