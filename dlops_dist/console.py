@@ -10,11 +10,9 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from dlops_dist.engine.events import EpochEnded, Event, Started, Stepped, Told, Warned
-from dlops_dist.figures import TITLES, own_figures, told
+from dlops_dist.figures import SHORT, TITLES, own_figures, told
 
 PLAIN_EVERY_S = 10.0
-SHORT = ("loss", "top1")
-"""What an epoch's line says of train and of what is held out of it."""
 
 
 class Lines:

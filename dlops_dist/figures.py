@@ -9,6 +9,8 @@ TITLES = {
 }  # fmt: skip
 """Those of every recipe. All but the loss are parts, which are shown per cent."""
 
+SHORT = ("loss", "top1")
+"""What is told of train, whose other figures say little."""
 OF_CLASSES = ("top1_by_class", "confusion")
 """Lists, or None."""
 

@@ -17,11 +17,10 @@ from typing import Any
 
 from dlops_dist.config import Run, is_loaded, load_recipe
 from dlops_dist.errors import OneLineParser, UserError, exit_code_of
-from dlops_dist.figures import TITLES, drawn, figure, own_figures, title
+from dlops_dist.figures import SHORT, TITLES, drawn, figure, own_figures, title
 from dlops_dist.files import Folder
 
 BESIDE = "original study, 10 epochs"
-OF_TRAIN = ("loss", "top1")
 
 
 def main() -> None:
@@ -126,7 +125,7 @@ def table(runs: Sequence[Reported]) -> Any:
 
     results = [run.result for run in runs]
     own = dict.fromkeys(name for row in results for name in own_figures(row))
-    names = [*(f"train/{name}" for name in OF_TRAIN), *(f"test/{name}" for name in (*TITLES, *own))]
+    names = [*(f"train/{name}" for name in SHORT), *(f"test/{name}" for name in (*TITLES, *own))]
     result = Table(title="result of each run")
     for column in ("run", "loss", "epoch", *map(title, names)):
         result.add_column(column, justify="left" if column in ("run", "loss") else "right")
