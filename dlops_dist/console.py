@@ -3,44 +3,54 @@
 import statistics
 import time
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console as RichConsole
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from dlops_dist.engine.events import EpochEnded, Event, Finished, Started, Stepped, Told, Warned
+from dlops_dist.engine.events import EpochEnded, Event, Started, Stepped, Told, Warned
+from dlops_dist.figures import SHORT, TITLES, own_figures, told
 
 PLAIN_EVERY_S = 10.0
 
 
-class Console:
-    """A live bar on a terminal, plain lines elsewhere. Use it as a context and call it with events."""
+class Lines:
+    """Lines of text, and on a terminal something live below them. Use it as a context."""
 
     def __init__(self) -> None:
-        self._out = RichConsole(highlight=False, soft_wrap=True)
-        self._progress: Progress | None = None
-        self._task = TaskID(0)
-        self._epochs = 0
-        self._last_line = 0.0
-        if self._out.is_terminal:
-            columns = ("[bold]{task.description}", "{task.completed:.0f}/{task.total:.0f}", "{task.fields[figures]}")
-            texts = [TextColumn(column) for column in columns]
-            self._progress = Progress(texts[0], BarColumn(), *texts[1:], TimeRemainingColumn(), console=self._out)
+        self.out = RichConsole(highlight=False, soft_wrap=True)
+        self.live: Progress | Live | None = None
 
-    def __enter__(self) -> "Console":
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if self._progress is not None:
-            self._progress.stop()
+    def __exit__(self, *_: object) -> None:
+        if self.live is not None:
+            self.live.stop()
 
     def say(self, text: str) -> None:
         """A line of its own."""
-        self._out.print(text, markup=False)
+        self.out.print(text, markup=False)
 
     def warn(self, text: str) -> None:
         self.say(f"warning: {text}")
+
+
+class Console(Lines):
+    """A run: a live bar on a terminal, plain lines elsewhere. Call it with events."""
+
+    live: Progress | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._task = TaskID(0)
+        self._epochs = 0
+        self._last_line = 0.0
+        if self.out.is_terminal:
+            columns = ("[bold]{task.description}", "{task.completed:.0f}/{task.total:.0f}", "{task.fields[figures]}")
+            texts = [TextColumn(column) for column in columns]
+            self.live = Progress(texts[0], BarColumn(), *texts[1:], TimeRemainingColumn(), console=self.out)
 
     def __call__(self, event: Event) -> None:
         match event:
@@ -50,16 +60,11 @@ class Console:
                 self._stepped(event)
             case EpochEnded():
                 self.say(epoch_line(event.row, self._epochs))
-                if self._progress is not None:
-                    where = f"epoch {event.row['epoch']}/{self._epochs}"
-                    self._progress.update(self._task, completed=event.row["step"], description=where)
+                self._move(event.row["epoch"], event.row["step"])
             case Told():
                 self.say(event.text)
             case Warned():
                 self.warn(event.text)
-            case Finished():
-                if self._progress is not None:
-                    self._progress.stop()
 
     def _started(self, event: Started) -> None:
         facts = event.facts
@@ -82,58 +87,39 @@ class Console:
                 f"the model's batch norm {facts['local_norm']} looks at each worker's own samples (model.norm local): "
                 f"results depend on --workers"
             )
-        if self._progress is not None:
-            self._progress.start()
-            self._task = self._progress.add_task("starting", total=event.steps, completed=event.first_step, figures="")
+        if self.live is not None:
+            self.live.start()
+            self._task = self.live.add_task("starting", total=event.steps, completed=event.first_step, figures="")
 
     def _stepped(self, event: Stepped) -> None:
         top1 = "" if event.top1 is None else f"  top-1 {event.top1:.1%}"
         figures = f"loss {event.loss:.4f}{top1}  {event.images_per_s:,.0f} images/s"
-        where = f"epoch {event.epoch}/{self._epochs}"
-        if self._progress is not None:
-            self._progress.update(self._task, completed=event.step, description=where, figures=figures)
-            return
+        where = self._move(event.epoch, event.step, figures=figures)
         now = time.monotonic()
-        if now - self._last_line >= PLAIN_EVERY_S:
+        if self.live is None and now - self._last_line >= PLAIN_EVERY_S:
             self._last_line = now
             self.say(f"{where} step {event.step_in_epoch}/{event.steps_per_epoch}  {figures}")
+
+    def _move(self, epoch: int, step: int, **shown: Any) -> str:
+        """Let the bar show where the run is; returns that in words."""
+        where = f"epoch {epoch}/{self._epochs}"
+        if self.live is not None:
+            self.live.update(self._task, completed=step, description=where, **shown)
+        return where
 
 
 def epoch_line(row: dict[str, Any], epochs: int) -> str:
     """An epoch's figures for a person."""
-    stage = f"{row['stage']}  " if "stage" in row else ""
-    train, val = (_split_figures(row, split) for split in ("train", "val"))
-    return (
-        f"epoch {row['epoch']}/{epochs}  {stage}{train}{val}test {test_figures(row)}  "
-        f"{row['train_images_per_s']:,.0f} images/s  {row['epoch_s']:.1f} s"
-    )
-
-
-def _split_figures(row: dict[str, Any], split: str) -> str:
-    """Loss and accuracy on a split; nothing for one that the run does not have."""
-    top1 = f" top-1 {figure(row, f'{split}/top1')}" if f"{split}/top1" in row else ""
-    return f"{split} loss {figure(row, f'{split}/loss')}{top1}  " if f"{split}/loss" in row else ""
-
-
-def figure(row: dict[str, Any], name: str) -> str:
-    """A loss or a part of a row; "-" where there is none, or none can be."""
-    value = row.get(name)
-    if value is None:
-        return "-"
-    return f"{value:.4f}" if name.endswith("loss") else f"{value:.2%}"
+    parts = [f"epoch {row['epoch']}/{epochs}", *([row["stage"]] if "stage" in row else [])]
+    for split, names in (("train", SHORT), ("val", [*SHORT, *own_figures(row, "val")])):
+        parts += [f"{split} {figures}"] if (figures := told(row, split, names)) else []
+    speed = f"{row['train_images_per_s']:,.0f} images/s  {row['epoch_s']:.1f} s"
+    return "  ".join([*parts, f"test {test_figures(row)}", speed])
 
 
 def test_figures(row: dict[str, Any]) -> str:
     """The test figures of a row, in words and numbers."""
-    names = {
-        "loss": "loss",
-        "top-1": "top1",
-        "top-5": "top5",
-        "nearest-centre": "nearest_center",
-        "Recall@1": "recall_at_1",
-    }
-    told = {title: name for title, name in names.items() if name == "loss" or "test/top1" in row}
-    return " ".join(f"{title} {figure(row, f'test/{name}')}" for title, name in told.items())
+    return told(row, "test", [*TITLES, *own_figures(row)])
 
 
 def fold_figures(rows: Sequence[dict[str, Any]]) -> str | None:

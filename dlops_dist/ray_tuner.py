@@ -3,55 +3,46 @@
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from dlops_dist.config import Run, Sweep, load_recipe, recipe_from_source
-from dlops_dist.config.sweep import ACCURACY
 from dlops_dist.engine.events import EpochEnded, Warned
 from dlops_dist.engine.run_folder import RunFolder
 from dlops_dist.errors import RunError, UserError
 from dlops_dist.ray_backend import Placed, train_group, wandb_environment
 from dlops_dist.ray_cluster import check_nodes, cluster, resources_for
 from dlops_dist.sweep.board import Board
-from dlops_dist.sweep.folder import SWEEP, SweepFolder, forget_end, note_end
-from dlops_dist.sweep.plan import create, suggested_trials
+from dlops_dist.sweep.folder import ENDED, SWEEP, SweepFolder, gain_of, is_compared, note_end
 
 QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_worker_maximum_startup_concurrency": "8",  # a trial is some five processes, at which Ray wonders on few cores
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # q2's epochs of pretraining have no accuracy
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # not each report has a gain
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends a sweep as it ends a run
 }
 DRIVER = {"CPU": 0, "node:__internal_head__": 0.001}
 """What a trial's own process takes: a CPU of its own would be one that its workers wait for, for ever."""
 
 
-def train_trials(task: str, sweep: Sweep, folder: SweepFolder, known: Sequence[Run], board: Board) -> None:
-    """Train the runs that are known and not over, then those that Optuna suggests."""
-    create(task, known)
+def train_trials(folder: SweepFolder, known: Sequence[Run], board: Board) -> None:
+    """Train the runs that are known and not over, then those that Optuna suggests, as many at a time as fit.
+
+    They are trained on the cluster of RAY_ADDRESS, or on one started here. One that fails has the reason in its folder,
+    and the others go on.
+    """
+    sweep, num_workers = folder.sweep, folder.sweep.workers or 1
+    folder.create_runs(known)
     unfinished = [settings for settings in known if not folder.is_over(settings)]
-    missing = max(0, sweep.num_samples * sweep.seeds - len(known)) if sweep.search == "optuna" else 0
-    if not unfinished and not missing:
+    unknown = max(0, sweep.num_samples * sweep.seeds - len(known)) if sweep.search == "optuna" else 0
+    if not unfinished and not unknown:
         board.say(f"sweep {folder.path} is complete; it goes on with more --num-samples or --seeds")
         return
-    trials = chain(unfinished, suggested_trials(task, sweep, folder) if missing else ())
-    _run_trials(task, sweep, trials, len(unfinished) + missing, len(known) + missing, board)
-
-
-def _run_trials(task: str, sweep: Sweep, trials: Iterator[Run], num_trials: int, num_all: int, board: Board) -> None:
-    """Train prepared runs on the cluster of RAY_ADDRESS, or on one started here, some at a time.
-
-    A run that fails has the reason in its folder, and the others go on.
-
-    Args:
-        trials: asked for the next when there is room for it.
-        num_trials: how many they are at most.
-        num_all: trials of the whole sweep: one that goes on gives each worker as many CPUs as before.
-    """
+    num_trials, num_all = len(unfinished) + unknown, len(known) + unknown
     os.environ.update(QUIET)
     with cluster(board.say):
         import ray
@@ -60,32 +51,31 @@ def _run_trials(task: str, sweep: Sweep, trials: Iterator[Run], num_trials: int,
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial that fails is told by the board
         places = ray.cluster_resources()
         at_once = trials_at_once(sweep, num_all, int(places.get("GPU", 0) or places.get("CPU", 0)))
-        num_workers = sweep.workers or 1
-        resources, _ = resources_for(num_workers * at_once)
-        check_nodes(sweep.data.shards, str(Path(sweep.runs_dir) / str(sweep.name)), SWEEP)
+        resources, _ = resources_for(num_workers * at_once)  # of all trials: those that go on keep their CPUs
+        check_nodes(sweep.data.shards, str(folder.path), SWEEP)
         board.say(
             f"{num_trials} of {num_all} trials to train, {at_once} at a time, each on {num_workers} "
             f"worker{'s' * (num_workers > 1)} with {resources}"
         )
         driver = partial(
-            _drive, task=task, source=load_recipe(task).source, num_workers=num_workers, resources=resources,
-            environment=wandb_environment(sweep),
+            _drive, task=folder.task, source=load_recipe(folder.task).source, num_workers=num_workers,
+            resources=resources, environment=wandb_environment(sweep),
         )  # fmt: skip
         tune.Tuner(
             tune.with_resources(driver, DRIVER),
             tune_config=tune.TuneConfig(
-                search_alg=_queue(trials), num_samples=num_trials, max_concurrent_trials=at_once,
-                scheduler=_scheduler(sweep), trial_dirname_creator=lambda trial: trial.trial_id,
+                search_alg=_queue(chain(unfinished, folder.suggested_trials() if unknown else ())),
+                num_samples=num_trials, max_concurrent_trials=at_once, scheduler=_scheduler(sweep),
+                trial_dirname_creator=lambda trial: trial.trial_id,
             ),
             run_config=tune.RunConfig(
-                name="tune", storage_path=str(Path(sweep.runs_dir) / str(sweep.name) / ".ray"), verbose=0,
-                callbacks=[_watcher(board)],
+                name="tune", storage_path=str(folder.path / ".ray"), verbose=0, callbacks=[_watcher(board)]
             ),
         ).fit()  # fmt: skip
 
 
 def _queue(trials: Iterator[Run]) -> Any:
-    """Hands the trials to Tune, which need tell it nothing: their folders say what came of them."""
+    """Hands the trials to Tune when it has room; it need tell nothing: their folders say what came of them."""
     from ray.tune.search import Searcher
 
     class Queue(Searcher):
@@ -132,7 +122,7 @@ def _scheduler(sweep: Sweep) -> Any:
     from ray.tune.schedulers import ASHAScheduler
 
     last = max(1, sweep.epochs - 1)  # after the last epoch nothing is saved by giving up
-    return ASHAScheduler("epoch", ACCURACY, "max", max_t=last, reduction_factor=3, stop_last_trials=False)
+    return ASHAScheduler("epoch", "gain", "max", max_t=last, reduction_factor=3, stop_last_trials=False)
 
 
 def _drive(
@@ -148,19 +138,20 @@ def _drive(
     warnings: list[str] = []
     try:
         with folder.locked():
-            forget_end(path)
-            judged = sum(ACCURACY in row for row in folder.rows())
-            for event in train_group(task, settings, num_workers, resources, environment):
-                if isinstance(event, Placed):
-                    tune.report({"epoch": judged, "placement_group": event.placement_group})
-                if isinstance(event, Warned):
-                    warnings.append(event.text)
-                if isinstance(event, EpochEnded) and ACCURACY in event.row:
-                    judged += 1
-                    tune.report({"epoch": judged, ACCURACY: event.row[ACCURACY], "warnings": warnings})
-                    warnings = []
+            (path / ENDED).unlink(missing_ok=True)
+            epoch = sum(is_compared(settings, row) for row in folder.rows())
+            with closing(train_group(task, settings, num_workers, resources, environment)) as events:
+                for event in events:
+                    if isinstance(event, Placed):
+                        tune.report({"epoch": epoch, "placement_group": event.placement_group})
+                    if isinstance(event, Warned):
+                        warnings.append(event.text)
+                    if isinstance(event, EpochEnded) and is_compared(settings, event.row):
+                        epoch += 1
+                        tune.report({"epoch": epoch, "gain": gain_of(settings, event.row), "warnings": warnings})
+                        warnings = []
             if warnings:
-                tune.report({"epoch": judged, "warnings": warnings})
+                tune.report({"epoch": epoch, "warnings": warnings})
     except (UserError, RunError) as error:
         note_end(path, failed=str(error))
 
@@ -185,7 +176,7 @@ def _watcher(board: Board) -> Any:
                 self.placement_groups[_name(trial)] = result["placement_group"]
             for warning in result.get("warnings", []):
                 self.board.warn(f"{_name(trial)}: {warning}")
-            if ACCURACY in result:
+            if "gain" in result:
                 self.board.judged(_name(trial))
 
         def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:

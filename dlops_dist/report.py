@@ -11,21 +11,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from dlops_dist.config import is_loaded, load_recipe
+from dlops_dist.config import Run, is_loaded, load_recipe
 from dlops_dist.errors import OneLineParser, UserError, exit_code_of
+from dlops_dist.figures import SHORT, TITLES, drawn, figure, own_figures, title
 from dlops_dist.files import Folder
 
-Rows = list[dict[str, Any]]
-Figures = dict[str, float]
-
 BESIDE = "original study, 10 epochs"
-COLUMNS = {
-    "train/loss": "train loss", "train/top1": "train top-1", "test/loss": "test loss", "test/top1": "test top-1",
-    "test/top5": "test top-5", "test/nearest_center": "nearest centre", "test/recall_at_1": "Recall@1",
-}  # fmt: skip
 
 
 def main() -> None:
@@ -41,17 +36,23 @@ def main() -> None:
 
     from rich.console import Console
 
-    from dlops_dist.sweep.folder import SweepFolder
-    from dlops_dist.sweep.summary import summarize
+    from dlops_dist.sweep.board import summarize
+    from dlops_dist.sweep.folder import SweepFolder, is_sweep
+    from dlops_dist.trackers import log_report
 
     console = Console(width=160 if not sys.stdout.isatty() else None)
-    sweeps = [folder for place in given if (folder := SweepFolder(Path(place).absolute())).is_sweep()]
-    for folder in sweeps:
-        summarize(folder, console)
-    runs = [load(place) for place in given if not SweepFolder(Path(place)).is_sweep()]
+    runs = []
+    for place in given:
+        if is_sweep(Path(place)):
+            summarize(SweepFolder.open(Path(place).absolute()), console)
+        else:
+            runs.append(load(place))
     if runs:
         report_runs(runs, console)
-        log_reports([run.place for run in runs])
+    for run in runs:
+        path = Folder(run.place).local
+        if path is not None and not is_sweep(path.absolute().parent):  # which sends its own
+            log_report(path, run.settings, lambda text: print(f"warning: {text}", file=sys.stderr))
 
 
 @dataclass(frozen=True)
@@ -60,15 +61,22 @@ class Reported:
 
     place: str
     name: str
-    variant: str
-    rows: Rows
-    published: tuple[str, Figures] | None
+    settings: Run
+    rows: list[dict[str, Any]]
+    published: tuple[str, dict[str, float]] | None
     """What a study called its figures of the same data and loss, and these; None where there are none."""
     by_class: Sequence[float] | None
     """Class-wise accuracies that its recipe has published figures of; empty where those are of other data."""
 
+    @property
+    def result(self) -> dict[str, Any]:
+        """The row that is the run's result."""
+        from dlops_dist.engine.rows import result_row
 
-def report_runs(runs: list[Reported], console: Any) -> None:
+        return result_row(self.rows, self.settings.choose_by)
+
+
+def report_runs(runs: Sequence[Reported], console: Any) -> None:
     """Print the results of runs side by side, and draw each run's curves."""
     console.print(table(runs))
     class_wise = [run for run in runs if run.by_class is not None]
@@ -76,18 +84,6 @@ def report_runs(runs: list[Reported], console: Any) -> None:
         console.print(class_table(class_wise))
     for run in runs:
         print(f"curves: {plot_curves(run)}")
-
-
-def log_reports(runs: Sequence[str]) -> None:
-    """Send the pictures of runs that were logged to W&B there too; a sweep sends its own, not those of its trials."""
-    from dlops_dist.engine.run_folder import RunFolder
-    from dlops_dist.sweep.folder import SweepFolder
-    from dlops_dist.trackers import log_report
-
-    for run in runs:
-        path = Folder(run).local
-        if path is not None and not SweepFolder(path.absolute().parent).is_sweep():
-            log_report(path, RunFolder(path).settings()[1], lambda text: print(f"warning: {text}", file=sys.stderr))
 
 
 def load(place: str) -> Reported:
@@ -105,12 +101,12 @@ def load(place: str) -> Reported:
     same_data = bool(published) and is_of_the_study(study.STUDY_DATA, Path(settings.data.shards), rows)
     by_class = getattr(study, "STUDY_CLASSES", None)
     return Reported(
-        place, folder.name, settings.variant, rows, (figures, published[figures]) if same_data else None,
+        place, folder.name, settings, rows, (figures, published[figures]) if same_data else None,
         by_class if by_class is None or same_data else (),
     )  # fmt: skip
 
 
-def is_of_the_study(studied: tuple[str, int], shards: Path, rows: Rows) -> bool:
+def is_of_the_study(studied: tuple[str, int], shards: Path, rows: list[dict[str, Any]]) -> bool:
     """Whether a run's shards, where they are still there, hold all of a dataset of so many classes, in its own size."""
     from dlops_dist.data.shards import read_manifest
 
@@ -119,38 +115,35 @@ def is_of_the_study(studied: tuple[str, int], shards: Path, rows: Rows) -> bool:
     except UserError:
         return False
     whole = manifest.packing.get("limit") is None and manifest.packing.get("size") is None
-    judged = {len(row["test/top1_by_class"]) for row in rows if "test/top1_by_class" in row}
+    judged = {len(by_class) for row in rows if (by_class := row.get("test/top1_by_class"))}
     return whole and {(manifest.dataset, n) for n in judged | {len(manifest.classes)}} == {studied}
 
 
-def table(runs: list[Reported]) -> Any:
+def table(runs: Sequence[Reported]) -> Any:
     """The result of each run, and the study's figures where they are of the same data and loss."""
     from rich.table import Table
 
-    from dlops_dist.console import figure
-    from dlops_dist.engine.rows import result_row
-
+    results = [run.result for run in runs]
+    own = dict.fromkeys(name for row in results for name in own_figures(row))
+    names = [*(f"train/{name}" for name in SHORT), *(f"test/{name}" for name in (*TITLES, *own))]
     result = Table(title="result of each run")
-    for column in ("run", "loss", "epoch", *COLUMNS.values()):
+    for column in ("run", "loss", "epoch", *map(title, names)):
         result.add_column(column, justify="left" if column in ("run", "loss") else "right")
-    for run in runs:
-        row = result_row(run.rows)
-        result.add_row(run.name, run.variant, str(row["epoch"]), *(figure(row, name) for name in COLUMNS))
+    for run, row in zip(runs, results, strict=True):
+        result.add_row(run.name, run.settings.variant, str(row["epoch"]), *(figure(row, name) for name in names))
     for variant, published in dict(run.published for run in runs if run.published).items():
-        result.add_row(BESIDE, variant, "10", *(figure(published, name) for name in COLUMNS), style="dim")
+        result.add_row(BESIDE, variant, "10", *(figure(published, name) for name in names), style="dim")
     return result
 
 
-def class_table(runs: list[Reported]) -> Any:
+def class_table(runs: Sequence[Reported]) -> Any:
     """Class-wise test accuracies, and the study's beside those of the same data."""
     from rich.table import Table
 
-    from dlops_dist.engine.rows import result_row
-
-    by_class = {run.name: result_row(run.rows).get("test/top1_by_class", []) for run in runs}
+    by_class = {run.name: run.result.get("test/top1_by_class") or [] for run in runs}
     for run in runs:
         if run.by_class:
-            by_class[BESIDE] = list(run.by_class)
+            by_class[BESIDE] = run.by_class
     result = Table("run", title="test top-1 of each class, %")
     for number in range(max(map(len, by_class.values()))):
         result.add_column(str(number + 1), justify="right")
@@ -161,59 +154,40 @@ def class_table(runs: list[Reported]) -> Any:
 
 
 def plot_curves(run: Reported) -> str:
-    """Loss and accuracy of each epoch, train and test; each class's test accuracy; reconstruction errors."""
-    import matplotlib as mpl
+    from dlops_dist import draw
 
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    pretrained = [row for row in run.rows if "train/top1" not in row]
-    classified = run.rows[len(pretrained) :]
-    panels = [_plot_errors] * bool(pretrained) + [_plot_loss, _plot_accuracy, _plot_classes] * bool(classified)
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), layout="constrained", squeeze=False)
-    for panel, plot in zip(axes[0], panels, strict=True):
-        plot(panel, pretrained if plot is _plot_errors else classified)
-        panel.grid(alpha=0.3)
-    figure.suptitle(run.name)
     report = Folder(run.place) / "report"
     with report.as_path() as folder:
-        figure.savefig(folder / "curves.png", dpi=100)
-    plt.close(figure)
+        draw.curves(folder / "curves.png", run.name, panels_of(run.rows))
     return str(report / "curves.png")
 
 
-def _plot_errors(axes: Any, rows: Rows) -> None:
-    for stage in dict.fromkeys(row["stage"] for row in rows):
-        own = [row for row in rows if row["stage"] == stage]
-        axes.plot([row["epoch"] for row in own], [row["test/loss"] for row in own], marker=".", label=stage)
-    axes.set(title="Test error of each layer's inputs", xlabel="epoch", ylabel="mean squared error", yscale="log")
-    axes.legend()
+def panels_of(rows: Sequence[dict[str, Any]]) -> list[Any]:
+    """Reconstruction errors; loss, accuracy and a recipe's own figures of each epoch; each class's test accuracy."""
+    from dlops_dist.draw import Panel
+
+    early = [row for row in rows if "stage" in row and "test/top1" not in row]
+    late = rows[len(early) :]
+    errors = {name: _line(list(own), "test/loss") for name, own in groupby(early, key=lambda row: row["stage"])}
+    by_class = sorted((100 * (part or 0) for part in rows[-1].get("test/top1_by_class") or ()), reverse=True)
+    own = [f"{split}/{name}" for split in ("val", "test") for row in late[-1:] for name in own_figures(row, split)]
+    panels = [
+        Panel("Test error of each layer's inputs", "mean squared error", errors, log=True),
+        Panel("Loss", "loss", _lines(late, "train/loss", "val/loss", "test/loss")),
+        Panel("Accuracy of the head", "%", _lines(late, "train/top1", "val/top1", "test/top1", "test/top5")),
+        Panel("Figures of the recipe", "", _lines(late, *own)),
+        Panel("Test top-1 of each class, best first", "%", bars=by_class),
+    ]
+    return [panel for panel in panels if panel.lines or panel.bars]
 
 
-def _plot_loss(axes: Any, rows: Rows) -> None:
-    for split in _splits(rows):
-        axes.plot([row["epoch"] for row in rows], [row[f"{split}/loss"] for row in rows], marker=".", label=split)
-    axes.set(title="Loss", xlabel="epoch", ylabel="loss")
-    axes.legend()
+def _lines(rows: Sequence[dict[str, Any]], *names: str) -> dict[str, Any]:
+    """Those of the figures that the rows have."""
+    return {title(name): _line(rows, name) for name in names if any(name in row for row in rows)}
 
 
-def _plot_accuracy(axes: Any, rows: Rows) -> None:
-    epochs = [row["epoch"] for row in rows]
-    for split in _splits(rows):
-        axes.plot(epochs, [100 * row[f"{split}/top1"] for row in rows], marker=".", label=f"{split} top-1")
-    axes.plot(epochs, [100 * row["test/top5"] for row in rows], marker=".", linestyle=":", label="test top-5")
-    axes.set(title="Accuracy of the head", xlabel="epoch", ylabel="%")
-    axes.legend()
-
-
-def _plot_classes(axes: Any, rows: Rows) -> None:
-    by_class = sorted((100 * (value or 0) for value in rows[-1]["test/top1_by_class"]), reverse=True)
-    axes.bar(range(len(by_class)), by_class, width=1.0)
-    axes.set(title="Test top-1 of each class, best first", xlabel="class", ylabel="%")
-
-
-def _splits(rows: Rows) -> list[str]:
-    return [split for split in ("train", "val", "test") if f"{split}/loss" in rows[0]]
+def _line(rows: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    return [row["epoch"] for row in rows], [drawn(name, row.get(name)) for row in rows]
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import hashlib
 import netrc
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -106,9 +106,7 @@ class Wandb:
                 figures = {k: v for k, v in event.row.items() if not isinstance(v, list)}
                 self._run.log(figures, step=event.row["step"])
             case Finished() if self._run is not None:
-                if pictures := sorted((self._folder / "report").glob("*.png")):
-                    self._run.log(_images(pictures))
-                self._run.finish()
+                _finish(self._run, self._folder)
 
 
 def of_step(row: dict[str, Any]) -> dict[str, Any]:
@@ -116,22 +114,22 @@ def of_step(row: dict[str, Any]) -> dict[str, Any]:
     return {f"step/{name}": value for name, value in row.items()}
 
 
-def log_pictures(
-    mode: Mode, folder: Path, paths: Sequence[Path], warn: Callable[[str], None], name: str = "summary"
-) -> None:
-    """Log pictures to a run; by default, of a sweep, to one of its own in the sweep's group."""
+def log_pictures(mode: Mode, folder: Path, warn: Callable[[str], None], name: str = "summary") -> None:
+    """Log what is in a folder's report to a run; by default, of a sweep, to one of its own in the sweep's group."""
     try:
         run = _wandb_run(mode, folder, name, {}, warn)
-        run.log(_images(paths))
-        run.finish()
+        _finish(run, folder)
     except Exception as error:
         _leave_out_wandb(error, warn)
 
 
-def _images(paths: Sequence[Path]) -> dict[str, Any]:
+def _finish(run: Any, folder: Path) -> None:
+    """End a run at W&B by the pictures in its folder."""
     import wandb
 
-    return {path.stem: wandb.Image(str(path)) for path in paths}
+    if pictures := sorted((folder / "report").glob("*.png")):
+        run.log({path.stem: wandb.Image(str(path)) for path in pictures})
+    run.finish()
 
 
 def log_report(folder: Path, settings: Run, warn: Callable[[str], None]) -> None:
@@ -144,7 +142,7 @@ def log_report(folder: Path, settings: Run, warn: Callable[[str], None]) -> None
     except UserError as error:
         warn(f"{error}; the pictures stay in {folder / 'report'}")
         return
-    log_pictures(mode, folder, sorted((folder / "report").glob("*.png")), warn, str(settings.name))
+    log_pictures(mode, folder, warn, str(settings.name))
 
 
 def _wandb_run(mode: Mode, folder: Path, name: str, config: dict[str, Any], warn: Callable[[str], None]) -> Any:
@@ -177,19 +175,20 @@ def _unless_set(**ours: Any) -> dict[str, Any]:
 
 def run_id(group: str | None, name: str) -> str:
     """Of a run at W&B, where it names an address and a file: the same again for the same run."""
-    readable = "-".join(filter(None, (group, name)))
-    allowed = re.sub(r"[^A-Za-z0-9._=-]", "_", readable)
-    return allowed if allowed == readable and len(readable) <= LONGEST_NAME else _cut(allowed, readable)
+    whole = "-".join(filter(None, (group, name)))
+    return fitting(whole, re.sub(r"[^A-Za-z0-9._=-]", "_", whole))
 
 
-def fitting(name: str) -> str:
-    """A name that W&B's server takes, the same again for the same name."""
-    return name if len(name) <= LONGEST_NAME else _cut(name, name)
+def fitting(name: str, written: str | None = None) -> str:
+    """A name that W&B's server takes, the same again for the same name, another for another.
 
-
-def _cut(text: str, whole: str) -> str:
-    """Short enough, and still another for another whole."""
-    mark = hashlib.sha256(whole.encode()).hexdigest()[:8]
+    Args:
+        written: how it may be written, if not as it is.
+    """
+    text = written or name
+    if text == name and len(name) <= LONGEST_NAME:
+        return name
+    mark = hashlib.sha256(name.encode()).hexdigest()[:8]
     return f"{text[: LONGEST_NAME - 1 - len(mark)]}-{mark}"
 
 

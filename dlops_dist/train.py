@@ -52,7 +52,7 @@ def main() -> None:
     with Console() as console:
         rows = run(task, settings, console)
     what = " ".join(filter(None, (stem_of(task), settings.variant)))
-    print(f"result: {what} after {rows[-1]['epoch']} epochs{result_figures(rows)}")
+    print(f"result: {what} after {rows[-1]['epoch']} epochs{result_figures(rows, settings.choose_by)}")
 
 
 def run(task: str, settings: Run, console: Any) -> list[dict[str, Any]]:
@@ -110,14 +110,14 @@ def stop_signals(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def result_figures(rows: list[dict[str, Any]]) -> str:
+def result_figures(rows: list[dict[str, Any]], choose_by: str) -> str:
     """What the last line says of a run's rows."""
     from dlops_dist.console import fold_figures, test_figures
     from dlops_dist.engine.rows import best_row
 
     if (folds := fold_figures(rows)) is not None:
         return f": test {folds}"
-    best = best_row(rows)
+    best = best_row(rows, choose_by)
     if best is None:
         return f": test {test_figures(rows[-1])}"
     return f", best on the held-out part of train after {best['epoch']}: test {test_figures(best)}"

@@ -47,10 +47,8 @@ def run_sweep(task: str, sweep: Sweep) -> str:
     from dlops_dist.engine.run_folder import RunFolder
     from dlops_dist.ray_cluster import refuse_uploaded_folder
     from dlops_dist.ray_tuner import train_trials
-    from dlops_dist.sweep.board import Board
+    from dlops_dist.sweep.board import Board, best_line, summarize
     from dlops_dist.sweep.folder import SweepFolder
-    from dlops_dist.sweep.plan import known_trials
-    from dlops_dist.sweep.summary import best_line, summarize
     from dlops_dist.trackers import log_pictures
 
     refuse_uploaded_folder(sweep)
@@ -61,16 +59,16 @@ def run_sweep(task: str, sweep: Sweep) -> str:
     os.environ.setdefault("WANDB_RUN_GROUP", str(sweep.name))  # W&B reads it: here, and in the workers
     for name in ("WANDB_NAME", "WANDB_RUN_ID"):  # one run's, not all trials'
         os.environ.pop(name, None)
-    folder = SweepFolder(Path(sweep.runs_dir) / str(sweep.name))
-    known = known_trials(task, sweep, folder)
+    folder = SweepFolder(Path(sweep.runs_dir) / str(sweep.name), task, sweep)
+    known = folder.known_trials()
     with RunFolder(folder.path).locked(), Board(folder) as board:
-        folder.create(task, sweep)
-        train_trials(task, sweep, folder, known, board)
+        folder.create()
+        train_trials(folder, known, board)
     best = summarize(folder, Console(width=None if sys.stdout.isatty() else 160))
     if best is None:
         raise RunError(f"no trial of {folder.path} came to the end of an epoch; the table says why")
     if sweep.wandb != "off":
-        log_pictures(sweep.wandb, folder.path, sorted(folder.pictures.glob("*.png")), board.warn)
+        log_pictures(sweep.wandb, folder.path, board.warn)
     print(f"best point: {folder.write_best(best.point)}")
     return f"{' '.join(filter(None, (stem_of(task), sweep.variant)))}: {best_line(folder, best)}"
 

@@ -56,9 +56,8 @@ def show() -> None:
     folder = parse_folder(
         "show", "Print classes, counts and sizes of packed shards; write FOLDER-samples.png beside it."
     )
-    from matplotlib.image import imsave
-
-    from dlops_dist.data.inspection import counts_by_class, sample_grid
+    from dlops_dist import draw
+    from dlops_dist.data.inspection import counts_by_class
     from dlops_dist.data.shards import read_manifest
 
     manifest = read_manifest(folder)
@@ -68,7 +67,7 @@ def show() -> None:
     for label, name in enumerate(manifest.classes):
         print(f"{name:{width}} " + " ".join(f"{numbers[label]:9,}" for numbers in counts.values()))
     picture = folder.absolute().parent / f"{folder.absolute().name}-samples.png"
-    imsave(picture, sample_grid(folder, manifest))
+    draw.samples(picture, folder, manifest)
     size = sum(shard.bytes for shard in manifest.shards) / 1e6
     print(
         f"{folder}: {describe(manifest.splits)} of {manifest.height}x{manifest.width}, {manifest.extension}, "

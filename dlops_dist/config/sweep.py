@@ -16,8 +16,6 @@ Value = bool | int | float | str
 Point = dict[str, Value]
 """{dotted setting: value}"""
 Kind = Literal["grid", "choice", "uniform", "log-uniform"]
-ACCURACY = "val/top1"
-"""What trials are compared by: the accuracy on samples that were held out of train."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +36,8 @@ class Parameter:
         parameter = cls(name.replace("-", "_"), kind, tuple(map(_value, values)))  # type: ignore[arg-type]
         if parameter.is_interval:
             ends = [v for v in parameter.values if not isinstance(v, bool | str) and math.isfinite(v)]
-            least = 0.0 if kind == "log-uniform" else -math.inf
-            if len(values) != 2 or len(ends) != 2 or not least < ends[0] < ends[1]:
+            above = 0.0 if kind == "log-uniform" else -math.inf
+            if len(values) != 2 or len(ends) != 2 or not above < ends[0] < ends[1]:
                 raise ValueError(f"needs two numbers{' above 0' * (kind == 'log-uniform')}, the lesser first")
         return parameter
 
@@ -124,23 +122,20 @@ def trial_settings(sweep: Sweep, point: Point, seed: int) -> Run:
     values: dict[str, Any] = sweep.model_dump(include=set(sweep.of.model_fields)) | {"name": None, "seed": seed}
     for name, value in point.items():
         *sections, last = name.split(".")
-        section = values
-        for part in sections:
-            section = section.setdefault(part, {})
-            if not isinstance(section, dict):
+        group, kind = values, sweep.of
+        for section in sections:
+            if not isinstance(group.setdefault(section, {}), dict):
                 raise UserError(f"space: {name}: there is no such setting")
-        section[last] = round(value) if isinstance(value, float) and _is_whole(sweep.of, name) else value
+            group, kind = group[section], _type_of(kind, section)
+        takes = _type_of(kind, last)
+        group[last] = round(value) if isinstance(value, float) and int in (takes, *get_args(takes)) else value
     return sweep.of(**values)
 
 
-def _is_whole(settings: type[Section], name: str) -> bool:
-    """Whether a setting takes whole numbers alone."""
-    *sections, last = name.split(".")
-    fields = settings.model_fields
-    for section in sections:
-        fields = getattr(fields[section].annotation, "model_fields", {}) if section in fields else {}
-    annotation = fields[last].annotation if last in fields else None
-    return int in (annotation, *get_args(annotation))
+def _type_of(section: Any, name: str) -> Any:
+    """What a setting is annotated with; None where there is none of that name."""
+    field = getattr(section, "model_fields", {}).get(name)
+    return field and field.annotation
 
 
 def check_sweep(sweep: Sweep) -> None:
@@ -150,6 +145,8 @@ def check_sweep(sweep: Sweep) -> None:
         _check_optuna(sweep)
     if sweep.scheduler == "asha" and sweep.epochs < 2:
         raise UserError(f"scheduler: asha has nothing to end in trials of {sweep.epochs} epoch")
+    if not sweep.choose_by.startswith("val/"):
+        raise UserError(f"choose_by: {sweep.choose_by} was not held out; points are compared by a figure of val/")
     if not sweep.data.val_fraction:
         raise UserError("data.val_fraction: 0 holds nothing of train out to choose on; pass --data.val-fraction 0.1")
     if "://" in sweep.runs_dir:
@@ -167,7 +164,7 @@ def _check_space(sweep: Sweep) -> None:
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"space: {name} is there twice")
-        if name in MAY_CHANGE | {*Search.model_fields, "seed", "data.val_fraction"}:
+        if name in MAY_CHANGE | {*Search.model_fields, "seed", "choose_by", "data.val_fraction"}:
             raise UserError(f"space: {name} cannot be searched: it does not make one point better than another")
     sweep.check_search(names)
     for parameter in sweep.parameters:
@@ -183,12 +180,17 @@ def _check_optuna(sweep: Sweep) -> None:
         raise UserError(f"space: {grids[0]} grid: optuna chooses each point itself; write choice for grid")
 
 
-def _value(word: str) -> Value:
-    if word in ("true", "false"):
-        return word == "true"
+def word(value: Value) -> str:
+    """A value as a space has it."""
+    return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _value(text: str) -> Value:
+    if text in ("true", "false"):
+        return text == "true"
     for number in (int, float):
         try:
-            return number(word)
+            return number(text)
         except ValueError:
             pass
-    return word
+    return text

@@ -7,7 +7,6 @@ import numpy as np
 
 from dlops_dist.data.shards import INDEX, MANIFEST, Manifest, Split, sha256_of
 
-GRID_COLUMNS, GRID_ROWS = 10, 20
 SHOWN = 5
 """Classes that a sentence names."""
 
@@ -60,14 +59,3 @@ def doubts(folder: Path, manifest: Manifest, global_batch_size: int) -> list[str
         name = manifest.classes[train.argmax()]
         found.append(f"all training samples are of one class, {name}: there is nothing to tell apart")
     return found
-
-
-def sample_grid(folder: Path, manifest: Manifest) -> np.ndarray:
-    """One row of training images for each of the first classes, uint8 (height, width, 3); black where one has few."""
-    train = Split(folder, manifest, "train")
-    rows = min(GRID_ROWS, len(manifest.classes))
-    grid = np.zeros((rows, GRID_COLUMNS, manifest.height, manifest.width, 3), np.uint8)
-    for label in range(rows):
-        ids = np.flatnonzero(train.labels == label)[:GRID_COLUMNS]
-        grid[label, : len(ids)] = train.read(ids)
-    return grid.swapaxes(1, 2).reshape(rows * manifest.height, GRID_COLUMNS * manifest.width, 3)

@@ -34,9 +34,7 @@ OF_OPEN_SETS: dict[str, Metric] = {"recall_at_1": recall_at(1), "map_at_r": map_
 """Of classes that training never saw."""
 
 
-def evaluate(
-    learner: Learner, reader: Reader, ids: Ids, with_confusion: bool = False, is_open: bool = False
-) -> dict[str, Any]:
+def evaluate(learner: Learner, reader: Reader, ids: Ids, with_confusion: bool = False) -> dict[str, Any]:
     """Figures of the model on some samples.
 
         loss               the run's loss, each block of 256 samples judged as a batch; None if it has no term
@@ -50,6 +48,8 @@ def evaluate(
     recall_at_1, map_at_r, and the recipe's. Embeddings have length 1 where they are compared by their directions. Sums
     are float64, added in block order.
     """
+    seen = ~learner.class_means.isnan().any(dim=1).cpu().numpy()
+    is_open = bool(seen.any() and not seen[reader.labels[ids]].any())
     metrics = {**(OF_OPEN_SETS if is_open else OF_A_HEAD), **learner.metrics}
     sums = device_sums(learner, reader, ids, metrics, with_losses=not is_open)
     figures = figures_of_sums(learner, reader, ids, metrics, sums)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dlops_dist.config import Run
+from dlops_dist.figures import gain
 
 
 def rows_before(state: dict[str, Any] | None) -> list[dict[str, Any]]:
@@ -31,16 +32,15 @@ def parsed(content: bytes) -> list[dict[str, Any]]:
     return rows
 
 
-def best_row(rows: Sequence[dict[str, Any]], choose_by: str = "val/top1") -> dict[str, Any] | None:
+def best_row(rows: Sequence[dict[str, Any]], choose_by: str) -> dict[str, Any] | None:
     """The row of the epoch with the highest figure `choose_by` of a run's last stage, of a loss the lowest; the
     earliest of equals. None where nothing was held out, or it is a figure of nothing yet.
     """
-    sign = -1 if choose_by.endswith("loss") else 1
     judged = [r for r in rows if r.get(choose_by) is not None and r.get("stage") == rows[-1].get("stage")]
-    return max(judged, key=lambda row: sign * row[choose_by], default=None)
+    return max(judged, key=lambda row: gain(choose_by, row[choose_by]), default=None)
 
 
-def result_row(rows: Sequence[dict[str, Any]], choose_by: str = "val/top1") -> dict[str, Any]:
+def result_row(rows: Sequence[dict[str, Any]], choose_by: str) -> dict[str, Any]:
     """The row that is a run's result: the best on the held-out part of train, where there is one, else the last."""
     return best_row(rows, choose_by) or rows[-1]
 

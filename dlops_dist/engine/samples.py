@@ -4,8 +4,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from dlops_dist.config import Run
 from dlops_dist.data.loader import Batches, TrainingOrder
 from dlops_dist.data.order import Ids, fit_samples_per_class, hold_out
@@ -45,8 +43,6 @@ class Samples:
                 f"data.val_fraction: {data.val_fraction} leaves {len(self.ids)} to train and "
                 f"{len(self.val_ids)} held out"
             )
-        self.is_open = not np.isin(self.test.labels, self.train.labels[self.ids]).any()
-        """Whether no class of test is trained on."""
         mean, std = (manifest.mean, manifest.std) if settings.standardized else ((0.0,) * 3, (1.0,) * 3)
         self.inputs = Inputs(len(manifest.classes), mean, std, (manifest.height, manifest.width))
 

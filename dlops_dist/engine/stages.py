@@ -99,7 +99,7 @@ def training(settings: Run, samples: Samples, recipe: Recipe, device: torch.devi
 def judged(learner: Learner, samples: Samples, with_confusion: bool = False) -> dict[str, Any]:
     """The figures of a classifier, of what is held out and of test."""
     val = named("val", evaluate(learner, samples.train, samples.val_ids)) if len(samples.val_ids) else {}
-    test = evaluate(learner, samples.test, np.arange(len(samples.test)), with_confusion, samples.is_open)
+    test = evaluate(learner, samples.test, np.arange(len(samples.test)), with_confusion)
     return val | named("test", test)
 
 

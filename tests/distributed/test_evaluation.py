@@ -9,7 +9,7 @@ from kept_ranks import on_ranks
 from states import nearly
 from torch import nn
 
-from dlops_dist.console import epoch_line, figure
+from dlops_dist.console import epoch_line
 from dlops_dist.data.loader import read_ahead
 from dlops_dist.data.order import rank_part
 from dlops_dist.distributed.collectives import rank, world_size
@@ -18,6 +18,7 @@ from dlops_dist.engine.evaluation import evaluate
 from dlops_dist.engine.learner import Learner
 from dlops_dist.engine.samples import Inputs
 from dlops_dist.errors import RunError
+from dlops_dist.figures import figure
 from dlops_dist.recipes.q1 import Settings as Q1
 
 CPU = torch.device("cpu")

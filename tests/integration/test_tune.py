@@ -7,6 +7,7 @@ import psutil
 import pytest
 import yaml
 from command import CACHE, TINY, call, rows, run, start, wait_until
+from test_recipe_files import SMALL
 
 SETTINGS = [*TINY, "--data.val-fraction", "0.25", "--name", "sweep", "--num-samples", "2"]
 
@@ -138,6 +139,40 @@ def test_q2_is_searched_too(stl_shards, tmp_path):
     assert code == 0, output
     assert " epoch 2/2: val top-1 " in output
     assert output.splitlines()[-1].startswith("result: q2 frozen: pretrain.optimizer.lr ")
+
+
+@pytest.mark.slow
+def test_a_users_recipe_is_searched_by_a_figure_of_his_choice(shapes_shards, tmp_path):
+    recipe, sweep = tmp_path / "small.py", tmp_path / "runs/sweep"
+    recipe.write_text(SMALL)
+    command = [
+        "tune",
+        recipe,
+        "--data.shards",
+        shapes_shards,
+        "--data.cache-dir",
+        CACHE,
+        "--runs-dir",
+        tmp_path / "runs",
+    ]
+    command += ["--name", "sweep", "--global-batch-size", "20", "--epochs", "2", "--data.val-fraction", "0.25"]
+    command += ["--space", "width grid 6 12", "--choose-by", "val/loss", "--scheduler", "asha"]
+    code, output = run(*command, timeout_s=280)
+    assert code == 0, output
+    last = {trial.name: rows(trial)[-1] for trial in sweep.glob("small-*") if len(rows(trial)) == 2}
+    best = min(last, key=lambda name: last[name]["val/loss"])
+    assert f"{best} epoch 2/2: val loss {last[best]['val/loss']:.4f}" in output
+    settings = yaml.safe_load((sweep / "best.yaml").read_text())
+    figures = f"val loss {last[best]['val/loss']:.4f}, test loss {last[best]['test/loss']:.4f} (one seed)"
+    assert output.splitlines()[-1] == f"result: small: width {settings['width']}: {figures}"
+    code, output = run("report", sweep)
+    assert (code, len(output.splitlines())) == (2, 1), output
+    code, output = call("report", sweep, "--recipe", recipe)
+    assert (code, "val loss" in output) == (0, True), output
+    arguments = ["--local", "--config", sweep / "best.yaml", "--runs-dir", tmp_path, "--name", "best"]
+    code, output = call("train", recipe, *arguments)
+    assert code == 0, output
+    assert rows(tmp_path / "best") == rows(sweep / best)
 
 
 @pytest.mark.slow

@@ -148,18 +148,21 @@ def test_a_checkpoint_that_would_execute_code_is_refused(tmp_path):
     assert not (tmp_path / "touched").exists()
 
 
+TOP1 = "val/top1"
+
+
 def row(epoch, top1=None, stage=None):
     return {"epoch": epoch} | ({} if top1 is None else {"val/top1": top1}) | ({} if stage is None else {"stage": stage})
 
 
 def test_the_best_row_is_the_earliest_with_the_highest_held_out_accuracy_of_the_last_stage():
     rows = [row(1, 0.5), row(2, 0.7), row(3, 0.7), row(4, 0.6)]
-    assert best_row(rows) == result_row(rows) == rows[1]
+    assert best_row(rows, TOP1) == result_row(rows, TOP1) == rows[1]
     stages = [row(1, stage="layer 1"), row(2, 0.9, "fold 0"), row(3, 0.2, "fold 1"), row(4, 0.1, "fold 1")]
-    assert best_row(stages) == stages[2]
-    assert best_row(stages[:1]) is None
-    assert best_row([]) is None
-    assert result_row([row(1), row(2)]) == row(2)
+    assert best_row(stages, TOP1) == stages[2]
+    assert best_row(stages[:1], TOP1) is None
+    assert best_row([], TOP1) is None
+    assert result_row([row(1), row(2)], TOP1) == row(2)
 
 
 def test_the_best_row_is_that_of_the_figure_that_is_asked_for_of_a_loss_the_lowest():

@@ -11,9 +11,9 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "dlops_dist"
 LAYERS = [
     {"errors"},
-    {"files"},
+    {"files", "figures"},
     {"config", "command_line", "models", "losses", "optim", "metrics", "data"},
-    {"distributed"},
+    {"distributed", "draw"},
     {"engine"},
     {"recipes"},
     {"console", "trackers"},

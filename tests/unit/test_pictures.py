@@ -1,11 +1,14 @@
-"""What a run of q2 draws."""
+"""What a run of q2 draws, and by which module."""
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 from matplotlib.image import imread
 
+from dlops_dist import draw
 from dlops_dist.engine.samples import Inputs
 from dlops_dist.models.autoencoder import StackedAutoencoder
 from dlops_dist.recipes.stacked import pictures
@@ -39,7 +42,7 @@ def perfect():
 
 
 def test_reconstructions_stand_below_their_images(tmp_path):
-    pictures.draw_reconstructions(tmp_path / "report/pairs.png", perfect(), Reader(), depth=2)
+    draw.image_grid(tmp_path / "report/pairs.png", pictures.reconstructions(perfect(), Reader(), depth=2))
     grid = (imread(tmp_path / "report/pairs.png")[..., :3] * 255).round().astype(np.uint8)
     assert grid.shape == (3 * 5, 10 * 6, 3)
     mean = np.round(np.array(INPUTS.mean) * 255)
@@ -53,7 +56,7 @@ def test_reconstructions_stand_below_their_images(tmp_path):
 
 def test_filters_are_drawn_as_images_from_black_to_white(tmp_path):
     manifest = SimpleNamespace(height=4, width=5)
-    pictures.draw_filters(tmp_path / "filters.png", perfect(), manifest)
+    draw.image_grid(tmp_path / "filters.png", pictures.filters(perfect(), manifest))
     grid = (imread(tmp_path / "filters.png")[..., :3] * 255).round().astype(np.uint8)
     assert grid.shape == (10 * 5, 10 * 6, 3), "the first hundred"
     for unit in (0, 7, 59):
@@ -63,6 +66,12 @@ def test_filters_are_drawn_as_images_from_black_to_white(tmp_path):
 
 
 def test_bars_and_confusion_are_pictures(tmp_path):
-    pictures.draw_class_accuracies(tmp_path / "classes.png", [0.5, None, 1.0], ["a", "b", "c"])
-    pictures.draw_confusion(tmp_path / "confusion.png", [[1, 0], [2, 3]], ["a", "b"])
+    draw.class_accuracies(tmp_path / "classes.png", [0.5, None, 1.0], ["a", "b", "c"])
+    draw.confusion(tmp_path / "confusion.png", [[1, 0], [2, 3]], ["a", "b"])
     assert all(imread(tmp_path / name).std() > 0 for name in ("classes.png", "confusion.png"))
+
+
+def test_one_module_alone_imports_matplotlib_and_none_pandas():
+    files = Path(draw.__file__).parent.rglob("*.py")
+    wanted = re.compile(r"^\s*(import|from) (matplotlib|pandas)", re.MULTILINE)
+    assert [path.name for path in files if wanted.search(path.read_text())] == ["draw.py"]

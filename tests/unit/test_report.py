@@ -1,12 +1,15 @@
 """What stands beside a run's figures, and that figures which cannot be are drawn as gaps."""
 
 import json
+import math
+from unittest.mock import ANY
 
 import pytest
 import yaml
 from rich.console import Console
 
 from dlops_dist import report
+from dlops_dist.console import epoch_line
 from dlops_dist.data.shards import MANIFEST, Manifest
 from dlops_dist.recipes.q1 import Settings as Q1
 from dlops_dist.recipes.q2 import Settings as Q2
@@ -82,5 +85,34 @@ def test_they_do_not_stand_beside_a_run_on(kind, reported):
 
 def test_a_loss_that_cannot_be_is_a_gap_in_the_curve(tmp_path):
     rows = [row(1, 3, **{"train/loss": None, "test/loss": None}), row(2, 3, **{"train/loss": None})]
-    report.plot_curves(report.Reported(str(tmp_path), "run", "triplet", rows, None, None))
+    report.plot_curves(report.Reported(str(tmp_path), "run", Q1(loss="triplet"), rows, None, None))
     assert (tmp_path / "report/curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def own_row(epoch, **figures):
+    """Of a user's recipe that judges no head, and adds a figure of its own."""
+    losses = {"train/loss": 1.5, "train/arcface": 1.5, "val/loss": 1.6, "test/loss": 1.7, "test/arcface": 1.7}
+    speed = {"train_images_per_s": 9.0, "epoch_s": 1.0}
+    return {"epoch": epoch, "step": epoch, **losses, "test/recall_at_1": 0.5, **figures, **speed}
+
+
+@pytest.mark.parametrize("unjudged", [{}, {"train/top1": None, "test/top1": None, "test/top1_by_class": None}])
+def test_a_users_figures_are_shown_by_their_names_and_the_head_need_not_be_judged(unjudged, tmp_path, capsys):
+    rows = [own_row(epoch, **{"val/map_at_r": 0.25, "test/map_at_r": value}, **unjudged) for epoch, value in
+            ((1, 0.12345), (2, None), (3, 0.375))]  # fmt: skip
+    head = " top-1 -" if unjudged else ""
+    assert epoch_line(rows[0], 3) == (
+        f"epoch 1/3  train loss 1.5000{head}  val loss 1.6000 map_at_r 0.2500  "
+        f"test loss 1.7000{head} Recall@1 50.00% map_at_r 0.1235  9 images/s  1.0 s"
+    )
+    run = report.Reported(str(tmp_path), "run", Q1(), rows, None, None)
+    report.report_runs([run], Console(width=250))
+    output = capsys.readouterr().out
+    assert "test map_at_r" in output
+    assert "0.3750" in output
+    assert "arcface" not in output
+    titles = [axes.title for axes in report.panels_of(rows)]
+    assert titles == ["Loss", *["Accuracy of the head"] * bool(unjudged), "Figures of the recipe"]
+    lines = report.panels_of(rows)[-1].lines
+    assert lines == {"val map_at_r": ([1, 2, 3], [0.25] * 3), "test map_at_r": ([1, 2, 3], [0.12345, ANY, 0.375])}
+    assert math.isnan(lines["test map_at_r"][1][1])

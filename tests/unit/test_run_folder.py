@@ -121,7 +121,7 @@ def test_a_finished_run_that_was_moved_is_complete_where_it_is(whole, settings_o
     row = folder.finished_row(settings, read_manifest(tmp_path / settings.data.shards))
     assert row["epoch"] == EPOCHS
     assert folder.settings() == ("q1", settings)
-    best = best_row(rows_of(whole))
+    best = best_row(rows_of(whole), "val/top1")
     figures, epoch = evaluate_run(str(tmp_path / "b"))
     assert (figures["loss"], epoch) == (best["test/loss"], best["epoch"])
     monkeypatch.chdir(tmp_path / "b")
@@ -146,7 +146,7 @@ def test_a_moved_sweeps_trials_say_where_they_lie_now(whole, settings_of, tmp_pa
     settings = prepare("q1", settings_of(tmp_path / "moved", "trial"))
     RunFolder.of(settings).create("q1", settings)
     (tmp_path / "moved/sweep.yaml").write_text("task: q1\nspace: [optimizer.lr grid 0.02]\n")
-    sweep = SweepFolder(tmp_path / "moved")
+    sweep = SweepFolder.open(tmp_path / "moved")
     assert sweep.is_over(settings)
     assert (sweep.trial("trial").finished, sweep.trial("trial").point) == (True, {"optimizer.lr": 0.02})
     assert RunFolder(tmp_path / "moved/trial").settings()[1].runs_dir == str(tmp_path / "moved")

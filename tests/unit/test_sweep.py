@@ -1,5 +1,7 @@
 """The points of a sweep, its settings and its ranking: pure functions, and a folder."""
 
+import io
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -10,15 +12,26 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
-from dlops_dist.command_line import read_sweep
-from dlops_dist.config import SHIPPED, Parameter, Point, Sweep, check_sweep, flat, result_settings, trial_settings
+from dlops_dist.command_line import read_settings, read_sweep
+from dlops_dist.config import (
+    SHIPPED,
+    Parameter,
+    Point,
+    Sweep,
+    Value,
+    check_sweep,
+    flat,
+    load_recipe,
+    result_settings,
+    trial_settings,
+)
 from dlops_dist.ray_tuner import trials_at_once
-from dlops_dist.sweep.folder import SweepFolder, Trial
-from dlops_dist.sweep.plan import known_trials
-from dlops_dist.sweep.points import points_of
-from dlops_dist.sweep.ranking import importance, ranking
-from dlops_dist.sweep.suggestions import suggest
+from dlops_dist.sweep.board import Board, best_line, summarize
+from dlops_dist.sweep.folder import Ranked, SweepFolder, Trial, gain_of, importance
+from dlops_dist.sweep.folder import ranking as ranking_by
+from dlops_dist.sweep.points import points_of, suggest
 from dlops_dist.tune import run_sweep
 
 MARGIN = Parameter.parse("triplet.margin uniform 0.1 1.0")
@@ -97,6 +110,7 @@ SPACES = {
     "concurrency grid 1 2": ["concurrency"],
     "data.val-fraction grid 0.1 0.2": ["data.val_fraction"],
     "center.weight grid 0.1": ["center.weight", "--loss triplet"],
+    "choose-by choice val/loss val/top1": ["choose_by"],
 }
 
 
@@ -108,6 +122,7 @@ def test_a_space_that_makes_no_sense_is_one_line(space: str, user_error: Callabl
 
 MISTAKES = {
     "--data.val-fraction 0": ["data.val_fraction", "--data.val-fraction 0.1"],
+    "--choose-by test/top1": ["choose_by: test/top1", "a figure of val/"],
     "--local": ["local"],
     "--workers 2 --min-workers 3": ["min_workers: 3", "2 workers"],
     "--runs-dir s3://bucket/runs": ["runs_dir", "s3://bucket/runs"],
@@ -169,7 +184,7 @@ def test_draws_for_a_setting_of_whole_numbers_are_rounded_and_none_is_trained_tw
     assert trial_settings(sweep(), {"data.samples_per_class": 4.37}, seed=0).data.samples_per_class == 4
     assert trial_settings(sweep(), {"center.alpha": 0.37}, seed=0).center.alpha == 0.37
     given = sweep("--data.shards", str(shapes_shards), "--space", "augment.crop_padding uniform 0 3", "--seeds", "2")
-    names = [settings.name for settings in known_trials("q1", given, SweepFolder(tmp_path))]
+    names = [settings.name for settings in SweepFolder(tmp_path, "q1", given).known_trials()]
     assert len(names) == len(set(names)) == 8
 
 
@@ -181,9 +196,12 @@ def test_a_sweep_is_read_again_from_what_was_written(tmp_path: Path) -> None:
     assert again == flat(given.model_dump()) | {"config": str(file)}
 
 
-def trial(point: Point, *scores: float, seed: int = 0, epochs: int = 3, failed: str | None = None) -> Trial:
-    rows = [{"val/top1": score} for score in scores]
-    return Trial("name", point, seed, rows, epochs, failed, stopped=False)
+def trial(point: Point, *scores: float | None, seed: int = 0, epochs: int = 3, failed: str | None = None) -> Trial:
+    return Trial("name", point, seed, list(scores), epochs, failed, stopped=False)
+
+
+def ranking(trials: list[Trial], choose_by: str = "val/top1") -> list[Ranked]:
+    return ranking_by(trials, choose_by)
 
 
 def test_points_are_ranked_by_epochs_reached_then_by_the_mean_of_their_seeds() -> None:
@@ -198,6 +216,128 @@ def test_points_are_ranked_by_epochs_reached_then_by_the_mean_of_their_seeds() -
     assert ranked[1].deviation == pytest.approx(math.sqrt(0.02))
     assert [point.finished for point in ranked] == [True, True, False, False]
     assert (ranked[3].mean, ranked[3].deviation, ranked[3].epochs) == (None, None, 0)
+
+
+def test_of_a_loss_the_lowest_is_best_and_what_cannot_be_is_worst() -> None:
+    def best_first(choose_by: str) -> list[Value]:
+        trials = [trial({"lr": 1}, 0.3), trial({"lr": 2}, 0.1), trial({"lr": 3}, None), trial({"lr": 4}, 0.2)]
+        return [point.point["lr"] for point in ranking(trials, choose_by)]
+
+    assert best_first("val/loss") == [2, 4, 1, 3]
+    assert best_first("val/map_at_r") == [1, 4, 2, 3]
+
+
+MINE = """
+from dlops_dist import Run, Section
+
+class Head(Section):
+    \"""The head.\"""
+    scale: float = 1.0
+    parts: int | None = None
+
+class Settings(Run):
+    \"""Mine.\"""
+    width: int = 8
+    head: Head = Head()
+
+def recipe(settings, inputs): ...
+"""
+
+
+def test_a_users_settings_are_a_space_too(tmp_path: Path, user_error: Callable) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(MINE)
+    space = ["head.scale uniform 0.5 2", "width log-uniform 4 64", "head.parts uniform 1 9"]
+
+    def mine(*space: str) -> Sweep:
+        return read_sweep(str(file), ["--data.val-fraction", "0.1", "--space", *space])
+
+    check_sweep(mine(*space))
+    settings = trial_settings(mine(*space), {"head.scale": 0.7, "width": 31.6, "head.parts": 2.2}, seed=3)
+    assert type(settings) is load_recipe(str(file)).settings_type
+    assert settings.model_dump(include={"head", "width", "seed"}) == {
+        "head": {"scale": 0.7, "parts": 2}, "width": 32, "seed": 3,
+    }  # fmt: skip
+    with user_error("head.scales", "did you mean head.scale"):
+        check_sweep(mine("head.scales grid 1"))
+    with user_error("width", "wide"):
+        check_sweep(mine("width grid wide"))
+
+
+@pytest.fixture
+def swept(tmp_path: Path) -> Callable:
+    """The folder of a sweep of q2, whose points have these rows of the classifier, after one of each layer."""
+
+    def written(choose_by: str, rows: dict[float, list[dict[str, Any]]]) -> SweepFolder:
+        space = ["--space", f"optimizer.lr grid {' '.join(map(str, rows))}", "--choose-by", choose_by]
+        given = read_sweep("q2", [*space, "--model.layers", "4", "--model.code-layer", "4", "--epochs", "2"])
+        SweepFolder(tmp_path, "q2", given).create()
+        for lr, told in rows.items():
+            values = {"task": "q2", **trial_settings(given, {"optimizer.lr": lr}, 0).model_dump()}
+            pretrained = {"step": 1, "stage": "layer 1", "val/loss": 0.001, "test/loss": 0.001}
+            before = [{**pretrained, "epoch": epoch} for epoch in range(1, given.pretrain.epochs + 1)]
+            after = [{"epoch": len(before) + 1 + i, "step": 2, "stage": "classifier", **r} for i, r in enumerate(told)]
+            (tmp_path / f"lr-{lr}").mkdir()
+            (tmp_path / f"lr-{lr}/config.yaml").write_text(yaml.safe_dump(values))
+            (tmp_path / f"lr-{lr}/metrics.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in before + after))
+        return SweepFolder.open(tmp_path)
+
+    return written
+
+
+def of(**figures: float | None) -> dict[str, Any]:
+    return {f"{split}/{name}": value for split in ("val", "test") for name, value in figures.items()}
+
+
+CHOICES = {
+    "val/top1": (0.2, "val top-1", "80.00%", "val top-1 80.00%, test top-1 80.00% (one seed)"),
+    "val/loss": (0.1, "val loss", "0.2000", "val loss 0.2000, test loss 0.2000 (one seed)"),
+    "val/map_at_r": (0.3, "val map_at_r", "0.4000", "val map_at_r 0.4000, test map_at_r 0.4000 (one seed)"),
+}
+
+
+@pytest.mark.parametrize("choose_by", CHOICES)
+def test_the_held_out_figure_that_is_named_chooses_the_best_point(choose_by: str, swept: Callable) -> None:
+    lr, name, shown, line = CHOICES[choose_by]
+    folder = swept(choose_by, {
+        0.1: [of(top1=0.1, loss=0.9, map_at_r=0.1), of(top1=0.5, loss=0.2, map_at_r=None)],
+        0.2: [of(top1=0.9, loss=0.1, map_at_r=0.9), of(top1=0.8, loss=0.7, map_at_r=0.3)],
+        0.3: [of(top1=0.1, loss=0.9, map_at_r=0.1), of(top1=0.1, loss=0.8, map_at_r=0.4)],
+        0.4: [of(top1=1.0, loss=0.0, map_at_r=1.0)],
+    })  # fmt: skip
+    assert len(folder.trial("lr-0.4").scores) == 1, "pretraining is not judged"
+    output = Console(width=200, record=True, file=io.StringIO())
+    best = summarize(folder, output)
+    assert best is not None
+    assert (best.point, best_line(folder, best)) == ({"optimizer.lr": lr}, f"optimizer.lr {lr}: {line}")
+    text = output.export_text()
+    assert all(words in text for words in (f" {name} ", shown, f"variance of {name} over 3 points")), text
+    assert sorted(path.name for path in (folder.path / "report").iterdir()) == ["parallel.png", "responses.png"]
+    again = read_settings("q2", ["--config", str(folder.write_best(best.point))])
+    assert (again.choose_by, again.optimizer.lr) == (choose_by, lr)
+
+
+def test_the_board_tells_what_a_trial_is_compared_by(swept: Callable, capsys: pytest.CaptureFixture) -> None:
+    folder = swept("val/map_at_r", {0.1: [of(map_at_r=None)], 0.2: [of(map_at_r=0.25)]})
+    with Board(folder) as board:
+        for name in ("lr-0.1", "lr-0.2"):
+            board.started(name)
+            board.judged(name)
+        board.ended("lr-0.1")
+        board.ended("lr-0.2", died="its process died")
+    assert capsys.readouterr().out.splitlines() == [
+        "lr-0.1 starts: optimizer.lr 0.1, seed 0", "lr-0.1 epoch 1/2: val map_at_r -",
+        "lr-0.2 starts: optimizer.lr 0.2, seed 0", "lr-0.2 epoch 1/2: val map_at_r 0.2500",
+        "lr-0.1 ends at epoch 1, given up by the scheduler",
+        "warning: lr-0.2 failed: its process died", "lr-0.2 ends at epoch 1",
+    ]  # fmt: skip
+
+
+def test_a_figure_that_no_row_has_is_one_line(user_error: Callable) -> None:
+    row = {"epoch": 1, **of(top1=0.5, loss=0.1), "val/top1_by_class": [0.5]}
+    assert gain_of(sweep("--choose-by", "val/loss"), row) == -0.1
+    with user_error("choose_by: val/recall is none of the figures", "which are val/top1, val/loss"):
+        gain_of(sweep("--choose-by", "val/recall"), row)
 
 
 def scored(parameters: list[Parameter], number: int, score: Callable[[Point], float]) -> list[Trial]:

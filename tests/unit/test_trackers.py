@@ -8,9 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import wandb
-from matplotlib.image import imsave
 
-from dlops_dist import report, trackers, train, tune
+from dlops_dist import draw, report, trackers, train, tune
 from dlops_dist.command_line import read_settings
 from dlops_dist.config import sweep_type
 from dlops_dist.engine.events import EpochEnded, Finished, Logged, Started
@@ -18,7 +17,7 @@ from dlops_dist.engine.run_folder import RunFolder
 from dlops_dist.errors import UserError
 from dlops_dist.ray_backend import wandb_environment
 from dlops_dist.recipes.q1 import Settings as Q1
-from dlops_dist.sweep import plan
+from dlops_dist.sweep.folder import SweepFolder
 from dlops_dist.trackers import LONGEST_NAME, Wandb, check_trackers, fitting, run_id
 
 STARTED = Started("runs/run", {"seed": 0}, {"classes": 10}, 1, 1, 1, 0)
@@ -162,7 +161,7 @@ def test_a_name_that_is_given_wins_over_wandbs_variable(given, monkeypatch, shap
     with pytest.raises(UserError, match="begun"):
         train.run("q1", Q1(local=True, **settings), None)
     assert os.environ.get("WANDB_NAME") == (None if given else "theirs")
-    monkeypatch.setattr(plan, "known_trials", begun)
+    monkeypatch.setattr(SweepFolder, "known_trials", begun)
     with pytest.raises(UserError, match="begun"):
         tune.run_sweep("q1", sweep_type(Q1)(**settings))
     assert os.environ["WANDB_RUN_GROUP"] == (given or "theirs")
@@ -199,8 +198,8 @@ def test_steps_have_an_axis_of_their_own_and_pictures_are_images(monkeypatch, tm
         define_metric=lambda name, step_metric: axes.append((name, step_metric)),
     )  # fmt: skip
     monkeypatch.setattr(wandb, "init", lambda **_: run)
-    (tmp_path / "runs/run/report").mkdir(parents=True)
-    imsave(tmp_path / "runs/run/report/filters.png", np.zeros((4, 4)))
+    (tmp_path / "runs/run").mkdir(parents=True)
+    draw.image_grid(tmp_path / "runs/run/report/filters.png", np.zeros((1, 4, 4, 3), np.uint8))
     listener = Wandb(Q1(name="run", runs_dir="runs", wandb="offline"), pytest.fail)
     row = {"epoch": 1, "step": 2, "test/loss": 1.0}
     for event in (
@@ -227,10 +226,9 @@ def test_report_sends_its_pictures_where_the_run_was_logged(begun, shapes_shards
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.setattr(sys, "argv", ["report", *(str(tmp_path / mode) for mode in ("off", "offline", "online"))])
     report.main()
-    ((mode, folder, pictures, _, name),) = logged
-    assert (mode, folder, name, [path.name for path in pictures]) == (
-        "offline", tmp_path / "offline", "offline", ["curves.png"],
-    )  # fmt: skip
+    ((mode, folder, _, name),) = logged
+    assert (mode, folder, name) == ("offline", tmp_path / "offline", "offline")
+    assert [path.name for path in (folder / "report").iterdir()] == ["curves.png"]
     assert capsys.readouterr().err.startswith("warning: wandb: online needs a key")
 
 

@@ -102,17 +102,19 @@ def reconstruction(shared: Shared, name: str, layer: int | None, epochs: int) ->
         val = named("val", learner.error(readers["train"], samples.val_ids)) if len(samples.val_ids) else {}
         return val | named("test", learner.error(readers["test"], np.arange(len(samples.test))))
 
-    def draw(folder: Path, learner: ReconstructionLearner, _: dict[str, Any]) -> None:
+    def pictured(folder: Path, learner: ReconstructionLearner, _: dict[str, Any]) -> None:
+        from dlops_dist import draw
         from dlops_dist.recipes.stacked import pictures
 
         if layer in (0, None):
-            pictures.draw_filters(folder / "filters.png", learner, samples.manifest)
+            draw.image_grid(folder / "filters.png", pictures.filters(learner, samples.manifest))
         if layer == 0:
-            pictures.draw_samples(folder / "samples.png", Path(settings.data.shards), samples.manifest)
+            draw.samples(folder / "samples.png", Path(settings.data.shards), samples.manifest)
         depth = len(learner.model) if layer is None else layer + 1
-        pictures.draw_reconstructions(folder / "reconstructions.png", learner, samples.test, depth)
+        images = pictures.reconstructions(learner, samples.test, depth)
+        draw.image_grid(folder / "reconstructions.png", images, columns=len(images) // (1 + depth))
 
-    return Stage(epochs, order, learner, reader, figures, name, draw=draw)
+    return Stage(epochs, order, learner, reader, figures, name, draw=pictured)
 
 
 def classification(shared: Shared, name: str, ids: Ids, is_last: bool = True) -> Stage:
@@ -129,19 +131,19 @@ def classification(shared: Shared, name: str, ids: Ids, is_last: bool = True) ->
             recipe = classifier(settings, samples.inputs, shared.stack)
         return Learner(settings, samples.inputs, order.steps_per_epoch, shared.device, recipe)
 
-    def draw(folder: Path, _: Any, row: dict[str, Any]) -> None:
+    def pictured(folder: Path, _: Any, row: dict[str, Any]) -> None:
         if not is_last:
             return
-        from dlops_dist.recipes.stacked import pictures
+        from dlops_dist import draw
 
         classes = samples.manifest.classes
-        pictures.draw_class_accuracies(folder / "classes.png", row["test/top1_by_class"], classes)
-        pictures.draw_confusion(folder / "confusion.png", row["test/confusion"], classes)
+        draw.class_accuracies(folder / "classes.png", row["test/top1_by_class"], classes)
+        draw.confusion(folder / "confusion.png", row["test/confusion"], classes)
 
     return Stage(
         settings.epochs, order, learner, reader=lambda _: samples.train,
         figures=lambda learner: judged(learner, samples, with_confusion=True), name=name,
-        notice=balance_notice(order, samples.manifest.classes), carried=lambda: shared.carried, draw=draw,
+        notice=balance_notice(order, samples.manifest.classes), carried=lambda: shared.carried, draw=pictured,
     )  # fmt: skip
 
 
