@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import os
 import zlib
 from collections import Counter
 from itertools import chain
@@ -13,6 +12,7 @@ import numpy as np
 
 from dlops_dist.data.shards import COLUMNS, INDEX, MANIFEST, Manifest, Packing, Shard
 from dlops_dist.errors import UserError
+from dlops_dist.files import write_file
 
 SPLITS = ("train", "test", "unlabeled")
 EQUAL_SIZES = "sizes must be equal; images that are packed from files become so by --size"
@@ -97,26 +97,8 @@ def write_index_and_manifest(
         num_folds=max(folds).bit_length(), shards=[f.shard for f in facts], skipped=skipped or {},
         index_sha256=_write_index(out, facts),
     )  # fmt: skip
-    replace(out / MANIFEST, manifest.to_bytes())
+    write_file(out / MANIFEST, lambda file: file.write(manifest.to_bytes()))
     return manifest
-
-
-def replace(path: Path, content: bytes | bytearray) -> None:
-    """Write under a temporary name, sync, rename: the name never stands for half of the content.
-
-    Raises:
-        OSError: with the file's name; nothing is left of it.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:  # such as a full disk, which names no file
-        partial.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    partial.rename(path)
 
 
 def _mean_and_std(facts: list[Facts]) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -135,7 +117,7 @@ def _write_index(out: Path, facts: list[Facts]) -> str:
     columns: dict[str, Any] = {"shard": np.repeat(np.arange(len(facts)), [f.shard.samples for f in facts])}
     columns |= {name: list(chain.from_iterable(f.columns[name] for f in facts)) for name in facts[0].columns}
     types = {name: pa.string() if kind == "O" else pa.from_numpy_dtype(kind) for name, kind in COLUMNS.items()}
-    file = io.BytesIO()
-    pq.write_table(pa.table({name: pa.array(columns[name], type=kind) for name, kind in types.items()}), file)
-    replace(out / INDEX, file.getvalue())
-    return hashlib.sha256(file.getvalue()).hexdigest()
+    content = io.BytesIO()
+    pq.write_table(pa.table({name: pa.array(columns[name], type=kind) for name, kind in types.items()}), content)
+    write_file(out / INDEX, lambda file: file.write(content.getvalue()))
+    return hashlib.sha256(content.getvalue()).hexdigest()

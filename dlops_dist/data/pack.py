@@ -15,10 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dlops_dist.data.facts import EQUAL_SIZES, Facts, FactsOfSamples, replace, write_index_and_manifest
+from dlops_dist.data.facts import EQUAL_SIZES, Facts, FactsOfSamples, write_index_and_manifest
 from dlops_dist.data.images import packable
 from dlops_dist.data.keys import key
-from dlops_dist.data.locks import locked
 from dlops_dist.data.order import shuffled
 from dlops_dist.data.processes import in_processes
 from dlops_dist.data.shards import (
@@ -35,6 +34,7 @@ from dlops_dist.data.shards import (
 from dlops_dist.data.sources import Source
 from dlops_dist.data.tar import BLOCK, END, member_bytes
 from dlops_dist.errors import UserError
+from dlops_dist.files import PARTIAL, locked, write_file
 
 OWN_FILE = re.compile(r"(train|test|unlabeled)-\d{6}\.tar|\..*\.(partial|done)")
 
@@ -126,7 +126,7 @@ def _listed(bad: dict[str, str], out: Path) -> str:
     if len(lines) <= LISTED:
         return ", ".join(lines)
     path = out.absolute().parent / f"{out.absolute().name}-bad.txt"
-    replace(path, "".join(f"{line}\n" for line in lines).encode())
+    write_file(path, lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
     return f"{', '.join(lines[:LISTED])}, and so on; {path} lists them all"
 
 
@@ -207,7 +207,7 @@ def _begin(out: Path, dataset: str, packing: Packing, source: Source, stamp: str
     if other:
         for done in out.glob(".*.done"):
             done.unlink()
-        replace(plan, content)
+        write_file(plan, lambda file: file.write(content))
     (out / MANIFEST).unlink(missing_ok=True)
     if other:
         _clear(out, keep={PLAN})
@@ -235,11 +235,13 @@ def _write(held: tuple[Source, Path, int | None, bool], planned: Planned) -> Fac
     if facts.bad and not skip_bad:
         return facts
     path = out / planned.name
-    replace(path, tar)
+    of_this_process = f".{path.name}.{os.getpid()}{PARTIAL}"  # a killed packing's may live for a moment yet
+    write_file(path, lambda file: file.write(tar), of_this_process)
     if sha256_of(path) != sha256:
         path.unlink()
         raise UserError(f"{path} reads back otherwise than it was written: is the disk failing?")
-    replace(done, json.dumps(facts._replace(shard=facts.shard.model_dump())).encode())  # type: ignore[arg-type]
+    whole = json.dumps(facts._replace(shard=facts.shard.model_dump())).encode()  # type: ignore[arg-type]
+    write_file(done, lambda file: file.write(whole), of_this_process)
     return facts
 
 

@@ -13,11 +13,10 @@ import yaml
 
 from dlops_dist.command_line import parse_yaml
 from dlops_dist.config import SHIPPED, Run, common_settings, is_loaded, load_recipe, result_settings
-from dlops_dist.data.locks import locked
 from dlops_dist.data.shards import Manifest, read_manifest
 from dlops_dist.engine.checkpoints import ANEW, Checkpoints
 from dlops_dist.errors import RunError, UserError, first_line
-from dlops_dist.files import Folder, make_writable
+from dlops_dist.files import Folder, locked, make_writable
 
 FORMAT = 3
 CONFIG, METRICS, STEPS = "config.yaml", "metrics.jsonl", "steps.jsonl"

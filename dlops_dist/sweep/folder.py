@@ -21,11 +21,10 @@ from dlops_dist.config import (
     trial_settings,
 )
 from dlops_dist.config.sweep import ACCURACY
-from dlops_dist.data.facts import replace
 from dlops_dist.data.shards import read_manifest
 from dlops_dist.engine.run_folder import RunFolder, refuse_other_settings
 from dlops_dist.errors import UserError
-from dlops_dist.files import Folder
+from dlops_dist.files import Folder, write_file
 
 SWEEP, BEST, ENDED = "sweep.yaml", "best.yaml", "ended.json"
 OF_A_PLACE = {"name", "runs_dir", "config", "smoke", "local", "workers", "wandb", "tensorboard"}
@@ -126,7 +125,7 @@ class SweepFolder:
 def note_end(trial: Path, failed: str | None = None, stopped: bool = False) -> None:
     """Say in a trial's folder why it ended before its last epoch."""
     content = json.dumps({"failed": failed, "stopped": stopped})
-    replace(trial / ENDED, content.encode())  # its workers may be writing in the folder still
+    write_file(trial / ENDED, lambda file: file.write(content.encode()))  # its workers may be writing there still
 
 
 def forget_end(trial: Path) -> None:

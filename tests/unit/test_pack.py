@@ -337,7 +337,7 @@ def test_a_packing_of_something_else_that_is_killed_at_its_beginning_loses_nothi
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", limited(Path.unlink))
-        patch.setattr(pack_module, "replace", limited(pack_module.replace))
+        patch.setattr(pack_module, "write_file", limited(pack_module.write_file))
         with pytest.raises(KilledError):
             pack(source, tmp_path / "out", **settings[1])
     for own in settings:
