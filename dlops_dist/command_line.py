@@ -47,26 +47,26 @@ def _read(
         raise UserError(f"--config {known.config} is for the recipe {written_for}, not {recipe.name}")
     if known.smoke or values.get("smoke"):
         values = _merged(values, smoke)
-    return _override(kind(**values), arguments, f"python -m dlops_dist.{command} {recipe.name}")
+    return override(kind(**values), arguments, f"python -m dlops_dist.{command} {recipe.name}")
 
 
-def _override(defaults: Any, arguments: Sequence[str], prog: str) -> Any:
+def override(defaults: Any, arguments: Sequence[str], prog: str) -> Any:
+    """Settings, or those of a type, where the arguments of a command say otherwise."""
     import tyro
 
+    kind, given = (defaults, {}) if isinstance(defaults, type) else (type(defaults), {"default": defaults})
     box = io.StringIO()
     help_wanted = {"-h", "--help"} & set(arguments)
     wide = {} if help_wanted else {"COLUMNS": "10000"}  # an error must not be broken into lines
     try:
         with contextlib.redirect_stderr(box), mock.patch.dict(os.environ, wide):
-            settings, unknown = tyro.cli(
-                type(defaults), default=defaults, args=list(arguments), prog=prog, return_unknown_args=True
-            )
+            settings, unknown = tyro.cli(kind, **given, args=list(arguments), prog=prog, return_unknown_args=True)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
         raise UserError(_first_sentence(box.getvalue())) from None
     if unknown:
-        raise UserError(unknown_setting(unknown[0], [f"--{name}" for name in setting_names(type(defaults))]))
+        raise UserError(unknown_setting(unknown[0], [f"--{name}" for name in setting_names(kind)]))
     return settings
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from dlops_dist.data.facts import EQUAL_SIZES, Facts, FactsOfSamples, write_index_and_manifest
 from dlops_dist.data.images import packable
 from dlops_dist.data.keys import key
-from dlops_dist.data.order import shuffled
+from dlops_dist.data.order import limited, shuffled
 from dlops_dist.data.processes import in_processes
 from dlops_dist.data.shards import (
     FORMAT,
@@ -61,6 +61,7 @@ def pack(
     asked_for: Packing | None = None,
     again: bool = True,
     size: int | None = None,
+    limit: int | None = None,
     skip_bad: bool = False,
     on_note: Callable[[str], None] = lambda note: None,
 ) -> Manifest:
@@ -73,13 +74,14 @@ def pack(
         asked_for: whatever else the manifest is to tell of the packing.
         again: pack anew what is complete, perhaps since a moment ago.
         size: of all images, as `packable` takes it.
+        limit: of images in each split, evenly over the classes.
         skip_bad: leave out images that cannot be read; the manifest lists them. Without it they are an error.
         on_note: called with what was done to images, and with what was left out.
 
     Raises:
         UserError: names all images that cannot be read, and why.
     """
-    plan = _plan(source, seed, shard_size)
+    plan = _plan(source, seed, shard_size, limit)
     packing = {"seed": seed, "shard_size": shard_size, **(asked_for or {})}
     out.mkdir(parents=True, exist_ok=True)
     with locked(out, "packed"):
@@ -155,11 +157,12 @@ def _option(name: str, value: int | float | None) -> str:
     return f"no {option}" if value is None else option if value is True else f"{option} {value}"
 
 
-def _plan(source: Source, seed: int, shard_size: int) -> list[Planned]:
+def _plan(source: Source, seed: int, shard_size: int, limit: int | None) -> list[Planned]:
     plan: list[Planned] = []
     for split, listing in source.splits.items():
         _check_keys(split, listing.keys)
-        order = shuffled(key(seed, 0, "packing"), len(listing.keys))
+        kept = limited(listing.labels, limit, seed)
+        order = kept[shuffled(key(seed, 0, "packing"), len(kept))]
         for i, start in enumerate(range(0, len(order), shard_size)):
             plan.append(Planned(f"{split}-{i:06d}.tar", split, order[start : start + shard_size]))
     if not any(planned.split == "train" for planned in plan):

@@ -41,11 +41,12 @@ class ImageFolder:
     """Classes are the names of folders, sorted; their images lie anywhere below them.
 
     ROOT/CLASS/..., or ROOT/train/CLASS/... and perhaps ROOT/test/CLASS/...; whatever else lies there is passed over and
-    told by `described`. A tree that may be meant otherwise is refused.
+    told by `described`. A tree that may be meant otherwise is refused. Where no class of test is in train the classes
+    are those of both: an open set.
 
     Args:
         path: the root.
-        num_classes: only the first so many classes.
+        num_classes: only the first so many classes; of an open set, of each split.
         test_fraction: part of each class that becomes the test split of a tree that has none; by default a tenth.
     """
 
@@ -86,25 +87,35 @@ class ImageFolder:
 
     @cached_property
     def classes(self) -> list[str]:
-        folders = {split: self._class_folders(root) for split, root in self._roots.items()}
-        names, train = sorted(folders["train"]), self._roots["train"]
+        train = self._roots["train"]
+        folders = self._class_folders(train)
+        names = sorted(folders)
         if not names:
             endings = ", ".join((*JPEG, *OTHERS))
             raise UserError(f"{self.path / train} has no folders of classes in it, with images ({endings})")
         if (odd := next((name for name in names if not name.isprintable()), None)) is not None:
             raise UserError(f"{self.path / train}: the folder {odd!r} has a name that is not text; rename it")
-        if len(names) == 1 and len(self._folders_in(only := train / folders["train"][names[0]])) > 1:
+        if len(names) == 1 and len(self._folders_in(only := train / folders[names[0]])) > 1:
             raise UserError(
                 f"{self.path / train} has one class only, {names[0]!r}, with folders in it; if these are the classes, "
                 f"name --source {self.path / only}" + (", or move them up" if train.parts else "")
             )
-        if strangers := sorted({name for found in folders.values() for name in found} - set(names)):
-            raise UserError(
-                f"{self.path}: classes to test on that are not in train: {_first(strangers)}; train has {_first(names)}"
-            )
         if self.num_classes is not None and self.num_classes > len(names):
             raise UserError(f"--classes {self.num_classes}: {self.path} has {len(names)} classes")
-        return names[: self.num_classes]
+        return sorted(names[: self.num_classes] + self._unseen[: self.num_classes])
+
+    @cached_property
+    def _unseen(self) -> list[str]:
+        """The classes of test where none of them is in train, as in an open set; a mistake where some are."""
+        roots = self._roots["train"], self._roots.get("test", self._roots["train"])
+        trained, tested = (set(self._class_folders(root)) for root in roots)
+        unseen = sorted(tested - trained)
+        if unseen and (len(unseen) < len(tested) or len(tested) == 1):  # one class alone leaves nothing to tell apart
+            names = _first(sorted(trained))
+            raise UserError(
+                f"{self.path}: classes to test on that are not in train: {_first(unseen)}; train has {names}"
+            )
+        return unseen
 
     def _class_folders(self, root: PurePath) -> dict[str, str]:
         """{class: folder in the root}, where a class's name has one Unicode form however a system has written it."""
@@ -181,13 +192,16 @@ class ImageFolder:
         """How the tree was understood, and what of it is passed over."""
         (train, labels), (test, _) = self._files["train"], self._files["test"]
         counts = Counter(labels.tolist())
-        numbers = [f"{name} {counts[label]:,}" for label, name in enumerate(self.classes)]
+        numbers = [f"{name} {counts[n]:,}" for n, name in enumerate(self.classes) if name not in self._unseen]
+        unseen = [name for name in self.classes if name in self._unseen]
         places = {split: f" in {root}/" for split, root in self._roots.items() if root.parts}
         held_out = "" if "test" in self._roots else f" ({self.test_fraction:.0%} of each class)"
         line = (
             f"{self.path}: {len(train):,} images to train{places.get('train', '')}, {len(test):,} to test"
             f"{places.get('test', held_out)}, {len(numbers)} classes: {_first(numbers)}"
         )
+        if unseen:
+            line += f"; an open set: {len(unseen)} other classes to test on: {_first(unseen)}"
         return "\n".join([line, *(f"  passed over: {text}" for text in self._passed_over())])
 
     def _passed_over(self) -> Iterator[str]:
