@@ -225,8 +225,8 @@ def folder_name(source: str | None) -> str:
 def open_source(dataset: str, settings: Pack, scratch: Path) -> "Source":
     """The named source, or the official archive, or generated images."""
     from dlops_dist.data import shapes
-    from dlops_dist.data.fetch import OFFICIAL, Archive, fetch
     from dlops_dist.data.sources import STL10, ImageFolder, TinyImageNet, unpack_stl10
+    from dlops_dist.data.sources.fetch import OFFICIAL, Archive, fetch
 
     if dataset == "shapes":
         shapes.write_tiny_imagenet(scratch / "shapes.zip", **GENERATED)

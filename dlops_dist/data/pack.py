@@ -9,13 +9,14 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from pydantic import ValidationError
 
-from dlops_dist.data.facts import EQUAL_SIZES, Facts, FactsOfSamples, write_index_and_manifest
+from dlops_dist.data.facts import Facts, refuse_other_size, write_index_and_manifest
 from dlops_dist.data.images import packable
 from dlops_dist.data.keys import key
 from dlops_dist.data.order import limited, shuffled
@@ -27,7 +28,6 @@ from dlops_dist.data.shards import (
     UNLABELED,
     Manifest,
     Packing,
-    Shard,
     read_manifest,
     sha256_of,
 )  # fmt: skip
@@ -91,35 +91,28 @@ def pack(
         stamp = source.stamp()
         _begin(out, dataset, packing, source, stamp)
         total, done, facts = sum(len(p.indices) for p in plan), 0, []
-        held = source, out, size, skip_bad
-        for planned, result in zip(plan, in_processes(_write, held, plan, workers or os.cpu_count() or 1), strict=True):
+        for result in in_processes(_write, (source, out, size, skip_bad), plan, workers or os.cpu_count() or 1):
             facts.append(result)
-            _check_size(source, planned.split, facts)
-            done += len(planned.indices)
+            refuse_other_size(facts, lambda of: f"{source.path}: {_first_image(source, of)}")
+            done += len(plan[len(facts) - 1].indices)
             on_progress(done, total)
         if source.stamp() != stamp:
             raise UserError(f"the files of {dataset} changed while they were packed; pack them again")
         bad = {name: why for f in facts for name, why in f.bad.items()}
-        if bad and (not skip_bad or not any(f.shard.split == "train" and f.shard.samples for f in facts)):
-            raise UserError(_refusal(source.path, bad, out))
-        for note in _notes(source.path, facts, bad, out):
-            on_note(note)
+        if bad and (not skip_bad or not any(f.split == "train" and f.shape for f in facts)):
+            ways = "mend or remove them, or leave them out by --skip-bad"
+            raise UserError(f"{source.path}: {len(bad):,} images cannot be packed: {_listed(bad, out)}; {ways}")
+        for what, number in sum((Counter(f.changed) for f in facts), Counter[str]()).items():
+            on_note(f"{source.path}: {number:,} images {what}")
+        if bad:
+            on_note(f"{source.path}: {len(bad):,} images left out: {_listed(bad, out)}")
         manifest = write_index_and_manifest(out, dataset, packing, source.extension, source.classes, facts, bad)
         _clear(out, keep={shard.name for shard in manifest.shards})
     return manifest
 
 
-def _check_size(source: Source, split: str, facts: list[Facts]) -> None:
-    """Of the last shard, against the first one with an image in it; within a shard they are equal."""
-    first = next((f for f in facts if f.shape), facts[-1])
-    if facts[-1].shape and facts[-1].shape != first.shape:
-        name = source.name(split, source.splits[split].keys.index(facts[-1].columns["key"][0]))
-        raise UserError(f"{source.path}: {name} is {facts[-1].shape}, others are {first.shape}: {EQUAL_SIZES}")
-
-
-def _refusal(source: Path, bad: dict[str, str], out: Path) -> str:
-    ways = "mend or remove them, or leave them out by --skip-bad"
-    return f"{source}: {len(bad):,} images cannot be packed: {_listed(bad, out)}; {ways}"
+def _first_image(source: Source, of: Facts) -> str:
+    return source.name(of.split, source.splits[of.split].keys.index(of.columns["key"][0]))
 
 
 def _listed(bad: dict[str, str], out: Path) -> str:
@@ -130,13 +123,6 @@ def _listed(bad: dict[str, str], out: Path) -> str:
     path = out.absolute().parent / f"{out.absolute().name}-bad.txt"
     write_file(path, lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
     return f"{', '.join(lines[:LISTED])}, and so on; {path} lists them all"
-
-
-def _notes(source: Path, facts: list[Facts], bad: dict[str, str], out: Path) -> Iterator[str]:
-    changed = sum((Counter(f.changed) for f in facts), Counter[str]())
-    yield from (f"{source}: {number:,} images {what}" for what, number in changed.items())
-    if bad:
-        yield f"{source}: {len(bad):,} images left out: {_listed(bad, out)}"
 
 
 def packed_before(out: Path, packing: Packing) -> Manifest | None:
@@ -229,22 +215,18 @@ def _write(held: tuple[Source, Path, int | None, bool], planned: Planned) -> Fac
     None is written of which images are bad that may not be left out: only its facts come back.
     """
     source, out, size, skip_bad = held
-    done = out / f".{planned.name}.done"
-    if (facts := _facts_of_whole(out / planned.name, done)) is not None:
+    path, done = out / planned.name, out / f".{planned.name}.done"
+    if (facts := _facts_of_whole(path, done)) is not None:
         return facts
-    tar, collected = _tar_of(source, planned, size)
-    sha256 = hashlib.sha256(tar).hexdigest()
-    facts = collected.done(planned.name, len(tar), sha256)
+    tar, facts = _tar_of(source, planned, size)
     if facts.bad and not skip_bad:
         return facts
-    path = out / planned.name
     of_this_process = f".{path.name}.{os.getpid()}{PARTIAL}"  # a killed packing's may live for a moment yet
     write_file(path, lambda file: file.write(tar), of_this_process)
-    if sha256_of(path) != sha256:
+    if sha256_of(path) != facts.sha256:
         path.unlink()
         raise UserError(f"{path} reads back otherwise than it was written: is the disk failing?")
-    whole = json.dumps(facts._replace(shard=facts.shard.model_dump())).encode()  # type: ignore[arg-type]
-    write_file(done, lambda file: file.write(whole), of_this_process)
+    write_file(done, lambda file: file.write(facts.model_dump_json().encode()), of_this_process)
     return facts
 
 
@@ -252,31 +234,33 @@ def _facts_of_whole(path: Path, done: Path) -> Facts | None:
     """Those of a shard that an earlier packing of the same finished; None where it did not."""
     if not (path.is_file() and done.is_file()):
         return None
-    shard, shape, *rest = json.loads(done.read_bytes())
-    if len(rest) + 2 != len(Facts._fields):  # of another version
+    try:
+        facts = Facts.model_validate_json(done.read_bytes())
+    except ValidationError:  # of another version
         return None
-    facts = Facts(Shard(**shard), tuple(shape), *rest)
-    return facts if sha256_of(path) == facts.shard.sha256 else None
+    return facts if sha256_of(path) == facts.sha256 else None
 
 
-def _tar_of(source: Source, planned: Planned, size: int | None) -> tuple[bytearray, FactsOfSamples]:
+def _tar_of(source: Source, planned: Planned, size: int | None) -> tuple[bytearray, Facts]:
     listing, extension = source.splits[planned.split], source.extension
-    tar, collected = bytearray(), FactsOfSamples(planned.split)
+    tar, facts = bytearray(), Facts(name=planned.name, split=planned.split)
     for index in planned.indices.tolist():
         sample, label = listing.keys[index], int(listing.labels[index])
         folds = 0 if listing.folds is None else int(listing.folds[index])
         try:
             image = packable(source.read(planned.split, index), extension, size)
         except (ValueError, OSError) as error:
-            collected.bad[source.name(planned.split, index)] = getattr(error, "strerror", None) or str(error)
+            facts.bad[source.name(planned.split, index)] = getattr(error, "strerror", None) or str(error)
             continue
         try:
-            collected.add(sample, len(tar) + BLOCK, image.data, image.pixels, label, folds)
+            facts.add(sample, len(tar) + BLOCK, image.data, image.pixels, label, folds)
             tar += member_bytes(f"{sample}.{extension}", image.data)
             if label != UNLABELED:
                 tar += member_bytes(f"{sample}.cls", str(label).encode())
         except ValueError as error:
             raise UserError(f"{source.path}: {source.name(planned.split, index)}: {error}") from None
         if image.changed:
-            collected.changed[image.changed] += 1
-    return tar + END, collected
+            facts.changed[image.changed] = facts.changed.get(image.changed, 0) + 1
+    tar += END
+    facts.num_bytes, facts.sha256 = len(tar), hashlib.sha256(tar).hexdigest()
+    return tar, facts

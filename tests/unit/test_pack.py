@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dlops_dist.data import pack as pack_module
-from dlops_dist.data.codec import decode
+from dlops_dist.data.images import decode
 from dlops_dist.data.pack import pack
 from dlops_dist.data.shards import Split, read_manifest
 from dlops_dist.data.sources import STL10, Listing, TinyImageNet

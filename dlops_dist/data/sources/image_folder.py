@@ -7,7 +7,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path, PurePath
-from typing import NamedTuple
 from unicodedata import normalize
 
 import numpy as np
@@ -26,15 +25,6 @@ SPLIT_WORDS = tuple(word for words in SPLITS.values() for word in words)
 TEST_FRACTION = 0.1
 NAMED = 3
 """Of what is passed over for one reason, and of the classes, so many are named."""
-
-
-class Tree(NamedTuple):
-    """The files below a root, also behind links, as paths from there."""
-
-    images: list[PurePath]
-    """By their endings, sorted."""
-    others: dict[str, list[str]]
-    """{why they are passed over: their names}."""
 
 
 class ImageFolder:
@@ -57,13 +47,21 @@ class ImageFolder:
             raise UserError(f"{path} is not a folder; unpack an archive first")
 
     @cached_property
-    def _tree(self) -> Tree:
-        return _tree_of(self.path)
+    def _tree(self) -> dict[str, list[PurePath]]:
+        """{why they are no images to pack, or "": paths of files} below the root, also behind links."""
+        found: dict[str, list[PurePath]] = {"": []}
+        for path, why in _walk(self.path, PurePath(), (os.path.realpath(self.path),)):
+            found.setdefault(why, []).append(path)
+        return found | {"": sorted(found[""])}
+
+    @property
+    def _images(self) -> list[PurePath]:
+        return self._tree[""]
 
     def _folders_in(self, place: PurePath) -> list[str]:
         """Names of the folders in it that have images in them."""
         depth = len(place.parts)
-        inside = (path.parts for path in self._tree.images if path.parts[:depth] == place.parts)
+        inside = (path.parts for path in self._images if path.parts[:depth] == place.parts)
         return sorted({parts[depth] for parts in inside if len(parts) > depth + 1})
 
     @cached_property
@@ -135,7 +133,7 @@ class ImageFolder:
         files: dict[str, tuple[list[Path], np.ndarray]] = {}
         for split, root in self._roots.items():
             depth, found = len(root.parts), []
-            for path in self._tree.images:
+            for path in self._images:
                 if path.parts[:depth] == root.parts and len(path.parts) > depth + 1:
                     label = labels_of.get(normalize("NFC", path.parts[depth]))
                     found += [] if label is None else [(label, path)]
@@ -207,7 +205,7 @@ class ImageFolder:
     def _passed_over(self) -> Iterator[str]:
         used = {path.relative_to(self.path) for paths, _ in self._files.values() for path in paths}
         images: dict[str, Counter[str]] = defaultdict(Counter)
-        for path in self._tree.images:
+        for path in self._images:
             if path not in used:
                 root = next((r for r in self._roots.values() if path.parts[: len(r.parts)] == r.parts), None)
                 if root is None:
@@ -218,19 +216,9 @@ class ImageFolder:
                     images["of further classes"][_shown(path.parent)] += 1
         for why, places in images.items():
             yield f"{places.total():,} images {why}: {_first([f'{place}/ {n:,}' for place, n in places.items()])}"
-        for why, names in self._tree.others.items():
-            yield f"{len(names):,} {why}: {_first(names)}"
-
-
-def _tree_of(root: Path) -> Tree:
-    tree = Tree([], defaultdict(list))
-    for path, why in _walk(root, PurePath(), (os.path.realpath(root),)):
-        if why:
-            tree.others[why].append(_shown(path))
-        else:
-            tree.images.append(path)
-    tree.images.sort()
-    return tree
+        for why, paths in self._tree.items():
+            if why:
+                yield f"{len(paths):,} {why}: {_first(list(map(_shown, paths)))}"
 
 
 def _walk(root: Path, inside: PurePath, above: tuple[str, ...]) -> Iterator[tuple[PurePath, str]]:

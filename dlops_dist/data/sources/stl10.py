@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dlops_dist.data.codec import encode
+from dlops_dist.data.images import encode
 from dlops_dist.data.shards import UNLABELED
 from dlops_dist.data.sources.source import Listing, is_litter
 from dlops_dist.errors import UserError, first_line
