@@ -17,7 +17,7 @@ from dlops_dist.config.section import Section
 from dlops_dist.errors import RunError, UserError, exit_code_of
 
 if TYPE_CHECKING:
-    from dlops_dist.data.shards import Packing
+    from dlops_dist.data.shards import Manifest, Packing
     from dlops_dist.data.sources import Source
 
 STUDY = ("tiny-imagenet", "stl10")
@@ -142,11 +142,8 @@ def show(settings: Show) -> None:
         print(f"{name:{width}} " + " ".join(f"{numbers[label]:9,}" for numbers in counts.values()))
     picture = folder.absolute().parent / f"{folder.absolute().name}-samples.png"
     imsave(picture, sample_grid(folder, manifest))
-    size = sum(shard.bytes for shard in manifest.shards) / 1e6
-    print(
-        f"{folder}: {describe(manifest.splits)} of {manifest.height}x{manifest.width}, {manifest.extension}, "
-        f"{len(manifest.shards)} shards, {size:.1f} MB, id {manifest.id[:12]}; samples in {picture}"
-    )
+    kind = f"{manifest.height}x{manifest.width} {manifest.extension}"
+    print(f"{folder}: {describe(manifest)} of {kind}, id {manifest.id[:12]}; samples in {picture}")
 
 
 def index(settings: Index) -> None:
@@ -159,7 +156,7 @@ def index(settings: Index) -> None:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     manifest = adopt(folder, folder.absolute().name, names, settings.workers, progress(f"reading {folder}", "shards"))
-    print(f"{folder}: {describe(manifest.splits)}, {len(manifest.classes)} classes, {len(manifest.shards)} shards")
+    print(f"{folder}: {describe(manifest)}")
     counts = counts_by_class(folder, manifest)
     if is_open_set(counts):
         print(f"an open set: {(counts['test'] > 0).sum()} classes to test on, none of which has a training sample")
@@ -181,9 +178,8 @@ def pack_all(settings: Pack) -> None:
         out = settings.out / name
         manifest = None if settings.again else packed_before(out, asked_for)
         if manifest is not None:
-            held = f"{describe(manifest.splits)}, {len(manifest.classes)} classes"
             unread = "; --source was not looked at" if settings.source else ""
-            print(f"{out}: already packed, {held}{unread} (--again packs anew)")
+            print(f"{out}: already packed, {describe(manifest)}{unread} (--again packs anew)")
             continue
         pack_one(dataset, name, out, settings, asked_for)
 
@@ -205,11 +201,8 @@ def pack_one(dataset: str, name: str, out: Path, settings: Pack, asked_for: "Pac
             size=settings.size, limit=settings.limit, skip_bad=settings.skip_bad, on_note=print,
         )  # fmt: skip
     seconds = time.monotonic() - started
-    images = sum(manifest.splits.values())
-    print(
-        f"{out}: {describe(manifest.splits)}, {len(manifest.classes)} classes, {len(manifest.shards)} shards, "
-        f"{sum(s.bytes for s in manifest.shards) / 1e6:.1f} MB in {seconds:.1f} s ({images / seconds:.0f} images/s)"
-    )
+    rate = sum(manifest.splits.values()) / seconds
+    print(f"{out}: {describe(manifest)} in {seconds:.1f} s ({rate:.0f} images/s)")
 
 
 def folder_name(source: str | None) -> str:
@@ -275,8 +268,10 @@ def progress(title: str, unit: str) -> Callable[[int, int], None]:
     return show
 
 
-def describe(splits: dict[str, int]) -> str:
-    return ", ".join(f"{number:,} {split}" for split, number in splits.items())
+def describe(manifest: "Manifest") -> str:
+    splits = "".join(f"{number:,} {split}, " for split, number in manifest.splits.items())
+    size = sum(shard.bytes for shard in manifest.shards) / 1e6
+    return f"{splits}{len(manifest.classes)} classes, {len(manifest.shards)} shards, {size:.1f} MB"
 
 
 if __name__ == "__main__":
