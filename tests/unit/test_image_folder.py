@@ -209,9 +209,10 @@ def test_names_that_become_equal_are_told_apart(tree):
         ({"data/train/a/0.png": b"", "data/test/a/0.png": b""}, "/data"),
         ({"train/e\u0301/0.png": b"", "train/\u00e9/0.png": b""}, "different Unicode forms"),
         ({"train/a/0.png": b"", "test/b/0.png": b""}, "not in train: b"),
+        ({f"{place}/0.png": b"" for place in ("train/a", "test/b", "test/c\x07")}, "is not text"),
         (
-            {"train/a/0": b"", "train/b/0.png": b"", "test/b/0.png": b"", "test/c/0.png": b""},
-            "not in train: c; train has b",
+            {"train/a/0.png": b"", "train/b/0.png": b"", "test/b/0.png": b"", "test/c/0.png": b""},
+            "not in train: c; train has a, b",
         ),
         ({"test/a/0.png": b""}, "no folder 'train'"),
         ({"a/0.png": b"", "b/0.png": b""}, "too few images"),

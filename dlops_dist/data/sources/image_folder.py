@@ -91,8 +91,6 @@ class ImageFolder:
         if not names:
             endings = ", ".join((*JPEG, *OTHERS))
             raise UserError(f"{self.path / train} has no folders of classes in it, with images ({endings})")
-        if (odd := next((name for name in names if not name.isprintable()), None)) is not None:
-            raise UserError(f"{self.path / train}: the folder {odd!r} has a name that is not text; rename it")
         if len(names) == 1 and len(self._folders_in(only := train / folders[names[0]])) > 1:
             raise UserError(
                 f"{self.path / train} has one class only, {names[0]!r}, with folders in it; if these are the classes, "
@@ -119,6 +117,8 @@ class ImageFolder:
         """{class: folder in the root}, where a class's name has one Unicode form however a system has written it."""
         folders: dict[str, str] = {}
         for folder in self._folders_in(root):
+            if not folder.isprintable():
+                raise UserError(f"{self.path / root}: the folder {folder!r} has a name that is not text; rename it")
             if folders.setdefault(normalize("NFC", folder), folder) != folder:
                 raise UserError(
                     f"{self.path / root}: two folders are both called {folder!r}, in different Unicode forms; put "
