@@ -89,7 +89,7 @@ def pack(
             return manifest
         _refuse_strangers(out)
         stamp = source.stamp()
-        _begin(out, dataset, packing, source, stamp)
+        _begin(out, dataset, packing | {"size": size, "limit": limit}, source, stamp)
         total, done, facts = sum(len(p.indices) for p in plan), 0, []
         for result in in_processes(_write, (source, out, size, skip_bad), plan, workers or os.cpu_count() or 1):
             facts.append(result)

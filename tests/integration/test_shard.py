@@ -5,12 +5,13 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import numpy as np
 import psutil
 import pytest
-from command import TINY, call, run, start, wait_until
+from command import ROOT, TINY, call, run, start, wait_until
 from PIL import Image
 
 from dlops_dist.data.shapes import write_tiny_imagenet
@@ -308,6 +309,31 @@ def test_a_mistake_is_one_line_and_leaves_nothing(mistake, tmp_path):
     assert (code, len(output.splitlines())) == (2, 1), output
     assert all(word in output for word in shown), output
     assert list(tmp_path.iterdir()) == []
+
+
+HELP = {
+    (): ["$ shard.py folder --source DIR --size 64", "--test-fraction FLOAT", "--skip-bad", "by sorted name"],
+    ("verify",): ["Hash every file", "PATH"],
+    ("show",): ["Print classes", "PATH"],
+    ("index",): ["must tell the split", "--class-names PATH", "--workers INT"],
+}
+
+
+@pytest.mark.parametrize("command", HELP)
+def test_each_command_says_what_it_takes(command):
+    code, output = call("shard", *command, "--help")
+    assert code == 0, output
+    assert all(text in output for text in HELP[command]), output
+
+
+def test_help_waits_for_no_large_package():
+    code = (
+        "import atexit, runpy, sys\n"
+        "atexit.register(lambda: print([m for m in ('torch', 'pyarrow', 'matplotlib') if m in sys.modules]))\n"
+        f"sys.argv = ['shard.py', '--help']; runpy.run_path({str(ROOT / 'launch/shard.py')!r}, run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize("where", ["pipe:touch executed", "s3://bucket/shards", "http://127.0.0.1:1/shards"])

@@ -346,6 +346,16 @@ def test_a_packing_of_something_else_that_is_killed_at_its_beginning_loses_nothi
         assert files(tmp_path / "out") == files(tmp_path / f"fresh {own['seed']}")
 
 
+@pytest.mark.parametrize("other", [{"limit": 6}, {"size": 7}])
+def test_a_killed_packing_leaves_nothing_to_one_of_other_images(other, source, tmp_path):
+    settings = {"dataset": "tiny", "shard_size": 3, "workers": 1}
+    with pytest.raises(KilledError):
+        pack(source, tmp_path / "out", **settings, on_progress=kill_after(8))
+    pack(source, tmp_path / "out", **settings, **other)
+    pack(source, tmp_path / "fresh", **settings, **other)
+    assert files(tmp_path / "out") == files(tmp_path / "fresh")
+
+
 def test_packing_beside_the_archive_keeps_the_archive(tiny_zip):
     pack(TinyImageNet(tiny_zip), tiny_zip.parent, "tiny", workers=1)
     assert tiny_zip.is_file()
