@@ -5,19 +5,29 @@ import re
 import sys
 from collections.abc import Sequence
 from functools import reduce
+from inspect import cleandoc
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NamedTuple, Union, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from dlops_dist.config import DEFAULT, RecipeFile, Run, Sweep, flat, load_recipe, stem_of, sweep_type
-from dlops_dist.config.section import SettingError, dotted, is_section, setting_names, unknown_setting
+from dlops_dist.config.section import (
+    Section,
+    SettingError,
+    dotted,
+    is_section,
+    mistake_in,
+    setting_names,
+    unknown_setting,
+)
 from dlops_dist.config.yaml_file import content_of, line_of, parse_yaml
 from dlops_dist.errors import OneLineParser, UserError
 
 CONFIG_FOLDERS = [Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs"]  # wheel, checkout
+S = TypeVar("S", bound=Section)
 LINE, SMOKE = "command line", "--smoke"
 SEVERAL = ("workers", "min_workers")
 """Settings of several processes."""
@@ -59,6 +69,20 @@ def read_sweep(name: str, arguments: Sequence[str]) -> Sweep:
     return cast(Sweep, _read(kind, recipe, parser, arguments, files, smoke).settings)
 
 
+def read_options(kind: type[S], arguments: Sequence[str], prog: str) -> S:
+    """Settings of a command that reads no file of them."""
+    parser = _parser(kind, prog)
+    given = _given(parser, kind, arguments)
+    if given.pop("help", False):
+        parser.set_defaults(**{name: field.default for name, field in kind.model_fields.items()})
+        parser.print_help()
+        parser.exit()
+    try:
+        return kind(**given)
+    except ValidationError as error:
+        raise mistake_in(kind, error) from None
+
+
 def _read(
     kind: type[Run], recipe: RecipeFile, parser: OneLineParser, arguments: Sequence[str], packaged: Sequence[str],
     smoke: dict[str, Any],
@@ -92,15 +116,16 @@ def _read(
     return CommandLine(settings, origins, dry_run)
 
 
-def _parser(kind: type[Run], prog: str) -> OneLineParser:
+def _parser(kind: type[Section], prog: str) -> OneLineParser:
     """Of options for all settings; it leaves out what is not given."""
     wide = {} if sys.stdout.isatty() else {"width": 10_000, "max_help_position": 1_000}  # a line for each option
     parser = OneLineParser(
-        prog, f"{prog} [--SETTING VALUE ...]", f"{kind.__doc__ or ''} {FLAGS}", argument_default=argparse.SUPPRESS,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, **cast(Any, wide)), conflict_handler="resolve",
+        prog, f"{' '.join(filter(None, (prog, (kind.positional or '').upper())))} [--SETTING VALUE ...]",
+        f"{cleandoc(kind.__doc__ or '')}{'' if kind.positional else f' {FLAGS}'}", argument_default=argparse.SUPPRESS, conflict_handler="resolve",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, **cast(Any, wide)),
         add_help=False, allow_abbrev=False,
     )  # fmt: skip
-    parser.add_argument("-h", "--help", action="store_true", help="show this, with the settings of --config")
+    parser.add_argument("-h", "--help", action="store_true", help="show this, and what the settings are")
     _add_group(parser, kind, ())
     return parser
 
@@ -110,15 +135,29 @@ def _add_group(parser: OneLineParser, kind: type[BaseModel], place: tuple[str, .
     for name, field in kind.model_fields.items():
         if is_section(field.annotation):
             _add_group(parser, field.annotation, (*place, name))
+        elif name == getattr(kind, "positional", None):
+            several = get_origin(field.annotation) in SEVERAL_WORDS
+            parser.add_argument(
+                name, nargs="*" if several else "?", metavar=_shown(field.annotation), help=field.description
+            )
         else:
-            _add_option(group, (*place, name), field)
+            _add_option(group, (*place, name), field, bare=bool(getattr(kind, "positional", None)))
 
 
-def _add_option(group: Any, place: tuple[str, ...], field: FieldInfo) -> None:
-    """An option whose words are left to pydantic, but for None and, of flags, what is not True or False."""
+def _add_option(group: Any, place: tuple[str, ...], field: FieldInfo, bare: bool) -> None:
+    """An option whose words are left to pydantic, but for None and, of flags, what is not True or False.
+
+    Args:
+        bare: a flag takes no word: what follows it may be a positional one.
+    """
     kinds = get_args(field.annotation) if get_origin(field.annotation) in (Union, UnionType) else [field.annotation]
     option: dict[str, Any] = {"dest": dotted(place), "metavar": "|".join(map(_shown, kinds))}
     option["help"] = f"{(field.description or '').replace('%', '%%')} (default: %(default)s)"
+    if bool in kinds and bare:
+        group.add_argument(
+            _dashed(f"--{dotted(place)}"), dest=dotted(place), action="store_true", help=field.description
+        )
+        return
     if bool in kinds:
         option |= {"nargs": "?", "const": True, "type": _truth}
         inverse = _dashed(f"--{dotted((*place[:-1], f'no-{place[-1]}'))}")
@@ -150,9 +189,9 @@ def _dashed(word: str) -> str:
     return re.sub("^--[^=]*", lambda name: name[0].replace("_", "-"), word)
 
 
-def _given(parser: OneLineParser, kind: type[Run], arguments: Sequence[str]) -> dict[str, Any]:
+def _given(parser: OneLineParser, kind: type[Section], arguments: Sequence[str]) -> dict[str, Any]:
     """{dotted name: words} of the options that are there."""
-    known, unknown = parser.parse_known_args([_dashed(word) for word in arguments])
+    known, unknown = parser.parse_known_intermixed_args([_dashed(word) for word in arguments])
     if unknown:
         name = next(word for word in arguments if _dashed(word) == unknown[0]).split("=", maxsplit=1)[0]
         raise UserError(unknown_setting(name, [_dashed(f"--{known}") for known in setting_names(kind)]))

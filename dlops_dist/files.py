@@ -1,10 +1,12 @@
-"""A folder of files, here or at a URL, in which a file is whole or not there."""
+"""Files that are whole or not there, in folders here or at a URL, and locks on them."""
 
+import fcntl
 import io
 import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.util import Finalize
@@ -14,7 +16,8 @@ from typing import Any, BinaryIO
 from dlops_dist.errors import UserError, first_line
 
 PARTIAL = ".partial"
-"""What is being written, or was when its process died: one at a time in each folder."""
+"""What is being written, or was when its process died."""
+TELL_EVERY_S = 5.0
 SOCKET_PATH = 103 if sys.platform == "darwin" else 107
 LONGEST_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 """Below the folder for temporary files."""
@@ -83,19 +86,8 @@ class Folder:
     def write(self, name: str, write_to: Callable[[BinaryIO], object]) -> None:
         """Make or replace a file by what `write_to(file)` writes. It has its name once all of it is safe."""
         if self._files is None:
-            folder = Path(self._place)
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
-                with (folder / PARTIAL).open("wb") as file:
-                    write_to(file)
-                    file.flush()
-                    os.fsync(file.fileno())
-            except BaseException as error:
-                (folder / PARTIAL).unlink(missing_ok=True)
-                if isinstance(error, OSError) and error.errno is not None and error.filename is None:
-                    error.filename = str(folder / name)  # a full disk does not say of which file it was
-                raise
-            (folder / PARTIAL).rename(folder / name)
+            Path(self._place).mkdir(parents=True, exist_ok=True)
+            write_file(Path(self._place) / name, write_to, PARTIAL)
             return
         content = io.BytesIO()
         write_to(content)
@@ -137,6 +129,67 @@ class Folder:
             for path in Path(scratch).iterdir():
                 with path.open("rb") as file:
                     self.write(path.name, lambda there, here=file: shutil.copyfileobj(here, there))  # type: ignore[misc]
+
+
+def write_file(path: Path, write_to: Callable[[BinaryIO], object], partial: str | None = None) -> None:
+    """Make or replace a file by what `write_to(file)` writes. It has its name once all of it is safe.
+
+    Args:
+        partial: its name until then, which a killed process leaves behind; by default one that goes with its own.
+
+    Raises:
+        OSError: names the file, also where the system does not, as of a full disk. Nothing is left of it.
+    """
+    until_whole = path.with_name(partial or f".{path.name}{PARTIAL}")
+    try:
+        with until_whole.open("w+b") as file:
+            write_to(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException as error:
+        until_whole.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename in (None, str(until_whole)):
+            error.filename = str(path)
+        raise
+    until_whole.rename(path)
+
+
+@contextmanager
+def locked(path: Path, use: str, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+    """Keep other processes of this node from a folder, or from what a file that is made for it stands for.
+
+    The lock goes with its process, however that ends.
+
+    Args:
+        use: what the folder is held for, such as "packed".
+        on_wait: called every few seconds while another process holds it; without it that is an error.
+
+    Raises:
+        UserError: another process holds it, and is not to be waited for.
+    """
+    mode = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT  # NFS locks no file that is not writable
+    descriptor, told = os.open(path, mode | os.O_CLOEXEC, 0o666), time.monotonic()
+    try:
+        while not _is_ours(descriptor):
+            if on_wait is None:
+                way_out = "wait for it, or choose another folder"
+                raise UserError(f"{path} is being {use} by another process; {way_out}")
+            if time.monotonic() - told > TELL_EVERY_S:
+                told = time.monotonic()
+                on_wait()
+            time.sleep(0.1)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _is_ours(descriptor: int) -> bool:
+    """Whether its lock could be taken."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def is_url(place: str) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 from difflib import SequenceMatcher
-from typing import Any, TypeGuard
+from typing import Any, ClassVar, TypeGuard
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -16,6 +16,8 @@ class Section(BaseModel):
     """A group of settings. Unknown names are refused; values never change after they were read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    positional: ClassVar[str | None] = None
+    """The setting of a command whose words need no option before them."""
 
 
 class SettingError(UserError):

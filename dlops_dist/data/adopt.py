@@ -7,16 +7,16 @@ import re
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from shlex import quote
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
-from dlops_dist.data.codec import decode
-from dlops_dist.data.facts import Facts, FactsOfSamples, write_index_and_manifest
-from dlops_dist.data.locks import locked
+from dlops_dist.data.facts import Facts, refuse_other_size, write_index_and_manifest
+from dlops_dist.data.images import decode
 from dlops_dist.data.processes import in_processes
 from dlops_dist.data.shards import MANIFEST, PLAN, SHARD_NAME, UNLABELED, Manifest, read_manifest, sha256_of
 from dlops_dist.data.sources.source import MAX_BYTES, is_litter
 from dlops_dist.data.tar import Member, members
 from dlops_dist.errors import UserError
+from dlops_dist.files import locked
 
 SPLIT_WORDS = {
     "train": "train", "training": "train", "val": "test", "valid": "test", "validation": "test", "test": "test",
@@ -37,14 +37,6 @@ LABELS = ("cls", "json", "txt")
 PICKLES = ("pyd", "pkl", "pickle", "pth", "pt")
 SHOWN = 6
 """Members of a sample that an error names."""
-
-
-class Sample(NamedTuple):
-    """Members of one key: its image, and the file that holds its label."""
-
-    key: str
-    image: Member
-    label: Member | None
 
 
 def adopt(
@@ -71,7 +63,18 @@ def adopt(
     if len({"test" if word == "test" else "val" for word in words}) > 1:
         raise UserError(f"{folder} holds shards of val and of test: put those that are not to be tested on elsewhere")
     with locked(folder, "indexed"):
-        return _adopt(folder, paths, dataset, class_names, workers, on_progress)
+        found: list[Facts] = []
+        kinds = set()
+        for kind, facts in in_processes(_read, class_names or [], paths, workers or os.cpu_count() or 1):
+            found.append(facts)
+            refuse_other_size(found, lambda of: f"{folder / of.name}: {of.columns['key'][0]}")
+            kinds |= {kind} if kind else set()
+            on_progress(len(found), len(paths))
+        if len(kinds) != 1:
+            raise UserError(f"{folder} holds {' and '.join(sorted(kinds)) or 'no'} images; one kind is needed")
+        _refuse_missing_splits(folder, {facts.split for facts in found if facts.shape})
+        names = _names(folder, max(label for facts in found for label in facts.columns["label"]), class_names)
+        return write_index_and_manifest(folder, dataset, {}, kinds.pop(), names, found)
 
 
 def _shards_in(folder: Path) -> list[Path]:
@@ -102,27 +105,15 @@ def _refuse_missing_splits(folder: Path, found: set[str]) -> None:
             )
 
 
-def _adopt(
-    folder: Path, paths: list[Path], dataset: str, class_names: list[str] | None, workers: int | None,
-    on_progress: Callable[[int, int], None],
-) -> Manifest:  # fmt: skip
-    found: list[Facts] = []
-    extensions = set()
-    for extension, facts in in_processes(_read, class_names or [], paths, workers or os.cpu_count() or 1):
-        found.append(facts)
-        extensions |= {extension} if extension else set()
-        on_progress(len(found), len(paths))
-    if len(extensions) != 1:
-        raise UserError(f"{folder} holds {' and '.join(sorted(extensions)) or 'no'} images; one kind is needed")
-    _refuse_missing_splits(folder, {facts.shard.split for facts in found if facts.shard.samples})
-    labels = [label for facts in found for label in facts.columns["label"]]
-    if max(labels) >= MAX_CLASSES:
-        raise UserError(f"{folder}: there is a label {max(labels)}, which is no class number")
-    names = class_names or [str(label) for label in range(max(labels) + 1)]
-    if max(labels) >= len(names):
+def _names(folder: Path, largest: int, class_names: list[str] | None) -> list[str]:
+    """Of all classes, where the largest label is so much."""
+    if largest >= MAX_CLASSES:
+        raise UserError(f"{folder}: there is a label {largest}, which is no class number")
+    names = class_names or [str(label) for label in range(largest + 1)]
+    if largest >= len(names):
         why = "labels count from 0, so the first name is that of 0"
-        raise UserError(f"{folder}: there is a label {max(labels)}, but only {len(names)} class names; {why}")
-    return write_index_and_manifest(folder, dataset, {}, extensions.pop(), names, found)
+        raise UserError(f"{folder}: there is a label {largest}, but only {len(names)} class names; {why}")
+    return names
 
 
 def read_class_names(path: Path) -> list[str]:
@@ -145,7 +136,7 @@ def read_class_names(path: Path) -> list[str]:
 def _read(class_names: list[str], path: Path) -> tuple[str, Facts]:
     """The kind of images in a shard, "" where it is empty, and its facts."""
     split = _split_of(path)
-    facts, kind = FactsOfSamples(split), ""
+    facts, kind = Facts(name=path.name, split=split), ""
     key = ""
     try:
         with path.open("rb") as file:
@@ -160,7 +151,8 @@ def _read(class_names: list[str], path: Path) -> tuple[str, Facts]:
     except (ValueError, RecursionError) as error:
         where = f"{path}: {key}" if key else str(path)
         raise UserError(f"{where}: {error}") from None
-    return kind, facts.done(path.name, path.stat().st_size, sha256_of(path))
+    facts.num_bytes, facts.sha256 = path.stat().st_size, sha256_of(path)
+    return kind, facts
 
 
 def _split_of(path: Path) -> str:
@@ -182,8 +174,12 @@ def _split_words(path: Path) -> list[str]:
     return [word for word in re.findall("[a-z]+", path.name.lower()) if word in SPLIT_WORDS]
 
 
-def _samples(path: Path) -> list[Sample]:
-    """In the order of their first members. Raises ValueError where the archive or a sample is not whole; names it."""
+def _samples(path: Path) -> list[tuple[str, Member, Member | None]]:
+    """Key, image and label of each, in the order of their first members.
+
+    Raises:
+        ValueError: the archive or a sample is not whole; names it.
+    """
     samples: dict[str, dict[str, Member]] = {}
     for member in members(path):
         extension = _extension(member)
@@ -196,7 +192,7 @@ def _samples(path: Path) -> list[Sample]:
             raise ValueError(f"{member.name} occurs twice")
         parts[extension] = member
     return [
-        Sample(key, _image(key, parts), next((parts[e] for e in LABELS if e in parts), None))
+        (key, _image(key, parts), next((parts[e] for e in LABELS if e in parts), None))
         for key, parts in samples.items()
         if not re.fullmatch(r"__[^/]*__", key)  # such as __index__, by webdataset's custom
     ]

@@ -2,67 +2,73 @@
 
 import hashlib
 import io
-import os
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from itertools import chain
+from operator import add
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict
 
 from dlops_dist.data.shards import COLUMNS, INDEX, MANIFEST, Manifest, Packing, Shard
 from dlops_dist.errors import UserError
+from dlops_dist.files import write_file
 
 SPLITS = ("train", "test", "unlabeled")
-EQUAL_SIZES = "sizes must be equal; images that are packed from files become so by --size"
 
 
-class Facts(NamedTuple):
-    """One shard's part of the index, and what its pixels add to mean and deviation."""
+class Facts(BaseModel):
+    """One shard's part of the index, and what its pixels add to mean and deviation: collected sample by sample."""
 
-    shard: Shard
-    shape: tuple[int, ...]
+    model_config = ConfigDict(extra="forbid")
+    name: str
+    split: str
+    num_bytes: int = 0
+    sha256: str = ""
+    shape: tuple[int, ...] = ()
     """(height, width, 3) of each image."""
-    pixel_sums: list[list[int]]
+    pixel_sums: list[list[int]] = [[0] * 3] * 3
     """(3, 3) exact integers, count, sum and sum of squares by channel, of a training shard; zeros for others."""
-    columns: dict[str, list]
-    """key, offset, size, crc32, label, folds of each sample."""
-    bad: dict[str, str]
+    columns: dict[str, list[Any]] = {name: [] for name in COLUMNS if name != "shard"}
+    bad: dict[str, str] = {}
     """{name: why} of the images that could not be read."""
-    changed: dict[str, int]
+    changed: dict[str, int] = {}
     """How many images had to be changed, by what was done to them."""
 
-
-class FactsOfSamples:
-    """Collects a shard's facts, sample by sample."""
-
-    def __init__(self, split: str) -> None:
-        self.shape: tuple[int, ...] = ()
-        self.bad: dict[str, str] = {}
-        self.changed = Counter[str]()
-        self._split = split
-        self._sums = np.zeros((3, 3), np.int64)
-        self._columns: dict[str, list] = {name: [] for name in COLUMNS if name != "shard"}
+    @property
+    def shard(self) -> Shard:
+        samples = len(self.columns["key"])
+        return Shard(name=self.name, split=self.split, samples=samples, bytes=self.num_bytes, sha256=self.sha256)
 
     def add(self, key: str, offset: int, data: bytes, image: np.ndarray, label: int, folds: int) -> None:
         """Raises ValueError for an image of another size than those before it."""
-        if self.shape not in ((), image.shape):
-            raise ValueError(f"it is {image.shape}, others are {self.shape}: {EQUAL_SIZES}")
-        self.shape = image.shape
-        if self._split == "train":
+        self.shape = self.shape or image.shape
+        if image.shape != self.shape:
+            raise ValueError(_other_size(image.shape, self.shape))
+        if self.split == "train":
             rows = image.reshape(len(image), -1)  # summed row by row: seven times faster than by pixel
             squares = np.square(rows, dtype=np.uint16)
             totals = [values.sum(axis=0, dtype=np.uint64).reshape(-1, 3).sum(axis=0) for values in (rows, squares)]
-            self._sums += np.array([[image.size // 3] * 3, *totals], np.int64)
+            own = [[image.size // 3] * 3, *(total.tolist() for total in totals)]
+            self.pixel_sums = [list(map(add, *both)) for both in zip(self.pixel_sums, own, strict=True)]
         row = (key, offset, len(data), zlib.crc32(data), label, folds)
-        for column, value in zip(self._columns.values(), row, strict=True):
+        for column, value in zip(self.columns.values(), row, strict=True):
             column.append(value)
 
-    def done(self, name: str, num_bytes: int, sha256: str) -> Facts:
-        number = len(self._columns["key"])
-        shard = Shard(name=name, split=self._split, samples=number, bytes=num_bytes, sha256=sha256)
-        return Facts(shard, self.shape, self._sums.tolist(), self._columns, self.bad, self.changed)
+
+def refuse_other_size(facts: list[Facts], name: Callable[[Facts], str]) -> None:
+    """Of the last shard, against the first one with an image in it; `name` tells where a shard's first image lies."""
+    last, first = facts[-1], next((f for f in facts if f.shape), facts[-1])
+    if last.shape not in ((), first.shape):
+        raise UserError(f"{name(last)}: {_other_size(last.shape, first.shape)}")
+
+
+def _other_size(shape: tuple[int, ...], first: tuple[int, ...]) -> str:
+    way_out = "sizes must be equal; images that are packed from files become so by --size"
+    return f"it is {shape}, others are {first}: {way_out}"
 
 
 def write_index_and_manifest(
@@ -74,49 +80,23 @@ def write_index_and_manifest(
     facts: list[Facts],
     skipped: dict[str, str] | None = None,
 ) -> Manifest:
-    """Both files of a folder whose shards are there, the manifest last. `facts` in the order of the shards.
-
-    Raises:
-        UserError: images of different sizes.
-    """
-    facts = [f for f in facts if f.shard.samples]
+    """Both files of a folder whose shards are there, the manifest last. `facts` in the order of the shards."""
+    facts = [f for f in facts if f.shape]
     height, width, _ = facts[0].shape
-    for f in facts:
-        if f.shape != facts[0].shape:
-            where = f"{out / f.shard.name}: {f.columns['key'][0]}"
-            raise UserError(f"{where}: it is {f.shape}, others are {facts[0].shape}: {EQUAL_SIZES}")
     mean, std = _mean_and_std(facts)
-    folds = chain.from_iterable(f.columns["folds"] for f in facts)
+    shards = [f.shard for f in facts]
     counts = Counter[str]()
-    for f in facts:
-        counts[f.shard.split] += f.shard.samples
-    splits = {name: counts[name] for name in SPLITS if counts[name]}
+    for shard in shards:
+        counts[shard.split] += shard.samples
     manifest = Manifest(
         dataset=dataset, packing=packing, extension=extension,  # type: ignore[arg-type]
-        height=height, width=width, mean=mean, std=std, classes=classes, splits=splits,
-        num_folds=max(folds).bit_length(), shards=[f.shard for f in facts], skipped=skipped or {},
+        height=height, width=width, mean=mean, std=std, classes=classes,
+        splits={name: counts[name] for name in SPLITS if counts[name]},
+        num_folds=max(max(f.columns["folds"]) for f in facts).bit_length(), shards=shards, skipped=skipped or {},
         index_sha256=_write_index(out, facts),
     )  # fmt: skip
-    replace(out / MANIFEST, manifest.to_bytes())
+    write_file(out / MANIFEST, lambda file: file.write(manifest.to_bytes()))
     return manifest
-
-
-def replace(path: Path, content: bytes | bytearray) -> None:
-    """Write under a temporary name, sync, rename: the name never stands for half of the content.
-
-    Raises:
-        OSError: with the file's name; nothing is left of it.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:  # such as a full disk, which names no file
-        partial.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    partial.rename(path)
 
 
 def _mean_and_std(facts: list[Facts]) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -132,10 +112,10 @@ def _write_index(out: Path, facts: list[Facts]) -> str:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns: dict[str, Any] = {"shard": np.repeat(np.arange(len(facts)), [f.shard.samples for f in facts])}
+    columns: dict[str, Any] = {"shard": np.repeat(np.arange(len(facts)), [len(f.columns["key"]) for f in facts])}
     columns |= {name: list(chain.from_iterable(f.columns[name] for f in facts)) for name in facts[0].columns}
     types = {name: pa.string() if kind == "O" else pa.from_numpy_dtype(kind) for name, kind in COLUMNS.items()}
-    file = io.BytesIO()
-    pq.write_table(pa.table({name: pa.array(columns[name], type=kind) for name, kind in types.items()}), file)
-    replace(out / INDEX, file.getvalue())
-    return hashlib.sha256(file.getvalue()).hexdigest()
+    content = io.BytesIO()
+    pq.write_table(pa.table({name: pa.array(columns[name], type=kind) for name, kind in types.items()}), content)
+    write_file(out / INDEX, lambda file: file.write(content.getvalue()))
+    return hashlib.sha256(content.getvalue()).hexdigest()

@@ -43,19 +43,23 @@ def counts_by_class(folder: Path, manifest: Manifest) -> dict[str, np.ndarray]:
     return {name: np.bincount(of[of >= 0], minlength=len(manifest.classes)) for name, of in labels.items()}
 
 
-def doubts(folder: Path, manifest: Manifest, global_batch_size: int) -> list[str]:
+def is_open_set(counts: dict[str, np.ndarray]) -> bool:
+    """Whether no class of test has a training sample, by the numbers of `counts_by_class`."""
+    return not ((counts["train"] > 0) & (counts["test"] > 0)).any()
+
+
+def doubts(counts: dict[str, np.ndarray], classes: list[str], global_batch_size: int) -> list[str]:
     """What training would refuse with its usual settings, or would do otherwise than meant; a sentence for each."""
-    counts = counts_by_class(folder, manifest)
     train, found = counts["train"], []
     if (size := train.sum()) < global_batch_size:
         found.append(
             f"{size} training samples fill no batch of {global_batch_size}; train with --global-batch-size {size}"
         )
-    if len(empty := np.flatnonzero(train == 0)):
-        names = ", ".join(manifest.classes[label] for label in empty[:SHOWN]) + ", ..." * (len(empty) > SHOWN)
+    if len(empty := np.flatnonzero(train + is_open_set(counts) * counts["test"] == 0)):
+        names = ", ".join(classes[label] for label in empty[:SHOWN]) + ", ..." * (len(empty) > SHOWN)
         hint = "; labels count from 0, do these count from 1?" * (empty.tolist() == [0])
         found.append(f"{len(empty)} of {len(train)} classes have no training sample: {names}{hint}")
     if (train > 0).sum() == 1:
-        name = manifest.classes[train.argmax()]
+        name = classes[train.argmax()]
         found.append(f"all training samples are of one class, {name}: there is nothing to tell apart")
     return found

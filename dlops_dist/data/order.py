@@ -148,6 +148,14 @@ def hold_out(labels: Ids, fraction: float) -> tuple[Ids, Ids]:
     return np.sort(by_class[~held]), np.sort(by_class[held])
 
 
+def limited(labels: Ids, limit: int | None, seed: int) -> Ids:
+    """Ids of at most `limit` samples, sorted: as many of each class as can be, chosen by the seed."""
+    mixed = shuffled(key(seed, 0, "limit"), len(labels))
+    by_class = mixed[np.argsort(labels[mixed], kind="stable")]
+    place_in_class = np.arange(len(labels)) - np.searchsorted(labels[by_class], labels[by_class])
+    return np.sort(by_class[np.argsort(place_in_class, kind="stable")][:limit])
+
+
 def blocks(ids: Ids, size: int | None) -> list[Ids]:
     """Ids cut into consecutive blocks of `size`, the last one shorter; one block where size is None.
 

@@ -9,17 +9,17 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from pydantic import ValidationError
 
-from dlops_dist.data.facts import EQUAL_SIZES, Facts, FactsOfSamples, replace, write_index_and_manifest
+from dlops_dist.data.facts import Facts, refuse_other_size, write_index_and_manifest
 from dlops_dist.data.images import packable
 from dlops_dist.data.keys import key
-from dlops_dist.data.locks import locked
-from dlops_dist.data.order import shuffled
+from dlops_dist.data.order import limited, shuffled
 from dlops_dist.data.processes import in_processes
 from dlops_dist.data.shards import (
     FORMAT,
@@ -28,13 +28,13 @@ from dlops_dist.data.shards import (
     UNLABELED,
     Manifest,
     Packing,
-    Shard,
     read_manifest,
     sha256_of,
 )  # fmt: skip
 from dlops_dist.data.sources import Source
 from dlops_dist.data.tar import BLOCK, END, member_bytes
 from dlops_dist.errors import UserError
+from dlops_dist.files import PARTIAL, locked, write_file
 
 OWN_FILE = re.compile(r"(train|test|unlabeled)-\d{6}\.tar|\..*\.(partial|done)")
 
@@ -61,6 +61,7 @@ def pack(
     asked_for: Packing | None = None,
     again: bool = True,
     size: int | None = None,
+    limit: int | None = None,
     skip_bad: bool = False,
     on_note: Callable[[str], None] = lambda note: None,
 ) -> Manifest:
@@ -73,13 +74,14 @@ def pack(
         asked_for: whatever else the manifest is to tell of the packing.
         again: pack anew what is complete, perhaps since a moment ago.
         size: of all images, as `packable` takes it.
+        limit: of images in each split, evenly over the classes.
         skip_bad: leave out images that cannot be read; the manifest lists them. Without it they are an error.
         on_note: called with what was done to images, and with what was left out.
 
     Raises:
         UserError: names all images that cannot be read, and why.
     """
-    plan = _plan(source, seed, shard_size)
+    plan = _plan(source, seed, shard_size, limit)
     packing = {"seed": seed, "shard_size": shard_size, **(asked_for or {})}
     out.mkdir(parents=True, exist_ok=True)
     with locked(out, "packed"):
@@ -87,37 +89,30 @@ def pack(
             return manifest
         _refuse_strangers(out)
         stamp = source.stamp()
-        _begin(out, dataset, packing, source, stamp)
+        _begin(out, dataset, packing | {"size": size, "limit": limit}, source, stamp)
         total, done, facts = sum(len(p.indices) for p in plan), 0, []
-        held = source, out, size, skip_bad
-        for planned, result in zip(plan, in_processes(_write, held, plan, workers or os.cpu_count() or 1), strict=True):
+        for result in in_processes(_write, (source, out, size, skip_bad), plan, workers or os.cpu_count() or 1):
             facts.append(result)
-            _check_size(source, planned.split, facts)
-            done += len(planned.indices)
+            refuse_other_size(facts, lambda of: f"{source.path}: {_first_image(source, of)}")
+            done += len(plan[len(facts) - 1].indices)
             on_progress(done, total)
         if source.stamp() != stamp:
             raise UserError(f"the files of {dataset} changed while they were packed; pack them again")
         bad = {name: why for f in facts for name, why in f.bad.items()}
-        if bad and (not skip_bad or not any(f.shard.split == "train" and f.shard.samples for f in facts)):
-            raise UserError(_refusal(source.path, bad, out))
-        for note in _notes(source.path, facts, bad, out):
-            on_note(note)
+        if bad and (not skip_bad or not any(f.split == "train" and f.shape for f in facts)):
+            ways = "mend or remove them, or leave them out by --skip-bad"
+            raise UserError(f"{source.path}: {len(bad):,} images cannot be packed: {_listed(bad, out)}; {ways}")
+        for what, number in sum((Counter(f.changed) for f in facts), Counter[str]()).items():
+            on_note(f"{source.path}: {number:,} images {what}")
+        if bad:
+            on_note(f"{source.path}: {len(bad):,} images left out: {_listed(bad, out)}")
         manifest = write_index_and_manifest(out, dataset, packing, source.extension, source.classes, facts, bad)
         _clear(out, keep={shard.name for shard in manifest.shards})
     return manifest
 
 
-def _check_size(source: Source, split: str, facts: list[Facts]) -> None:
-    """Of the last shard, against the first one with an image in it; within a shard they are equal."""
-    first = next((f for f in facts if f.shape), facts[-1])
-    if facts[-1].shape and facts[-1].shape != first.shape:
-        name = source.name(split, source.splits[split].keys.index(facts[-1].columns["key"][0]))
-        raise UserError(f"{source.path}: {name} is {facts[-1].shape}, others are {first.shape}: {EQUAL_SIZES}")
-
-
-def _refusal(source: Path, bad: dict[str, str], out: Path) -> str:
-    ways = "mend or remove them, or leave them out by --skip-bad"
-    return f"{source}: {len(bad):,} images cannot be packed: {_listed(bad, out)}; {ways}"
+def _first_image(source: Source, of: Facts) -> str:
+    return source.name(of.split, source.splits[of.split].keys.index(of.columns["key"][0]))
 
 
 def _listed(bad: dict[str, str], out: Path) -> str:
@@ -126,15 +121,8 @@ def _listed(bad: dict[str, str], out: Path) -> str:
     if len(lines) <= LISTED:
         return ", ".join(lines)
     path = out.absolute().parent / f"{out.absolute().name}-bad.txt"
-    replace(path, "".join(f"{line}\n" for line in lines).encode())
+    write_file(path, lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
     return f"{', '.join(lines[:LISTED])}, and so on; {path} lists them all"
-
-
-def _notes(source: Path, facts: list[Facts], bad: dict[str, str], out: Path) -> Iterator[str]:
-    changed = sum((Counter(f.changed) for f in facts), Counter[str]())
-    yield from (f"{source}: {number:,} images {what}" for what, number in changed.items())
-    if bad:
-        yield f"{source}: {len(bad):,} images left out: {_listed(bad, out)}"
 
 
 def packed_before(out: Path, packing: Packing) -> Manifest | None:
@@ -155,11 +143,12 @@ def _option(name: str, value: int | float | None) -> str:
     return f"no {option}" if value is None else option if value is True else f"{option} {value}"
 
 
-def _plan(source: Source, seed: int, shard_size: int) -> list[Planned]:
+def _plan(source: Source, seed: int, shard_size: int, limit: int | None) -> list[Planned]:
     plan: list[Planned] = []
     for split, listing in source.splits.items():
         _check_keys(split, listing.keys)
-        order = shuffled(key(seed, 0, "packing"), len(listing.keys))
+        kept = limited(listing.labels, limit, seed)
+        order = kept[shuffled(key(seed, 0, "packing"), len(kept))]
         for i, start in enumerate(range(0, len(order), shard_size)):
             plan.append(Planned(f"{split}-{i:06d}.tar", split, order[start : start + shard_size]))
     if not any(planned.split == "train" for planned in plan):
@@ -207,7 +196,7 @@ def _begin(out: Path, dataset: str, packing: Packing, source: Source, stamp: str
     if other:
         for done in out.glob(".*.done"):
             done.unlink()
-        replace(plan, content)
+        write_file(plan, lambda file: file.write(content))
     (out / MANIFEST).unlink(missing_ok=True)
     if other:
         _clear(out, keep={PLAN})
@@ -226,20 +215,18 @@ def _write(held: tuple[Source, Path, int | None, bool], planned: Planned) -> Fac
     None is written of which images are bad that may not be left out: only its facts come back.
     """
     source, out, size, skip_bad = held
-    done = out / f".{planned.name}.done"
-    if (facts := _facts_of_whole(out / planned.name, done)) is not None:
+    path, done = out / planned.name, out / f".{planned.name}.done"
+    if (facts := _facts_of_whole(path, done)) is not None:
         return facts
-    tar, collected = _tar_of(source, planned, size)
-    sha256 = hashlib.sha256(tar).hexdigest()
-    facts = collected.done(planned.name, len(tar), sha256)
+    tar, facts = _tar_of(source, planned, size)
     if facts.bad and not skip_bad:
         return facts
-    path = out / planned.name
-    replace(path, tar)
-    if sha256_of(path) != sha256:
+    of_this_process = f".{path.name}.{os.getpid()}{PARTIAL}"  # a killed packing's may live for a moment yet
+    write_file(path, lambda file: file.write(tar), of_this_process)
+    if sha256_of(path) != facts.sha256:
         path.unlink()
         raise UserError(f"{path} reads back otherwise than it was written: is the disk failing?")
-    replace(done, json.dumps(facts._replace(shard=facts.shard.model_dump())).encode())  # type: ignore[arg-type]
+    write_file(done, lambda file: file.write(facts.model_dump_json().encode()), of_this_process)
     return facts
 
 
@@ -247,31 +234,33 @@ def _facts_of_whole(path: Path, done: Path) -> Facts | None:
     """Those of a shard that an earlier packing of the same finished; None where it did not."""
     if not (path.is_file() and done.is_file()):
         return None
-    shard, shape, *rest = json.loads(done.read_bytes())
-    if len(rest) + 2 != len(Facts._fields):  # of another version
+    try:
+        facts = Facts.model_validate_json(done.read_bytes())
+    except ValidationError:  # of another version
         return None
-    facts = Facts(Shard(**shard), tuple(shape), *rest)
-    return facts if sha256_of(path) == facts.shard.sha256 else None
+    return facts if sha256_of(path) == facts.sha256 else None
 
 
-def _tar_of(source: Source, planned: Planned, size: int | None) -> tuple[bytearray, FactsOfSamples]:
+def _tar_of(source: Source, planned: Planned, size: int | None) -> tuple[bytearray, Facts]:
     listing, extension = source.splits[planned.split], source.extension
-    tar, collected = bytearray(), FactsOfSamples(planned.split)
+    tar, facts = bytearray(), Facts(name=planned.name, split=planned.split)
     for index in planned.indices.tolist():
         sample, label = listing.keys[index], int(listing.labels[index])
         folds = 0 if listing.folds is None else int(listing.folds[index])
         try:
             image = packable(source.read(planned.split, index), extension, size)
         except (ValueError, OSError) as error:
-            collected.bad[source.name(planned.split, index)] = getattr(error, "strerror", None) or str(error)
+            facts.bad[source.name(planned.split, index)] = getattr(error, "strerror", None) or str(error)
             continue
         try:
-            collected.add(sample, len(tar) + BLOCK, image.data, image.pixels, label, folds)
+            facts.add(sample, len(tar) + BLOCK, image.data, image.pixels, label, folds)
             tar += member_bytes(f"{sample}.{extension}", image.data)
             if label != UNLABELED:
                 tar += member_bytes(f"{sample}.cls", str(label).encode())
         except ValueError as error:
             raise UserError(f"{source.path}: {source.name(planned.split, index)}: {error}") from None
         if image.changed:
-            collected.changed[image.changed] += 1
-    return tar + END, collected
+            facts.changed[image.changed] = facts.changed.get(image.changed, 0) + 1
+    tar += END
+    facts.num_bytes, facts.sha256 = len(tar), hashlib.sha256(tar).hexdigest()
+    return tar, facts

@@ -6,9 +6,11 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from multiprocessing import connection, resource_tracker
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
+from queue import SimpleQueue
 from typing import Any
 
 from dlops_dist.errors import RunError
@@ -29,24 +31,31 @@ def in_processes(function: Callable[[Any, Any], Any], held: Any, items: Sequence
     if processes == 1 or len(items) <= 1:
         yield from (function(held, item) for item in items)
         return
-    waiting, doing, done = enumerate(items), dict[Any, int](), dict[int, Any]()
-    try:
-        with _started(function, held, min(processes, len(items))) as pipes:
-            idle = pipes
-            for number in range(len(items)):
-                while number not in done:
-                    for pipe, (place, item) in zip(idle, waiting, strict=False):
-                        pipe.send(item)
-                        doing[pipe] = place
-                    idle = connection.wait(list(doing))
-                    for pipe in idle:
-                        done[doing.pop(pipe)] = _answer(pipe)
-                yield done.pop(number)
-    except GONE:
-        raise RunError(
-            "a process that shared the work was killed, for memory perhaps; the same command goes on, with fewer "
-            "--workers in less memory"
-        ) from None
+    with _started(function, held, min(processes, len(items))) as pipes, ThreadPoolExecutor(len(pipes)) as pool:
+        idle = SimpleQueue[Connection]()
+        for pipe in pipes:
+            idle.put(pipe)
+
+        def result_of(item: Any) -> Any:
+            pipe = idle.get()
+            try:
+                pipe.send(item)
+                succeeded, value = pipe.recv()
+            finally:
+                idle.put(pipe)
+            if not succeeded:
+                raise value
+            return value
+
+        try:
+            yield from pool.map(result_of, items)
+        except GONE:
+            raise RunError(
+                "a process that shared the work was killed, for memory perhaps; the same command goes on, with fewer "
+                "--workers in less memory"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 @contextmanager
@@ -79,13 +88,6 @@ def _interrupts_held_back() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _answer(pipe: Any) -> Any:
-    succeeded, value = pipe.recv()
-    if not succeeded:
-        raise value
-    return value
 
 
 def _serve(pipe: "Connection[Any, Any]", function: Callable[[Any, Any], Any], held: Any) -> None:

@@ -1,29 +1,35 @@
 """Three ways to read images, all of the same bits: decode them, map decoded ones, or keep them on the device.
 
 decode   each image from its shard, whenever it is wanted: `Split` itself
-decoded  from a file of raw pixels that is made once for each node (`cache`)
+decoded  from a file of raw pixels that all workers of a node map into memory: one process makes it while the others
+         wait, it gets its name when it is whole, and every process compares its hash before it reads from it
 device   from a tensor on the GPU that holds all of them
 """
 
+import hashlib
 import os
 import shutil
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import BinaryIO, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dlops_dist.data.cache import decoded_pixels, pixels_file
 from dlops_dist.data.memory import available_memory
-from dlops_dist.data.shards import Split
-from dlops_dist.files import temporary_folder
+from dlops_dist.data.shards import Split, sha256_of
+from dlops_dist.files import locked, temporary_folder, write_file
 
 Kind = Literal["auto", "decode", "decoded", "device"]
 LARGEST_PART = 4
 """auto: pixels may fill a quarter of a GPU's free memory, or of a container's memory and of the disk's free space."""
 LOADED_AT_ONCE = 4096
+BLOCK = 512
+"""Images that a thread decodes at a time."""
+TELL_EVERY_S = 5.0
 
 
 class Reader(Protocol):
@@ -74,6 +80,31 @@ class DeviceReader:
 
     def read(self, ids: np.ndarray) -> Tensor:
         return self._pixels[on_device(ids, self._pixels.device)]
+
+
+class Joined:
+    """The samples of the first reader, then those of the next: sample ids run through all of them."""
+
+    def __init__(self, readers: Sequence[Reader]) -> None:
+        self._readers = readers
+        self._ends = np.cumsum([len(reader) for reader in readers])
+        self.in_memory = all(reader.in_memory for reader in readers)
+        self.labels = np.concatenate([reader.labels for reader in readers])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, ids: np.ndarray) -> Tensor:
+        """uint8 (n, height, width, 3), in the order of the ids."""
+        of = np.searchsorted(self._ends, ids, side="right")
+        parts, places = [], []
+        for i, reader in enumerate(self._readers):
+            place = np.flatnonzero(of == i)
+            first = self._ends[i] - len(reader)
+            parts.append(torch.as_tensor(reader.read(ids[place] - first)))
+            places.append(place)
+        images = torch.cat(parts)
+        return images[on_device(np.argsort(np.concatenate(places), kind="stable"), images.device)]
 
 
 def copied_ahead(array: np.ndarray | Tensor, device: torch.device) -> Tensor:
@@ -152,3 +183,72 @@ def _choose(size: int, size_to_write: int, folder: Path, device: torch.device) -
     if size_to_write * LARGEST_PART > disk:
         return "decode", f"{pixels} are more than a quarter of {disk / 1e9:.0f} GB of disk"
     return "decoded", f"{pixels} fit {memory / 1e9:.0f} GB of memory"
+
+
+def pixels_file(split: Split, folder: Path) -> Path:
+    """Where the pixels of a split lie: its dataset's id is in the name."""
+    return folder / f"{split.manifest.id[:16]}-{split.name}.pixels"
+
+
+def decoded_pixels(split: Split, folder: Path, tell: Callable[[str], None]) -> np.ndarray:
+    """All images of a split, uint8 (N, height, width, 3), mapped from a file in `folder`, which is made if needed.
+
+    Args:
+        folder: on a disk of this node; its owner must be this user.
+        tell: called with a line about what is waited for.
+
+    Raises:
+        OSError: the folder cannot hold the file.
+        UserError: a sample is damaged.
+    """
+    shape = (len(split), split.manifest.height, split.manifest.width, 3)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise PermissionError(f"{folder} belongs to another user")
+    if not len(split):
+        return np.empty(shape, np.uint8)
+    path = pixels_file(split, folder)
+    if not _is_whole(path):
+        waiting = f"waiting for another process of this node to decode {path.name}"
+        with locked(folder / f".{path.name}.lock", "decoded", lambda: tell(waiting)):
+            if not _is_whole(path):
+                _write(split, path, shape, tell)
+    return np.memmap(path, np.uint8, "r", shape=shape)
+
+
+def _hash_file(path: Path) -> Path:
+    return path.with_suffix(".sha256")
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the file holds the bytes that were written."""
+    return path.is_file() and _hash_file(path).is_file() and _hash_file(path).read_bytes() == sha256_of(path).encode()
+
+
+def _write(split: Split, path: Path, shape: tuple[int, ...], tell: Callable[[str], None]) -> None:
+    def write_to(file: BinaryIO) -> None:
+        os.posix_fallocate(file.fileno(), 0, int(np.prod(shape)))  # a full disk is an error here, not a bus error
+        pixels = np.memmap(file, np.uint8, "r+", shape=shape)
+        _decode_into(pixels, split, tell)
+        pixels.flush()
+        _hash_file(path).write_text(hashlib.sha256(pixels.data).hexdigest())
+
+    write_file(path, write_to)
+
+
+def _decode_into(pixels: np.ndarray, split: Split, tell: Callable[[str], None]) -> None:
+    def decode(start: int) -> int:
+        ids = np.arange(start, min(start + BLOCK, len(split)))
+        pixels[start : start + BLOCK] = split.read(ids)
+        return start + len(ids)
+
+    told = time.monotonic()
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        try:
+            for done in pool.map(decode, range(0, len(split), BLOCK)):
+                if time.monotonic() - told > TELL_EVERY_S:
+                    told = time.monotonic()
+                    tell(f"decoding {split.name} once for this node: {done:,} of {len(split):,} images")
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise

@@ -21,7 +21,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dlops_dist.data.codec import MAX_PIXELS, decode
+from dlops_dist.data.images import MAX_PIXELS, decode
 from dlops_dist.errors import UserError
 
 FORMAT = 2

@@ -13,13 +13,12 @@ import yaml
 
 from dlops_dist.config import SHIPPED, Run, common_settings, is_loaded, load_recipe, result_settings
 from dlops_dist.config.yaml_file import parse_yaml
-from dlops_dist.data.locks import locked
 from dlops_dist.data.shards import Manifest, read_manifest
 from dlops_dist.engine.checkpoints import ANEW, Checkpoints
 from dlops_dist.engine.resume import hindrance, refuse_other_settings
 from dlops_dist.engine.rows import best_row, is_out_of_patience, parsed, rows_before, text_of
 from dlops_dist.errors import RunError, UserError, first_line
-from dlops_dist.files import Folder, make_writable
+from dlops_dist.files import Folder, locked, make_writable
 
 FORMAT = 3
 CONFIG, METRICS, STEPS = "config.yaml", "metrics.jsonl", "steps.jsonl"

@@ -26,14 +26,13 @@ from dlops_dist.config import (
     trial_settings,
 )
 from dlops_dist.config.yaml_file import read_yaml
-from dlops_dist.data.facts import replace
 from dlops_dist.data.shards import read_manifest
 from dlops_dist.engine import prepare
 from dlops_dist.engine.resume import refuse_other_settings
 from dlops_dist.engine.run_folder import RunFolder
 from dlops_dist.errors import UserError
 from dlops_dist.figures import gain
-from dlops_dist.files import Folder
+from dlops_dist.files import Folder, write_file
 from dlops_dist.sweep.points import points_of, suggest
 
 SWEEP, BEST, ENDED = "sweep.yaml", "best.yaml", "ended.json"
@@ -242,7 +241,7 @@ class SweepFolder:
 def note_end(trial: Path, failed: str | None = None, stopped: bool = False) -> None:
     """Say in a trial's folder why it ended before its last epoch."""
     content = json.dumps({"failed": failed, "stopped": stopped})
-    replace(trial / ENDED, content.encode())  # its workers may be writing in the folder still
+    write_file(trial / ENDED, lambda file: file.write(content.encode()))  # its workers may be writing there still
 
 
 def _end_of(trial: Path) -> dict[str, Any]:

@@ -5,12 +5,13 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import numpy as np
 import psutil
 import pytest
-from command import TINY, call, run, start, wait_until
+from command import ROOT, TINY, call, run, start, wait_until
 from PIL import Image
 
 from dlops_dist.data.shapes import write_tiny_imagenet
@@ -216,23 +217,42 @@ def test_a_tree_of_folders_is_packed_and_trained_on(tmp_path):
     assert "data.reader: decoded" in output
 
 
-def test_bad_images_are_left_out_and_a_test_split_is_held_out_where_that_is_asked_for(tmp_path):
+def write_images(folder, number):
+    folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
+    for i in range(number):
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(folder / f"{i}.jpg")
+
+
+def test_an_open_set_is_packed_and_indexed_and_said_to_be_one(tmp_path):
+    for place, number in {"train/cat": 4, "train/dog": 4, "test/ape": 2, "test/bee": 2}.items():
+        write_images(tmp_path / "pets" / place, number)
+    code, output = call("shard", "--source", tmp_path / "pets", "folder", "--out", tmp_path / "shards")
+    assert code == 0, output
+    assert "2 classes: cat 4, dog 4; an open set: 2 other classes to test on: ape, bee" in output
+    assert "8 train, 4 test, 4 classes" in output
+    shards = tmp_path / "shards/pets"
+    manifest = read_manifest(shards)
+    assert manifest.classes == ["ape", "bee", "cat", "dog"]
+    assert sorted(Split(shards, manifest, "test").labels) == [0, 0, 1, 1]
+    assert sorted(Split(shards, manifest, "train").labels) == [2] * 4 + [3] * 4
+    for name in ("manifest.json", "index.parquet"):
+        (shards / name).unlink()
+    code, output = call("shard", "index", shards)
+    assert code == 0, output
+    assert "an open set: 2 classes to test on, none of which has a training sample" in output
+    assert "have no training sample" not in output
+    write_images(tmp_path / "pets/test/dog", 1)
+    code, output = call("shard", "folder", "--source", tmp_path / "pets", "--out", tmp_path / "shards", "--again")
+    assert (code, "not in train: ape, bee; train has cat, dog" in output.splitlines()[-1]) == (2, True), output
+
+
+def test_bad_images_are_left_out_and_a_test_split_is_held_out_where_that_is_asked_for(tmp_path):
     for name in ("cat", "dog"):
-        (tmp_path / "pets" / name).mkdir(parents=True)
-        for i in range(10):
-            Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(tmp_path / "pets" / name / f"{i}.jpg")
+        write_images(tmp_path / "pets" / name, 10)
     (tmp_path / "pets/cat/3.jpg").write_bytes(b"")
-    arguments = (
-        "shard",
-        "folder",
-        "--source",
-        tmp_path / "pets",
-        "--out",
-        tmp_path / "shards",
-        "--test-fraction",
-        "0.3",
-    )
+    folders = ("--source", tmp_path / "pets", "--out", tmp_path / "shards")
+    arguments = ("shard", "folder", *folders, "--test-fraction", "0.3")
     code, output = call(*arguments)
     assert (code, "cat/3.jpg (it is empty)" in output.splitlines()[-1]) == (2, True), output
     code, output = call(*arguments, "--skip-bad")
@@ -268,12 +288,17 @@ def test_shards_of_others_are_indexed_and_trained_on(shards, tmp_path):
 
 MISTAKES = {
     "no source": (["folder"], ["--source"]),
-    "a part that is none": (["folder", "--test-fraction", "1.5"], ["1.5", "below 1"]),
+    "a part that is none": (["folder", "--test-fraction", "1.5"], ["test_fraction: 1.5", "less than 1"]),
     "a part of what has a test": (["shapes", "--test-fraction", "0.2"], ["--test-fraction goes with folder"]),
     "a pipe": (["tiny-imagenet", "--source", "pipe:touch {}/executed"], ["pipe:", "nothing is run"]),
     "an index of nothing": (["index", "{}"], [".tar"]),
     "an index of nowhere": (["index", "{}/nowhere"], ["nowhere"]),
-    "no number": (["shapes", "--limit", "0"], ["--limit", "0"]),
+    "nothing": (["shapes", "--limit", "0"], ["limit: 0", "greater than or equal to 1"]),
+    "no number": (["shapes", "--limit", "few"], ["--limit", "'few'"]),
+    "a seed that is none": (["shapes", "--seed", str(2**32)], ["seed: 4294967296", "less than 4294967296"]),
+    "no dataset": (["shapez"], ["'shapez'", "tiny-imagenet", "stl10", "folder", "shapes"]),
+    "a word for a flag": (["shapes", "--limt", "3"], ["--limt; did you mean --limit?"]),
+    "no folder": (["verify"], ["shard.py verify"]),
 }
 
 
@@ -284,6 +309,31 @@ def test_a_mistake_is_one_line_and_leaves_nothing(mistake, tmp_path):
     assert (code, len(output.splitlines())) == (2, 1), output
     assert all(word in output for word in shown), output
     assert list(tmp_path.iterdir()) == []
+
+
+HELP = {
+    (): ["$ shard.py folder --source DIR --size 64", "--test-fraction FLOAT", "--skip-bad", "by sorted name"],
+    ("verify",): ["Hash every file", "PATH"],
+    ("show",): ["Print classes", "PATH"],
+    ("index",): ["must tell the split", "--class-names PATH", "--workers INT"],
+}
+
+
+@pytest.mark.parametrize("command", HELP)
+def test_each_command_says_what_it_takes(command):
+    code, output = call("shard", *command, "--help")
+    assert code == 0, output
+    assert all(text in output for text in HELP[command]), output
+
+
+def test_help_waits_for_no_large_package():
+    code = (
+        "import atexit, runpy, sys\n"
+        "atexit.register(lambda: print([m for m in ('torch', 'pyarrow', 'matplotlib') if m in sys.modules]))\n"
+        f"sys.argv = ['shard.py', '--help']; runpy.run_path({str(ROOT / 'launch/shard.py')!r}, run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize("where", ["pipe:touch executed", "s3://bucket/shards", "http://127.0.0.1:1/shards"])

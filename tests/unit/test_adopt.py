@@ -16,7 +16,7 @@ import webdataset as wds
 from PIL import Image
 
 from dlops_dist.data.adopt import _read, adopt, read_class_names
-from dlops_dist.data.inspection import doubts
+from dlops_dist.data.inspection import counts_by_class, doubts
 from dlops_dist.data.shards import Split, read_manifest
 from dlops_dist.errors import UserError
 
@@ -372,9 +372,18 @@ def test_what_training_would_stumble_over_is_said(doubt, sample, tmp_path):
     labels, names, shown = DOUBTS[doubt]
     write(tmp_path / "train-0.tar", [sample(f"s{i}", label, i) for i, label in enumerate(labels)])
     write(tmp_path / "test-0.tar", [sample("t", labels[0])])
-    found = doubts(tmp_path, adopt(tmp_path, "others", names, workers=1), global_batch_size=6)
+    manifest = adopt(tmp_path, "others", names, workers=1)
+    found = doubts(counts_by_class(tmp_path, manifest), manifest.classes, global_batch_size=6)
     assert len(found) == bool(shown)
     assert all(part in found[0] for part in shown)
+
+
+def test_classes_of_an_open_set_that_only_its_test_has_are_no_doubt(sample, tmp_path):
+    write(tmp_path / "train-0.tar", [sample(f"s{i}", i % 2) for i in range(6)])
+    write(tmp_path / "test-0.tar", [sample(f"t{i}", 2 + i % 2) for i in range(4)])
+    manifest = adopt(tmp_path, "others", ["a", "b", "c", "d", "e"], workers=1)
+    (doubt,) = doubts(counts_by_class(tmp_path, manifest), manifest.classes, global_batch_size=6)
+    assert doubt == "1 of 5 classes have no training sample: e"
 
 
 def test_shards_without_an_index_are_named_with_the_command_that_writes_it(folder, user_error):

@@ -7,7 +7,7 @@ import resource
 import numpy as np
 import pytest
 
-from dlops_dist.data.codec import decode, encode
+from dlops_dist.data.images import decode, encode
 
 
 def npy(array, **options):

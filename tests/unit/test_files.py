@@ -1,9 +1,14 @@
 """Whole files in a folder, here and at a URL."""
 
+import fcntl
+import os
+from contextlib import ExitStack
+
 import pytest
 
+from dlops_dist import files
 from dlops_dist.errors import UserError
-from dlops_dist.files import PARTIAL, Folder
+from dlops_dist.files import PARTIAL, Folder, locked, write_file
 
 
 @pytest.fixture(params=["path", "file", "memory"])
@@ -64,6 +69,46 @@ def test_a_full_disk_names_the_file(tmp_path):
 
     with pytest.raises(OSError, match=r"No space left on device: '.*/a'"):
         Folder(tmp_path).write("a", full)
+
+
+def test_a_folder_that_is_none_names_the_file_that_was_to_be_written(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"'.*/nowhere/a'"):
+        write_file(tmp_path / "nowhere/a", lambda file: file.write(b""))
+
+
+def test_files_are_written_into_one_folder_at_the_same_time(tmp_path):
+    write_file(tmp_path / "a", lambda _: write_file(tmp_path / "b", lambda file: file.write(b"b")))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+# locks
+
+
+@pytest.mark.parametrize("name", ["", "file"])
+def test_what_is_locked_is_refused_by_name_until_it_is_let_go(name, tmp_path, user_error):
+    path = tmp_path / name
+    with locked(path, "packed"), user_error(path, "is being packed by another process"), locked(path, "packed"):
+        pass
+    with locked(path, "packed"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ([name] if name else [])
+
+
+def test_who_waits_is_told_and_comes_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "TELL_EVERY_S", 0.0)
+    told, holder = [], ExitStack()
+    holder.enter_context(locked(tmp_path, "packed"))
+
+    def tell():
+        told.append(1)
+        holder.close()
+
+    with locked(tmp_path, "packed", tell):
+        assert told == [1]
+        other = os.open(tmp_path, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(other)
 
 
 def test_files_made_by_path_arrive(folder):

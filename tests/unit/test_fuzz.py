@@ -19,7 +19,7 @@ from PIL import Image
 
 from dlops_dist.command_line import read_settings
 from dlops_dist.data.adopt import _read
-from dlops_dist.data.codec import decode, encode
+from dlops_dist.data.images import decode, encode
 from dlops_dist.data.shards import Split, read_manifest
 from dlops_dist.data.sources import STL10, TinyImageNet
 from dlops_dist.errors import UserError

@@ -14,9 +14,8 @@ from fake_gpu import GPU, Waits, fake_gpu
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from dlops_dist.data.joined import Joined
 from dlops_dist.data.loader import read_ahead
-from dlops_dist.data.readers import DeviceReader
+from dlops_dist.data.readers import DeviceReader, Joined
 from dlops_dist.engine import descent
 from dlops_dist.engine.evaluation import device_sums
 from dlops_dist.engine.learner import Learner

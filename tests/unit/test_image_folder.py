@@ -2,7 +2,6 @@
 
 import os
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from dlops_dist.data.order import limited
 from dlops_dist.data.pack import pack
 from dlops_dist.data.shards import Split, read_manifest
-from dlops_dist.data.sources import STL10, ImageFolder, Limited, Listing, TinyImageNet
+from dlops_dist.data.sources import STL10, ImageFolder, TinyImageNet
 
 
 def pixels(seed, height=8, width=8):
@@ -209,6 +209,11 @@ def test_names_that_become_equal_are_told_apart(tree):
         ({"data/train/a/0.png": b"", "data/test/a/0.png": b""}, "/data"),
         ({"train/e\u0301/0.png": b"", "train/\u00e9/0.png": b""}, "different Unicode forms"),
         ({"train/a/0.png": b"", "test/b/0.png": b""}, "not in train: b"),
+        ({f"{place}/0.png": b"" for place in ("train/a", "test/b", "test/c\x07")}, "is not text"),
+        (
+            {"train/a/0.png": b"", "train/b/0.png": b"", "test/b/0.png": b"", "test/c/0.png": b""},
+            "not in train: c; train has a, b",
+        ),
         ({"test/a/0.png": b""}, "no folder 'train'"),
         ({"a/0.png": b"", "b/0.png": b""}, "too few images"),
     ],
@@ -227,41 +232,66 @@ def test_images_of_different_sizes_are_refused_with_what_to_do(tree, tmp_path, u
         pack(ImageFolder(root), tmp_path / "out", "tree", workers=1)
 
 
+# open sets
+
+
+OPEN_SET = {f"train/{c}/{i}.jpg": (i,) for c in ("dog", "ape") for i in range(3)} | {
+    f"test/{c}/{i}.jpg": (i,) for c in ("cat", "bee", "eel") for i in range(2)
+}
+
+
+def test_classes_of_which_none_is_in_train_are_an_open_set(tree, tmp_path):
+    source = ImageFolder(tree(OPEN_SET))
+    assert source.classes == ["ape", "bee", "cat", "dog", "eel"]
+    found = {split: (listing.keys[0], listing.labels.tolist()) for split, listing in source.splits.items()}
+    assert found == {"train": ("ape_0", [0, 0, 0, 3, 3, 3]), "test": ("bee_0", [1, 1, 2, 2, 4, 4])}
+    assert source.described == (
+        f"{source.path}: 6 images to train in train/, 6 to test in test/, 2 classes: ape 3, dog 3; "
+        f"an open set: 3 other classes to test on: bee, cat, eel"
+    )
+    manifest = pack(source, tmp_path / "out", "tree", workers=1)
+    assert (manifest.classes, manifest.splits) == (source.classes, {"train": 6, "test": 6})
+
+
+def test_the_first_classes_of_an_open_set_are_those_of_each_split(tree, user_error):
+    root = tree(OPEN_SET)
+    source = ImageFolder(root, num_classes=1)
+    assert source.classes == ["ape", "bee"]
+    found = {split: listing.labels.tolist() for split, listing in source.splits.items()}
+    assert found == {"train": [0, 0, 0], "test": [1, 1]}
+    assert "1 classes: ape 3; an open set: 1 other classes to test on: bee" in source.described
+    with user_error("--classes 3", "has 2 classes"):
+        _ = ImageFolder(root, num_classes=3).classes
+
+
 # fewer
-
-
-class Labels:
-    """A source of nothing but labels."""
-
-    path = Path()
-
-    extension = "jpg"
-
-    def __init__(self, labels):
-        self.classes = [str(label) for label in range(max(labels, default=0) + 1)]
-        self.splits = {"train": Listing([f"{i:03d}" for i in range(len(labels))], np.array(labels, np.int64))}
-
-    def read(self, split, index):
-        return self.splits[split].keys[index].encode()
 
 
 @given(st.lists(st.integers(-1, 4), max_size=40), st.integers(1, 50), st.integers(0, 3))
 def test_a_limit_keeps_as_many_of_each_class_as_can_be(labels, limit, seed):
-    limited = Limited(Labels(labels), limit, seed)
-    keys, kept, _ = limited.splits["train"]
-    assert len(keys) == min(limit, len(labels))
-    assert keys == sorted(keys)
-    assert [labels[int(k)] for k in keys] == kept.tolist()
-    assert [limited.read("train", i).decode() for i in range(len(keys))] == keys
-    all_of = {label: labels.count(label) for label in labels}
-    most = max((kept.tolist().count(label) for label in all_of), default=0)
-    assert all(kept.tolist().count(label) >= min(number, most - 1) for label, number in all_of.items())
+    ids = limited(np.array(labels, np.int64), limit, seed).tolist()
+    assert len(set(ids)) == min(limit, len(labels))
+    assert ids == sorted(ids)
+    kept, all_of = [labels[i] for i in ids], {label: labels.count(label) for label in labels}
+    most = max((kept.count(label) for label in all_of), default=0)
+    assert all(kept.count(label) >= min(number, most - 1) for label, number in all_of.items())
 
 
 def test_a_limit_is_chosen_by_the_seed():
-    labels = [0] * 100
-    chosen = [tuple(Limited(Labels(labels), 10, seed).splits["train"].keys) for seed in (0, 0, 1)]
+    chosen = [limited(np.zeros(100, np.int64), 10, seed).tolist() for seed in (0, 0, 1)]
     assert chosen[0] == chosen[1] != chosen[2]
+
+
+def test_a_limit_leaves_the_images_that_it_chose(tree, tmp_path):
+    source = ImageFolder(
+        tree({f"{split}/{c}/{i}.jpg": (i,) for split in ("train", "val") for c in "ab" for i in range(9)})
+    )
+    manifest = pack(source, tmp_path / "out", "tree", seed=5, limit=4, workers=1)
+    assert manifest.splits == {"train": 4, "test": 4}
+    for name, listing in source.splits.items():
+        split = Split(tmp_path / "out", manifest, name)
+        assert sorted(split.keys) == [listing.keys[i] for i in limited(listing.labels, 4, 5)]
+        assert np.bincount(split.labels).tolist() == [2, 2]
 
 
 # folds

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dlops_dist.data.codec import decode
-from dlops_dist.data.images import packable
+from dlops_dist.data.images import decode, packable
 
 SEEN = np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)
 SMOOTH = np.add.outer(np.arange(16), np.arange(24)).astype(np.uint8)[..., None].repeat(3, axis=2) * 6

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dlops_dist.data.joined import Joined
+from dlops_dist.data.readers import Joined
 
 
 class Numbered:

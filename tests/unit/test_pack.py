@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dlops_dist.data import pack as pack_module
-from dlops_dist.data.codec import decode
+from dlops_dist.data.images import decode
 from dlops_dist.data.pack import pack
 from dlops_dist.data.shards import Split, read_manifest
 from dlops_dist.data.sources import STL10, Listing, TinyImageNet
@@ -337,13 +337,23 @@ def test_a_packing_of_something_else_that_is_killed_at_its_beginning_loses_nothi
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", limited(Path.unlink))
-        patch.setattr(pack_module, "replace", limited(pack_module.replace))
+        patch.setattr(pack_module, "write_file", limited(pack_module.write_file))
         with pytest.raises(KilledError):
             pack(source, tmp_path / "out", **settings[1])
     for own in settings:
         pack(source, tmp_path / "out", **own)
         pack(source, tmp_path / f"fresh {own['seed']}", **own)
         assert files(tmp_path / "out") == files(tmp_path / f"fresh {own['seed']}")
+
+
+@pytest.mark.parametrize("other", [{"limit": 6}, {"size": 7}])
+def test_a_killed_packing_leaves_nothing_to_one_of_other_images(other, source, tmp_path):
+    settings = {"dataset": "tiny", "shard_size": 3, "workers": 1}
+    with pytest.raises(KilledError):
+        pack(source, tmp_path / "out", **settings, on_progress=kill_after(8))
+    pack(source, tmp_path / "out", **settings, **other)
+    pack(source, tmp_path / "fresh", **settings, **other)
+    assert files(tmp_path / "out") == files(tmp_path / "fresh")
 
 
 def test_packing_beside_the_archive_keeps_the_archive(tiny_zip):

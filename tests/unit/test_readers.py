@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from dlops_dist.data import cache, readers
+from dlops_dist import files
+from dlops_dist.data import readers
 from dlops_dist.data import shards as shards_module
-from dlops_dist.data.cache import decoded_pixels
 from dlops_dist.data.loader import read_ahead
 from dlops_dist.data.pack import pack
-from dlops_dist.data.readers import open_readers
+from dlops_dist.data.readers import decoded_pixels, open_readers
 from dlops_dist.data.shapes import write_tiny_imagenet
 from dlops_dist.data.shards import Split, read_manifest
 from dlops_dist.data.sources import TinyImageNet
@@ -64,7 +64,7 @@ def test_the_decoded_file_is_made_once_and_mapped(split, tmp_path, monkeypatch):
     assert isinstance(first, np.memmap)
     assert names(tmp_path) == [f"{split.manifest.id[:16]}-train.{end}" for end in ("pixels", "sha256")]
     assert tmp_path.stat().st_uid == os.getuid()
-    monkeypatch.setattr(cache, "_write", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(readers, "_write", lambda *_: pytest.fail("made again"))
     assert np.array_equal(decoded_pixels(split, tmp_path, silent), first)
 
 
@@ -116,8 +116,8 @@ def test_a_decoded_file_that_is_not_what_was_written_is_made_again(damage, split
 def decode_in_process(shards, folder, started, results):
     started.wait()
     written = []
-    write = cache._write
-    cache._write = lambda *arguments: (written.append(1), write(*arguments))
+    write = readers._write
+    readers._write = lambda *arguments: (written.append(1), write(*arguments))
     pixels = decoded_pixels(Split(shards, read_manifest(shards), "train"), folder, silent)
     results.put((len(written), int(pixels.astype(np.int64).sum())))
 
@@ -141,15 +141,15 @@ def test_of_many_processes_one_decodes(shapes_shards, split, tmp_path):
 SLOW = """
 import sys, time
 from pathlib import Path
-from dlops_dist.data import cache
+from dlops_dist.data import readers
 from dlops_dist.data.shards import Split, read_manifest
 from dlops_dist.data.sources import TinyImageNet
 shards, folder = map(Path, sys.argv[1:])
-cache.BLOCK = 16
+readers.BLOCK = 16
 split = Split(shards, read_manifest(shards), "train")
 read = split.read
 split.read = lambda ids: (time.sleep(0.3), read(ids))[1]
-cache.decoded_pixels(split, folder, print)
+readers.decoded_pixels(split, folder, print)
 """
 
 
@@ -162,7 +162,7 @@ def test_a_builder_that_is_killed_is_succeeded_by_one_that_waited(shapes_shards,
             assert time.monotonic() < deadline
             time.sleep(0.02)
         builder.send_signal(signal.SIGSTOP)  # it holds the lock and does nothing
-        monkeypatch.setattr(cache, "TELL_EVERY_S", 0.1)
+        monkeypatch.setattr(files, "TELL_EVERY_S", 0.1)
         told = []
 
         def tell(text):

@@ -20,9 +20,9 @@ import pytest
 from PIL import Image
 
 from dlops_dist.data import shapes
-from dlops_dist.data.fetch import Archive, fetch
 from dlops_dist.data.pack import pack
 from dlops_dist.data.sources import STL10, TinyImageNet, unpack_stl10
+from dlops_dist.data.sources.fetch import Archive, fetch
 
 REAL_ZIP = Path(__file__).parents[3] / "shared" / "data" / "tiny-imagenet-200.zip"
 

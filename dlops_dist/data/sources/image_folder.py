@@ -7,7 +7,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path, PurePath
-from typing import NamedTuple
 from unicodedata import normalize
 
 import numpy as np
@@ -28,24 +27,16 @@ NAMED = 3
 """Of what is passed over for one reason, and of the classes, so many are named."""
 
 
-class Tree(NamedTuple):
-    """The files below a root, also behind links, as paths from there."""
-
-    images: list[PurePath]
-    """By their endings, sorted."""
-    others: dict[str, list[str]]
-    """{why they are passed over: their names}."""
-
-
 class ImageFolder:
     """Classes are the names of folders, sorted; their images lie anywhere below them.
 
     ROOT/CLASS/..., or ROOT/train/CLASS/... and perhaps ROOT/test/CLASS/...; whatever else lies there is passed over and
-    told by `described`. A tree that may be meant otherwise is refused.
+    told by `described`. A tree that may be meant otherwise is refused. Where no class of test is in train the classes
+    are those of both: an open set.
 
     Args:
         path: the root.
-        num_classes: only the first so many classes.
+        num_classes: only the first so many classes; of an open set, of each split.
         test_fraction: part of each class that becomes the test split of a tree that has none; by default a tenth.
     """
 
@@ -56,13 +47,21 @@ class ImageFolder:
             raise UserError(f"{path} is not a folder; unpack an archive first")
 
     @cached_property
-    def _tree(self) -> Tree:
-        return _tree_of(self.path)
+    def _tree(self) -> dict[str, list[PurePath]]:
+        """{why they are no images to pack, or "": paths of files} below the root, also behind links."""
+        found: dict[str, list[PurePath]] = {"": []}
+        for path, why in _walk(self.path, PurePath(), (os.path.realpath(self.path),)):
+            found.setdefault(why, []).append(path)
+        return found | {"": sorted(found[""])}
+
+    @property
+    def _images(self) -> list[PurePath]:
+        return self._tree[""]
 
     def _folders_in(self, place: PurePath) -> list[str]:
         """Names of the folders in it that have images in them."""
         depth = len(place.parts)
-        inside = (path.parts for path in self._tree.images if path.parts[:depth] == place.parts)
+        inside = (path.parts for path in self._images if path.parts[:depth] == place.parts)
         return sorted({parts[depth] for parts in inside if len(parts) > depth + 1})
 
     @cached_property
@@ -86,30 +85,40 @@ class ImageFolder:
 
     @cached_property
     def classes(self) -> list[str]:
-        folders = {split: self._class_folders(root) for split, root in self._roots.items()}
-        names, train = sorted(folders["train"]), self._roots["train"]
+        train = self._roots["train"]
+        folders = self._class_folders(train)
+        names = sorted(folders)
         if not names:
             endings = ", ".join((*JPEG, *OTHERS))
             raise UserError(f"{self.path / train} has no folders of classes in it, with images ({endings})")
-        if (odd := next((name for name in names if not name.isprintable()), None)) is not None:
-            raise UserError(f"{self.path / train}: the folder {odd!r} has a name that is not text; rename it")
-        if len(names) == 1 and len(self._folders_in(only := train / folders["train"][names[0]])) > 1:
+        if len(names) == 1 and len(self._folders_in(only := train / folders[names[0]])) > 1:
             raise UserError(
                 f"{self.path / train} has one class only, {names[0]!r}, with folders in it; if these are the classes, "
                 f"name --source {self.path / only}" + (", or move them up" if train.parts else "")
             )
-        if strangers := sorted({name for found in folders.values() for name in found} - set(names)):
-            raise UserError(
-                f"{self.path}: classes to test on that are not in train: {_first(strangers)}; train has {_first(names)}"
-            )
         if self.num_classes is not None and self.num_classes > len(names):
             raise UserError(f"--classes {self.num_classes}: {self.path} has {len(names)} classes")
-        return names[: self.num_classes]
+        return sorted(names[: self.num_classes] + self._unseen[: self.num_classes])
+
+    @cached_property
+    def _unseen(self) -> list[str]:
+        """The classes of test where none of them is in train, as in an open set; a mistake where some are."""
+        roots = self._roots["train"], self._roots.get("test", self._roots["train"])
+        trained, tested = (set(self._class_folders(root)) for root in roots)
+        unseen = sorted(tested - trained)
+        if unseen and (len(unseen) < len(tested) or len(tested) == 1):  # one class alone leaves nothing to tell apart
+            names = _first(sorted(trained))
+            raise UserError(
+                f"{self.path}: classes to test on that are not in train: {_first(unseen)}; train has {names}"
+            )
+        return unseen
 
     def _class_folders(self, root: PurePath) -> dict[str, str]:
         """{class: folder in the root}, where a class's name has one Unicode form however a system has written it."""
         folders: dict[str, str] = {}
         for folder in self._folders_in(root):
+            if not folder.isprintable():
+                raise UserError(f"{self.path / root}: the folder {folder!r} has a name that is not text; rename it")
             if folders.setdefault(normalize("NFC", folder), folder) != folder:
                 raise UserError(
                     f"{self.path / root}: two folders are both called {folder!r}, in different Unicode forms; put "
@@ -124,7 +133,7 @@ class ImageFolder:
         files: dict[str, tuple[list[Path], np.ndarray]] = {}
         for split, root in self._roots.items():
             depth, found = len(root.parts), []
-            for path in self._tree.images:
+            for path in self._images:
                 if path.parts[:depth] == root.parts and len(path.parts) > depth + 1:
                     label = labels_of.get(normalize("NFC", path.parts[depth]))
                     found += [] if label is None else [(label, path)]
@@ -181,19 +190,22 @@ class ImageFolder:
         """How the tree was understood, and what of it is passed over."""
         (train, labels), (test, _) = self._files["train"], self._files["test"]
         counts = Counter(labels.tolist())
-        numbers = [f"{name} {counts[label]:,}" for label, name in enumerate(self.classes)]
+        numbers = [f"{name} {counts[n]:,}" for n, name in enumerate(self.classes) if name not in self._unseen]
+        unseen = [name for name in self.classes if name in self._unseen]
         places = {split: f" in {root}/" for split, root in self._roots.items() if root.parts}
         held_out = "" if "test" in self._roots else f" ({self.test_fraction:.0%} of each class)"
         line = (
             f"{self.path}: {len(train):,} images to train{places.get('train', '')}, {len(test):,} to test"
             f"{places.get('test', held_out)}, {len(numbers)} classes: {_first(numbers)}"
         )
+        if unseen:
+            line += f"; an open set: {len(unseen)} other classes to test on: {_first(unseen)}"
         return "\n".join([line, *(f"  passed over: {text}" for text in self._passed_over())])
 
     def _passed_over(self) -> Iterator[str]:
         used = {path.relative_to(self.path) for paths, _ in self._files.values() for path in paths}
         images: dict[str, Counter[str]] = defaultdict(Counter)
-        for path in self._tree.images:
+        for path in self._images:
             if path not in used:
                 root = next((r for r in self._roots.values() if path.parts[: len(r.parts)] == r.parts), None)
                 if root is None:
@@ -204,19 +216,9 @@ class ImageFolder:
                     images["of further classes"][_shown(path.parent)] += 1
         for why, places in images.items():
             yield f"{places.total():,} images {why}: {_first([f'{place}/ {n:,}' for place, n in places.items()])}"
-        for why, names in self._tree.others.items():
-            yield f"{len(names):,} {why}: {_first(names)}"
-
-
-def _tree_of(root: Path) -> Tree:
-    tree = Tree([], defaultdict(list))
-    for path, why in _walk(root, PurePath(), (os.path.realpath(root),)):
-        if why:
-            tree.others[why].append(_shown(path))
-        else:
-            tree.images.append(path)
-    tree.images.sort()
-    return tree
+        for why, paths in self._tree.items():
+            if why:
+                yield f"{len(paths):,} {why}: {_first(list(map(_shown, paths)))}"
 
 
 def _walk(root: Path, inside: PurePath, above: tuple[str, ...]) -> Iterator[tuple[PurePath, str]]:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from dlops_dist.data.codec import encode
-from dlops_dist.data.locks import locked
+from dlops_dist.data.images import encode
 from dlops_dist.data.shards import UNLABELED
 from dlops_dist.data.sources.source import Listing, is_litter
 from dlops_dist.errors import UserError, first_line
+from dlops_dist.files import PARTIAL, locked
 
 MAX_FOLDS = 31
 LARGEST = {"_X.bin": 2**33, ".bin": 2**24, ".txt": 2**24}
@@ -135,42 +135,37 @@ class STL10:
 def unpack_stl10(archive: Path, folder: Path) -> Path:
     """The wanted members of stl10_binary.tar.gz, in folder/ARCHIVE.unpacked; nothing else is extracted.
 
-    Unpacked once: files get their names only when the whole archive was read and its checksum was found right.
+    Unpacked once: the folder gets its name only when the whole archive was read and its checksum was found right.
     """
     out = folder / f"{archive.name}.unpacked"
-    out.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{out.name}{PARTIAL}"
+    folder.mkdir(parents=True, exist_ok=True)
     stat, marker = archive.stat(), out / ".whole"
     facts = f"{stat.st_size} {stat.st_mtime_ns}"
-    with locked(out, "unpacked"):
+    with locked(folder, "unpacked into"):
         if marker.is_file() and marker.read_text() == facts:
             return out
-        partials: dict[Path, Path] = {}
+        shutil.rmtree(partial, ignore_errors=True)
         try:
-            _unpack(archive, out, partials)
+            _unpack(archive, partial)
+            (partial / marker.name).write_text(facts)
         except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-            for partial in partials.values():
-                partial.unlink(missing_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise UserError(f"{out}: no space left to unpack {archive} to; make room or move it") from None
             raise UserError(f"{archive} is not a whole tar.gz file ({first_line(error)}); fetch it again") from None
-        for stale in out.iterdir():
-            if stale not in partials.values():
-                stale.unlink()
-        for path, partial in partials.items():
-            partial.rename(path)
-        marker.write_text(facts)
+        shutil.rmtree(out, ignore_errors=True)
+        partial.rename(out)
     return out
 
 
-def _unpack(archive: Path, out: Path, partials: dict[Path, Path]) -> None:
-    """Write the members under the names of `partials`, which are added to it."""
+def _unpack(archive: Path, out: Path) -> None:
+    out.mkdir()
     with gzip.open(archive) as unzipped, tarfile.open(fileobj=unzipped, mode="r|") as tar:
         for member in tar:
-            name = Path(member.name).name
             stream = tar.extractfile(member) if _is_wanted(member) else None
             if stream is not None:
-                partials[out / name] = out / f".{name}.partial"
-                with partials[out / name].open("wb") as file:
+                with (out / Path(member.name).name).open("wb") as file:
                     shutil.copyfileobj(stream, file, 1 << 22)
         while unzipped.read(1 << 22):  # to the end, where the checksum stands
             pass

@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from dlops_dist.data.joined import Joined
 from dlops_dist.data.loader import TrainingOrder
 from dlops_dist.data.order import Ids
-from dlops_dist.data.readers import Reader
+from dlops_dist.data.readers import Joined, Reader
 from dlops_dist.distributed.norm import SyncBatchNorm1d
 from dlops_dist.engine.learner import Learner
 from dlops_dist.engine.recipe import Recipe

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.error import HTTPError
 
-from dlops_dist.data.locks import locked
 from dlops_dist.errors import UserError
+from dlops_dist.files import PARTIAL, locked
 
 BLOCK = 1 << 20
 MOST_POOR_ANSWERS = 10
@@ -49,7 +49,7 @@ def fetch(archive: Archive, folder: Path, on_progress: Callable[[int, int], None
             raise UserError(f"{target} is not the official archive (its MD5 differs); use it with --source {target}")
         return target
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{archive.name}.partial"
+    partial = folder / f".{archive.name}{PARTIAL}"
     with locked(folder, "fetched into"):
         _download_all(archive, partial, target, on_progress)
         _version_file(partial).unlink(missing_ok=True)
