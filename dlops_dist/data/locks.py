@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dlops_dist.errors import UserError
+from dlops_dist.files import Folder, make_writable
 
 
 @contextmanager
@@ -21,3 +22,22 @@ def locked(folder: Path, use: str) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def file_to_write(place: str, option: str) -> Iterator[tuple[Folder, str]]:
+    """The folder, which no other process writes to meanwhile, and the name of a file that is to be written.
+
+    Raises:
+        UserError: it cannot be, said before there is anything to lose; names the option.
+    """
+    parent, name = os.path.split(place)
+    folder = Folder(parent)
+    if folder.local is None:
+        yield folder, name
+        return
+    if not name or Path(place).is_dir():
+        raise UserError(f"{option}: {place} is a folder; name a file in it")
+    make_writable(folder.local, option, "name a file elsewhere")
+    with locked(folder.local, "written to"):
+        yield folder, name
