@@ -119,9 +119,10 @@ def _read(
 def _parser(kind: type[Section], prog: str) -> OneLineParser:
     """Of options for all settings; it leaves out what is not given."""
     wide = {} if sys.stdout.isatty() else {"width": 10_000, "max_help_position": 1_000}  # a line for each option
+    words, flags = (f"{kind.positional.upper()} ", "") if kind.positional else ("", f" {FLAGS}")
     parser = OneLineParser(
-        prog, f"{' '.join(filter(None, (prog, (kind.positional or '').upper())))} [--SETTING VALUE ...]",
-        f"{cleandoc(kind.__doc__ or '')}{'' if kind.positional else f' {FLAGS}'}", argument_default=argparse.SUPPRESS, conflict_handler="resolve",
+        prog, f"{prog} {words}[--SETTING VALUE ...]", f"{cleandoc(kind.__doc__ or '')}{flags}",
+        argument_default=argparse.SUPPRESS, conflict_handler="resolve",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, **cast(Any, wide)),
         add_help=False, allow_abbrev=False,
     )  # fmt: skip

@@ -183,6 +183,25 @@ def locked(path: Path, use: str, on_wait: Callable[[], None] | None = None) -> I
         os.close(descriptor)
 
 
+@contextmanager
+def file_to_write(place: str, option: str) -> Iterator[tuple[Folder, str]]:
+    """The folder, which no other process writes to meanwhile, and the name of a file that is to be written.
+
+    Raises:
+        UserError: it cannot be, said before there is anything to lose; names the option.
+    """
+    parent, name = os.path.split(place)
+    folder = Folder(parent)
+    if folder.local is None:
+        yield folder, name
+        return
+    if not name or Path(place).is_dir():
+        raise UserError(f"{option}: {place} is a folder; name a file in it")
+    make_writable(folder.local, option, "name a file elsewhere")
+    with locked(folder.local, "written to"):
+        yield folder, name
+
+
 def _is_ours(descriptor: int) -> bool:
     """Whether its lock could be taken."""
     try:

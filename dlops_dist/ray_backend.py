@@ -2,10 +2,12 @@
 
 import os
 import threading
-from collections.abc import Callable, Generator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, wait
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from dlops_dist.config import Run, load_recipe, recipe_from_source
 from dlops_dist.console import Console
 from dlops_dist.engine.events import Event, Warned
 from dlops_dist.engine.run_folder import CONFIG, RunFolder
-from dlops_dist.errors import RunError, UserError
+from dlops_dist.errors import RunError, UserError, first_line
 from dlops_dist.files import Folder, temporary_folder
 from dlops_dist.ray_cluster import check_nodes, cluster, resources_for
 from dlops_dist.trackers import trackers_of
@@ -233,6 +235,36 @@ def num_threads(omp_num_threads: str) -> int:
     """Of a worker: what OMP_NUM_THREADS says of its outermost level, which Ray sets where nobody has; else 1."""
     outermost = omp_num_threads.split(",", maxsplit=1)[0].strip()
     return max(1, int(outermost)) if outermost.isdecimal() else 1
+
+
+def map_on_ray(
+    function: Callable[[Any, Any], Any], job: Any, parts: Iterable[Any], workers: int, shards: str, run: str,
+    say: Callable[[str], None],
+) -> Generator[Any]:  # fmt: skip
+    """`function(job, part)` of each part, in their order, by workers of RAY_ADDRESS, or of a cluster started here.
+
+    Raises:
+        UserError, RunError: that of a worker; or workers died over and over.
+    """
+    import ray
+
+    with cluster(say):
+        resources, num_workers = resources_for(workers)
+        check_nodes(shards, run, CONFIG)
+        say(f"starting {num_workers} Ray worker{'s' * (num_workers > 1)} with {resources} each")
+        task: Any = ray.remote(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0))(function)
+        remaining, flying = iter(parts), deque[Any]()
+        try:
+            while True:
+                flying.extend(task.remote(job, part) for part in islice(remaining, num_workers - len(flying)))
+                if not flying:
+                    return
+                yield ray.get(flying.popleft())
+        except ray.exceptions.RayTaskError as error:
+            known = isinstance(error.cause, UserError | RunError)
+            raise (error.cause if known else error) from None
+        except ray.exceptions.RayError as error:
+            raise RunError(f"a Ray worker died, and again in its place: {first_line(error)}") from error
 
 
 def _shortened(error: Exception) -> str:

@@ -57,6 +57,14 @@ def test_a_loaded_model_judges_in_evaluation_mode(trained, shapes_shards):
     assert best[0] == model.classes[logits[2].argmax()]
     assert best[1] == pytest.approx(float(logits[2].double().softmax(dim=0).max()), rel=1e-4)
     assert len(model.predict(images, top=99)[0]) == 10
+    assert not logits.requires_grad
+    for other in (images / 255, images.permute(0, 3, 1, 2), images[0]):
+        with pytest.raises(ValueError, match=r"images must be uint8 \(N, H, W, 3\), not torch\."):
+            model.predict(other)
+
+
+def test_a_loaded_model_compiles_nothing_on_any_device(trained):
+    assert dlops_dist.load(trained / "run").learner.settings.compile is False
 
 
 def test_what_cannot_be_read_is_named_and_the_rest_is_classified(trained, tmp_path):

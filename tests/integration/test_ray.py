@@ -138,6 +138,24 @@ def test_q2_on_ray_workers_computes_what_one_process_computes(cluster, stl_shard
     assert (tmp_path / "ray/run/report/confusion.png").is_file()
 
 
+@pytest.mark.slow
+def test_ray_workers_embed_to_the_bytes_of_one_process(cluster, shapes_shards, tmp_path):
+    recipe = tmp_path / "mine.py"
+    recipe.write_bytes((ROOT / "examples/arcface.py").read_bytes())
+    arguments = ["--data.shards", shapes_shards, "--data.cache-dir", CACHE, "--runs-dir", tmp_path, "--name", "run"]
+    code, output = call("train", recipe, *arguments, "--local", "--epochs", "1", "--global-batch-size", "60")
+    assert code == 0, output
+    found = []
+    for workers in ((), ("--workers", "1"), ("--workers", "2")):
+        out = tmp_path / f"{len(found)}.parquet"
+        embed = "embed", "run", shapes_shards, "--out", out, "--recipe", "mine.py", *workers
+        code, output = run(*embed, env=cluster, cwd=tmp_path)
+        assert code == 0, output
+        assert output.splitlines()[-1] == f"{out}: embeddings of 300 samples"
+        found.append(out.read_bytes())
+    assert found[1:] == found[:1] * 2
+
+
 def test_the_dashboard_listens_on_the_loopback_and_asks_for_the_token(cluster):
     address = cluster["RAY_API_SERVER_ADDRESS"]
     port = int(address.rpartition(":")[2])

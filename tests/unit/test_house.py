@@ -22,7 +22,7 @@ LAYERS = [
     {"ray_cluster"},
     {"ray_backend"},
     {"ray_tuner"},
-    {"train", "dry_run", "evaluate", "report", "verify", "tune", "predict"},
+    {"train", "dry_run", "evaluate", "report", "verify", "tune", "predict", "embed", "export"},
 ]
 """Each may import from those before it, and from its own."""
 PURE = {"models", "losses", "optim", "metrics"}
@@ -76,8 +76,10 @@ def test_modules_stay_short(path):
 
 
 @pytest.mark.parametrize(
-    "module", ["train", "train q1", "train q2", "evaluate", "report", "verify", "tune", "tune q1", "tune q2"]
-)
+    "module",
+    ["train", "train q1", "train q2", "evaluate", "predict", "embed", "export", "report", "verify", "tune", "tune q1",
+     "tune q2"],
+)  # fmt: skip
 def test_help_imports_neither_torch_nor_ray(module):
     name, *task = module.split()
     code = (
