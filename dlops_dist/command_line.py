@@ -119,11 +119,12 @@ def _read(
 def _parser(kind: type[Section], prog: str) -> OneLineParser:
     """Of options for all settings; it leaves out what is not given."""
     wide = {} if sys.stdout.isatty() else {"width": 10_000, "max_help_position": 1_000}  # a line for each option
+    formatter = argparse.RawDescriptionHelpFormatter if kind.positional else argparse.HelpFormatter
     words, flags = (f"{kind.positional.upper()} ", "") if kind.positional else ("", f" {FLAGS}")
     parser = OneLineParser(
         prog, f"{prog} {words}[--SETTING VALUE ...]", f"{cleandoc(kind.__doc__ or '')}{flags}",
         argument_default=argparse.SUPPRESS, conflict_handler="resolve",
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, **cast(Any, wide)),
+        formatter_class=lambda prog: formatter(prog, **cast(Any, wide)),
         add_help=False, allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("-h", "--help", action="store_true", help="show this, and what the settings are")

@@ -18,6 +18,8 @@ from typing import Any
 from dlops_dist.errors import OneLineParser, RunError, UserError, exit_code_of
 
 ONE_STEP, SEVERAL_STEPS = 1e-12, 1e-6
+DIVIDED = 1e-9
+"""Of a step by a recipe's own optimiser: where a gradient is nothing but rounding, Adam divides it by its own size."""
 NUM_SAMPLES, NUM_CLASSES, NUM_STEPS = 21, 5, 5
 """21 samples: no number of workers but 3, 7 and 21 shares them evenly."""
 EPOCH_SIZE = 1001
@@ -107,7 +109,7 @@ def verify_recipe(name: str, arguments: Sequence[str], workers: Sequence[int], c
     rows = {what: [_difference_of(results[w][0][what], alone[what]) for w in workers] for what in alone}
     rows["a resume, to the bit"] = [0.0 if results[w][1] else 1.0 for w in workers]
     console.print(_table({(what, OURS): errors for what, errors in rows.items()}, workers))
-    wrong = [what for what, errors in rows.items() if not max(errors) <= ONE_STEP]
+    wrong = [what for what, errors in rows.items() if not max(errors) <= _limit(what)]
     if wrong or inexact:
         raise RunError(f"{recipe.name} depends on the number of workers: {', '.join(wrong) or 'see above'}")
     print(f"result: {', '.join(map(str, workers))} workers compute what one computes")
@@ -285,7 +287,7 @@ def _difference(ours: Any, expected: Any) -> float:
 
 
 def _limit(what: str) -> float:
-    return SEVERAL_STEPS if "steps" in what else ONE_STEP
+    return SEVERAL_STEPS if "steps" in what else DIVIDED if what.startswith("step of the weights by") else ONE_STEP
 
 
 def _table(rows: dict[tuple[str, str], Sequence[float]], workers: Sequence[int]) -> Any:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from dlops_dist.config.section import Section, mistake_in
 from dlops_dist.config.training import Augment, Data, Optimizer
@@ -80,7 +80,7 @@ class Run(Section):
     """Begin with the weights of a run (its folder or URL) or of a file; those that do not fit are named."""
     freeze: tuple[str, ...] = ()
     """Parts of the model, by their names, whose weights and statistics stay as they are."""
-    choose_by: str = Field("val/top1", pattern=r"^val/.")
+    choose_by: str = "val/top1"
     """The held-out figure by which the best epoch of a run, and the best point of a sweep, are chosen: the highest, of
     a loss the lowest."""
     patience: int | None = Field(None, ge=1)
@@ -88,6 +88,13 @@ class Run(Section):
     data: Data = Data()
     augment: Augment = Augment()
     optimizer: Optimizer = Optimizer()
+
+    @field_validator("choose_by")
+    @classmethod
+    def _is_held_out(cls, name: str) -> str:
+        if not name.startswith("val/"):
+            raise ValueError("was not held out; name a figure of val/, such as val/top1")
+        return name
 
     def __init__(self, **values: Any) -> None:
         try:

@@ -33,6 +33,8 @@ def mistake_in(kind: type[BaseModel], error: ValidationError) -> SettingError:
     message = problem["msg"].removeprefix("Input ").removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
         mistake = SettingError(unknown_setting(dotted(place), setting_names(kind)))
+    elif problem["type"] == "missing":
+        mistake = SettingError(f"{dotted(place)} is missing; --help says what it is")
     elif problem["type"] == "value_error" and isinstance(given, dict):  # of a group: it begins with a setting's name
         mistake = SettingError(dotted((*place, message)))
     else:

@@ -145,8 +145,6 @@ def check_sweep(sweep: Sweep) -> None:
         _check_optuna(sweep)
     if sweep.scheduler == "asha" and sweep.epochs < 2:
         raise UserError(f"scheduler: asha has nothing to end in trials of {sweep.epochs} epoch")
-    if not sweep.choose_by.startswith("val/"):
-        raise UserError(f"choose_by: {sweep.choose_by} was not held out; points are compared by a figure of val/")
     if not sweep.data.val_fraction:
         raise UserError("data.val_fraction: 0 holds nothing of train out to choose on; pass --data.val-fraction 0.1")
     if "://" in sweep.runs_dir:

@@ -67,7 +67,7 @@ class Learner(Step):
         memory_format = memory_format_of(recipe.model, device)
         model = recipe.model.to(device, self.dtype).to(memory_format=memory_format)
         loss = Losses(recipe.losses).to(device, self.dtype)
-        self.directions, self.metrics, self._views = recipe.directions, recipe.metrics, recipe.views
+        self.directions, self.metrics, self.views = recipe.directions, recipe.metrics, recipe.views
         frozen = freeze(model, settings.freeze)
         self.ema = Ema(model, settings.ema_decay) if settings.ema_decay else None
         normalize = Normalize(inputs.mean, inputs.std, self.dtype, memory_format).to(device)
@@ -95,8 +95,8 @@ class Learner(Step):
     def step(
         self, micro_batches: Sequence[Batch], epoch: int, step: int, figures: dict[str, Tensor] | None = None
     ) -> Tensor:
-        if self._views > 1:
-            micro_batches = [_in_views(batch, self._views) for batch in micro_batches]
+        if self.views > 1:
+            micro_batches = [_in_views(batch, self.views) for batch in micro_batches]
         return super().step(micro_batches, epoch, step, figures)
 
     def seen(self, batch: Batch, epoch: int) -> Seen:

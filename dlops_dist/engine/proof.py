@@ -21,6 +21,7 @@ from dlops_dist.engine.learner import Learner
 from dlops_dist.engine.losses import hints
 from dlops_dist.engine.samples import Samples
 from dlops_dist.losses.terms import Terms
+from dlops_dist.optim import SGD
 
 CPU = torch.device("cpu")
 OF_A_CLASS = 3
@@ -59,7 +60,9 @@ def _found(learner: Learner, before: dict[str, Tensor]) -> Iterator[tuple[str, T
     losses = [value for value in learner.loss.state_dict().values() if value.is_floating_point()]
     yield from ((f"train {name}", _number(value)) for name, value in learner.end_epoch().items())
     yield from ((f"gradient of {part}", _flat(of_part)) for part, of_part in gradients.items())
-    yield "step of the weights", _flat([state[name] - before[name] for name in parameters])
+    optimizer = learner.optimizer
+    by = "" if isinstance(optimizer, SGD) else f" by {type(optimizer).__name__}"
+    yield f"step of the weights{by}", _flat([state[name] - before[name] for name in parameters])
     if buffers:
         yield "running statistics", _flat([state[name] for name in buffers])
     if losses:

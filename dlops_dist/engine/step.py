@@ -57,6 +57,8 @@ class Step(ABC):
     """Of an evaluation."""
     reads_next = False
     """Whether a batch holds the sample after this rank's part, too."""
+    views = 1
+    """How often a step sees each sample."""
 
     def __init__(
         self, settings: Run, inputs: Inputs, device: torch.device, model: Any, loss: Losses, descent: Descent,
@@ -67,6 +69,10 @@ class Step(ABC):
         self._descent = descent
         self._own_terms = compiled(loss.own_terms, settings, device)
         self._weights = torch.tensor(list(loss.weights.values()), dtype=torch.float64, device=device)
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self._descent.optimizer
 
     def lr(self, step: int) -> float:
         """Learning rate of a step, counted from 0 over the stage."""
@@ -107,7 +113,7 @@ class Step(ABC):
         self._descent.forget_gradients()
         loss = self.loss
         mined = self._mine_ahead(seen, micro_batches, figures) if loss.of_all and len(seen) > 1 else None
-        sizes = [part_sizes(len(batch.labels), world_size()) for batch in micro_batches]
+        sizes = [self._part_sizes(batch) for batch in micro_batches]
         num_samples = sum(len(batch.labels) for batch in micro_batches)
 
         values: dict[str, Tensor] = {}
@@ -153,7 +159,7 @@ class Step(ABC):
         lengths, names = [len(batch.labels) for batch in micro_batches], self.loss.read_by_all
         with torch.no_grad(), running_statistics_held(self.model):
             ours = [self.outputs(self._descent.undistributed, part.inputs) for part in seen]
-        sizes = [part_sizes(length, world_size()) for length in lengths]
+        sizes = [self._part_sizes(batch) for batch in micro_batches]
         everyone = {
             name: torch.cat([gather(o[name], s) for o, s in zip(ours, sizes, strict=True)]).requires_grad_()
             for name in names
@@ -180,6 +186,10 @@ class Step(ABC):
                 for i, batch in enumerate(micro_batches)
             ],
         )
+
+    def _part_sizes(self, batch: Batch) -> list[int]:
+        """Rows of each rank's outputs: a sample's views are on one rank."""
+        return [size * self.views for size in part_sizes(len(batch.labels) // self.views, world_size())]
 
     def state_dict(self) -> dict[str, Any]:
         """The state to resume from, as plain tensors and numbers. Every rank must call it."""

@@ -34,17 +34,24 @@ def one_step(example, shards, ids, size):
     """What a step on a global batch leaves, in micro-batches of a size."""
     manifest = read_manifest(shards)
     inputs = Inputs(10, manifest.mean, manifest.std, (32, 32))
-    learner = Learner(settings_of(shards, example=example), inputs, 10, CPU)
+    learner = Learner(settings_of(shards, example=example, **SMALL.get(Path(example).stem, {})), inputs, 10, CPU)
     parts = [(part, rank_part(len(part), rank(), world_size())) for part in blocks(ids, size)]
-    batches = list(read_ahead(Split(shards, manifest, "train"), parts, CPU, 1, len(parts)))
+    batches = list(read_ahead(Split(shards, manifest, "train"), parts, CPU, 1, len(parts), learner.reads_next))
     value = learner.step(batches, epoch=1, step=5)
     gradients = {name: p.grad for name, p in [*learner.model.named_parameters(), *learner.loss.named_parameters()]}
-    assert None not in gradients.values()
+    assert [name for name, gradient in gradients.items() if gradient is None] == []
     return tensors({"value": value, "gradients": gradients, **with_total_sums(learner.state_dict())})
 
 
-STEPS = [("proxy_anchor_pml", 2, 8), ("arcface", 3, 22)]
-MORE = [("proxy_anchor_pml", 3, 22), ("proxy_anchor_pml", 4, 8), ("arcface", 2, 8), ("arcface", 4, 22)]
+SMALL = {"vit_timm": {"width": 32, "depth": 2}}
+STEPS = [("proxy_anchor_pml", 2, 8), ("supcon", 2, 8), ("vit_timm", 2, 22), ("mixup", 3, 8)]
+MORE = [
+    ("proxy_anchor_pml", 3, 22), ("proxy_anchor_pml", 4, 8), ("arcface", 2, 8), ("arcface", 3, 22), ("arcface", 4, 22),
+    ("supcon", 3, 22), ("supcon", 4, 8), ("vit_timm", 3, 8), ("vit_timm", 4, 22), ("mixup", 2, 22), ("mixup", 4, 22),
+    ("adamw_randaugment", 2, 8), ("adamw_randaugment", 3, 22), ("adamw_randaugment", 4, 8),
+    ("open_set_retrieval", 2, 22), ("open_set_retrieval", 3, 8), ("open_set_retrieval", 4, 22),
+    ("resnet50_torchvision", 2, 22), ("resnet50_torchvision", 3, 22), ("resnet50_torchvision", 4, 8),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -55,8 +62,11 @@ def test_one_step_on_any_number_of_ranks_is_that_of_one_process(example, ranks, 
     arguments = str(EXAMPLES / f"{example}.py"), shapes_shards, np.arange(22), size
     expected = one_step(*arguments)
     results = on_ranks(one_step, ranks, *arguments)
+    by_adam = example in ("vit_timm", "adamw_randaugment")
     for path, value in expected.items():
-        assert distance(results[0][path], value) <= 1e-12, path
+        # where a gradient is rounding alone, as that of keys' biases is, Adam divides it by its size and 1e-8
+        bound = 1e-9 if by_adam and path.startswith("/model") else 1e-12
+        assert distance(results[0][path], value) <= bound, path
         assert all(torch.equal(other[path].nan_to_num(), results[0][path].nan_to_num()) for other in results), path
 
 

@@ -288,17 +288,17 @@ def test_shards_of_others_are_indexed_and_trained_on(shards, tmp_path):
 
 MISTAKES = {
     "no source": (["folder"], ["--source"]),
-    "a part that is none": (["folder", "--test-fraction", "1.5"], ["test_fraction: 1.5", "less than 1"]),
+    "a part that is none": (["folder", "--test-fraction", "1.5"], ["test_fraction: '1.5'", "less than 1"]),
     "a part of what has a test": (["shapes", "--test-fraction", "0.2"], ["--test-fraction goes with folder"]),
     "a pipe": (["tiny-imagenet", "--source", "pipe:touch {}/executed"], ["pipe:", "nothing is run"]),
     "an index of nothing": (["index", "{}"], [".tar"]),
     "an index of nowhere": (["index", "{}/nowhere"], ["nowhere"]),
-    "nothing": (["shapes", "--limit", "0"], ["limit: 0", "greater than or equal to 1"]),
-    "no number": (["shapes", "--limit", "few"], ["--limit", "'few'"]),
-    "a seed that is none": (["shapes", "--seed", str(2**32)], ["seed: 4294967296", "less than 4294967296"]),
+    "nothing": (["shapes", "--limit", "0"], ["limit: '0'", "greater than or equal to 1"]),
+    "no number": (["shapes", "--limit", "few"], ["limit: 'few'", "valid integer"]),
+    "a seed that is none": (["shapes", "--seed", str(2**32)], ["seed: '4294967296'", "less than 4294967296"]),
     "no dataset": (["shapez"], ["'shapez'", "tiny-imagenet", "stl10", "folder", "shapes"]),
     "a word for a flag": (["shapes", "--limt", "3"], ["--limt; did you mean --limit?"]),
-    "no folder": (["verify"], ["shard.py verify"]),
+    "no folder": (["verify"], ["folder is missing"]),
 }
 
 

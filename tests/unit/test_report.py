@@ -98,21 +98,21 @@ def own_row(epoch, **figures):
 
 @pytest.mark.parametrize("unjudged", [{}, {"train/top1": None, "test/top1": None, "test/top1_by_class": None}])
 def test_a_users_figures_are_shown_by_their_names_and_the_head_need_not_be_judged(unjudged, tmp_path, capsys):
-    rows = [own_row(epoch, **{"val/map_at_r": 0.25, "test/map_at_r": value}, **unjudged) for epoch, value in
+    rows = [own_row(epoch, **{"val/mean_rank": 0.25, "test/mean_rank": value}, **unjudged) for epoch, value in
             ((1, 0.12345), (2, None), (3, 0.375))]  # fmt: skip
     head = " top-1 -" if unjudged else ""
     assert epoch_line(rows[0], 3) == (
-        f"epoch 1/3  train loss 1.5000{head}  val loss 1.6000 map_at_r 0.2500  "
-        f"test loss 1.7000{head} Recall@1 50.00% map_at_r 0.1235  9 images/s  1.0 s"
+        f"epoch 1/3  train loss 1.5000{head}  val loss 1.6000 mean_rank 0.2500  "
+        f"test loss 1.7000{head} Recall@1 50.00% mean_rank 0.1235  9 images/s  1.0 s"
     )
     run = report.Reported(str(tmp_path), "run", Q1(), rows, None, None)
     report.report_runs([run], Console(width=250))
     output = capsys.readouterr().out
-    assert "test map_at_r" in output
+    assert "test mean_rank" in output
     assert "0.3750" in output
     assert "arcface" not in output
     titles = [axes.title for axes in report.panels_of(rows)]
     assert titles == ["Loss", *["Accuracy of the head"] * bool(unjudged), "Figures of the recipe"]
     lines = report.panels_of(rows)[-1].lines
-    assert lines == {"val map_at_r": ([1, 2, 3], [0.25] * 3), "test map_at_r": ([1, 2, 3], [0.12345, ANY, 0.375])}
-    assert math.isnan(lines["test map_at_r"][1][1])
+    assert lines == {"val mean_rank": ([1, 2, 3], [0.25] * 3), "test mean_rank": ([1, 2, 3], [0.12345, ANY, 0.375])}
+    assert math.isnan(lines["test mean_rank"][1][1])

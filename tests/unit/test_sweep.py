@@ -122,7 +122,7 @@ def test_a_space_that_makes_no_sense_is_one_line(space: str, user_error: Callabl
 
 MISTAKES = {
     "--data.val-fraction 0": ["data.val_fraction", "--data.val-fraction 0.1"],
-    "--choose-by test/top1": ["choose_by: test/top1", "a figure of val/"],
+    "--choose-by test/top1": ["choose_by: 'test/top1'", "a figure of val/"],
     "--local": ["local"],
     "--workers 2 --min-workers 3": ["min_workers: 3", "2 workers"],
     "--runs-dir s3://bucket/runs": ["runs_dir", "s3://bucket/runs"],
@@ -224,7 +224,7 @@ def test_of_a_loss_the_lowest_is_best_and_what_cannot_be_is_worst() -> None:
         return [point.point["lr"] for point in ranking(trials, choose_by)]
 
     assert best_first("val/loss") == [2, 4, 1, 3]
-    assert best_first("val/map_at_r") == [1, 4, 2, 3]
+    assert best_first("val/mean_rank") == [1, 4, 2, 3]
 
 
 MINE = """
@@ -292,7 +292,7 @@ def of(**figures: float | None) -> dict[str, Any]:
 CHOICES = {
     "val/top1": (0.2, "val top-1", "80.00%", "val top-1 80.00%, test top-1 80.00% (one seed)"),
     "val/loss": (0.1, "val loss", "0.2000", "val loss 0.2000, test loss 0.2000 (one seed)"),
-    "val/map_at_r": (0.3, "val map_at_r", "0.4000", "val map_at_r 0.4000, test map_at_r 0.4000 (one seed)"),
+    "val/mean_rank": (0.3, "val mean_rank", "0.4000", "val mean_rank 0.4000, test mean_rank 0.4000 (one seed)"),
 }
 
 
@@ -300,10 +300,10 @@ CHOICES = {
 def test_the_held_out_figure_that_is_named_chooses_the_best_point(choose_by: str, swept: Callable) -> None:
     lr, name, shown, line = CHOICES[choose_by]
     folder = swept(choose_by, {
-        0.1: [of(top1=0.1, loss=0.9, map_at_r=0.1), of(top1=0.5, loss=0.2, map_at_r=None)],
-        0.2: [of(top1=0.9, loss=0.1, map_at_r=0.9), of(top1=0.8, loss=0.7, map_at_r=0.3)],
-        0.3: [of(top1=0.1, loss=0.9, map_at_r=0.1), of(top1=0.1, loss=0.8, map_at_r=0.4)],
-        0.4: [of(top1=1.0, loss=0.0, map_at_r=1.0)],
+        0.1: [of(top1=0.1, loss=0.9, mean_rank=0.1), of(top1=0.5, loss=0.2, mean_rank=None)],
+        0.2: [of(top1=0.9, loss=0.1, mean_rank=0.9), of(top1=0.8, loss=0.7, mean_rank=0.3)],
+        0.3: [of(top1=0.1, loss=0.9, mean_rank=0.1), of(top1=0.1, loss=0.8, mean_rank=0.4)],
+        0.4: [of(top1=1.0, loss=0.0, mean_rank=1.0)],
     })  # fmt: skip
     assert len(folder.trial("lr-0.4").scores) == 1, "pretraining is not judged"
     output = Console(width=200, record=True, file=io.StringIO())
@@ -318,7 +318,7 @@ def test_the_held_out_figure_that_is_named_chooses_the_best_point(choose_by: str
 
 
 def test_the_board_tells_what_a_trial_is_compared_by(swept: Callable, capsys: pytest.CaptureFixture) -> None:
-    folder = swept("val/map_at_r", {0.1: [of(map_at_r=None)], 0.2: [of(map_at_r=0.25)]})
+    folder = swept("val/mean_rank", {0.1: [of(mean_rank=None)], 0.2: [of(mean_rank=0.25)]})
     with Board(folder) as board:
         for name in ("lr-0.1", "lr-0.2"):
             board.started(name)
@@ -326,8 +326,8 @@ def test_the_board_tells_what_a_trial_is_compared_by(swept: Callable, capsys: py
         board.ended("lr-0.1")
         board.ended("lr-0.2", died="its process died")
     assert capsys.readouterr().out.splitlines() == [
-        "lr-0.1 starts: optimizer.lr 0.1, seed 0", "lr-0.1 epoch 1/2: val map_at_r -",
-        "lr-0.2 starts: optimizer.lr 0.2, seed 0", "lr-0.2 epoch 1/2: val map_at_r 0.2500",
+        "lr-0.1 starts: optimizer.lr 0.1, seed 0", "lr-0.1 epoch 1/2: val mean_rank -",
+        "lr-0.2 starts: optimizer.lr 0.2, seed 0", "lr-0.2 epoch 1/2: val mean_rank 0.2500",
         "lr-0.1 ends at epoch 1, given up by the scheduler",
         "warning: lr-0.2 failed: its process died", "lr-0.2 ends at epoch 1",
     ]  # fmt: skip
