@@ -76,6 +76,8 @@ class Run(Section):
     """Use torch.compile; by default on GPUs."""
     deterministic: bool = True
     """Only kernels that give the same bits each time."""
+    inexact: bool = False
+    """Train a model that cannot be the same for any number of workers, with a warning, instead of refusing it."""
     init_from: str | None = None
     """Begin with the weights of a run (its folder or URL) or of a file; those that do not fit are named."""
     freeze: tuple[str, ...] = ()
@@ -137,7 +139,7 @@ LATER: dict[str, Any] = {
 """Settings that earlier versions did not have, and their defaults, with which a run is what it was without them."""
 MAY_CHANGE = frozenset({
     "config", "name", "runs_dir", "local", "smoke", "workers", "min_workers", "wandb", "tensorboard",
-    "log_every",
+    "log_every", "inexact",
     "checkpoint_every", "keep_checkpoints",
     "data.shards", "data.reader", "data.cache_dir", "data.threads", "data.prefetch",
     "num_samples", "seeds", "concurrency", "scheduler",

@@ -2,6 +2,8 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -82,13 +84,29 @@ def exact(model: nn.Module, images: Tensor, num_features: int) -> nn.Module:
 
     Raises:
         UserError: with the same images, its outputs change with torch's random state, or with what else is in the
-            batch; or a buffer changes that no norm of ours keeps; or its outputs are not (N, num_features).
+            batch; or a buffer changes that no norm of ours keeps (within `inexact_allowed` these are noted instead);
+            or its outputs are not (N, num_features).
     """
     model = _replaced(model, _keyed)
-    found = next(_probed(model, images, num_features), None)
-    if found is not None:
-        raise UserError(found)
+    found = list(_probed(model, images, num_features))
+    if found and _noted.get() is None:
+        raise UserError(f"{found[0]}; or train it by --inexact")
+    (_noted.get() or []).extend(found)
     return _replaced(model, _synchronised)
+
+
+_noted: ContextVar[list[str] | None] = ContextVar("noted", default=None)
+
+
+@contextmanager
+def inexact_allowed(allowed: bool) -> Iterator[list[str]]:
+    """Within it, where it is allowed, models that cannot be exact are not refused; yields the notes of why not."""
+    notes: list[str] = []
+    token = _noted.set(notes if allowed else None)
+    try:
+        yield notes
+    finally:
+        _noted.reset(token)
 
 
 def whatever_is_inexact(model: Any, images: Tensor) -> list[str]:

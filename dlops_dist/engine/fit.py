@@ -156,8 +156,8 @@ class _Fit:
             )
             self.learner.start_from(weights)
         self.reader = self.stage.reader(self.learner)
-        if self.stage.notice is not None:
-            self._tell(Warned(self.stage.notice))
+        for notice in self.stage.notices:
+            self._tell(Warned(notice))
 
     def _epoch(self, epoch: int, first: int) -> dict[str, Any]:
         """Train an epoch from its `first` step on, evaluate, save. Returns its row of metrics."""

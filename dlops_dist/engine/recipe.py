@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ from dlops_dist.config import Run
 from dlops_dist.config.recipe_file import place_of
 from dlops_dist.data.loader import Batches
 from dlops_dist.data.transforms import transformed
+from dlops_dist.distributed.exact import inexact_allowed
 from dlops_dist.engine.descent import MakeOptimizer, named_weights
 from dlops_dist.engine.device import is_of_memory
 from dlops_dist.engine.losses import Losses, hints
@@ -63,6 +64,8 @@ class Recipe:
     """{name: `Metric`} of evaluations, besides those that all runs have."""
     directions: bool = False
     """Whether embeddings are compared by their directions alone."""
+    inexact: tuple[str, ...] = ()
+    """What in the model depends on the number of ranks, where --inexact lets it; found, not given."""
 
 
 def made(settings: Run, inputs: Inputs, dry: bool = False) -> Recipe:
@@ -82,7 +85,8 @@ def made(settings: Run, inputs: Inputs, dry: bool = False) -> Recipe:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(settings.seed)
         try:
-            recipe = code.recipe(settings, inputs)
+            with inexact_allowed(settings.inexact) as notes:
+                recipe = code.recipe(settings, inputs)
             if settings.source is not None:  # ours are tested
                 _check(where, recipe, inputs)
         except UserError:
@@ -92,7 +96,7 @@ def made(settings: Run, inputs: Inputs, dry: bool = False) -> Recipe:
                 raise
             place = place_of(error, Path(str(code.__file__)))
             raise UserError(f"{place}: {type(error).__name__}: {first_line(error)}") from error
-    return recipe  # type: ignore[no-any-return]
+    return replace(recipe, inexact=tuple(notes))  # type: ignore[no-any-return]
 
 
 def code_of(settings: Run) -> Any:

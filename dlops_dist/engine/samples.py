@@ -67,11 +67,11 @@ def training_order(
     return TrainingOrder(ids, labels, settings.seed, batch_size, samples_per_class, data.drop_last, repeat, batches)
 
 
-def balance_notice(order: TrainingOrder, classes: Sequence[str]) -> str | None:
-    """Which samples balanced batches leave out, and for how long others wait; None where there is nothing to say."""
+def balance_notices(order: TrainingOrder, classes: Sequence[str]) -> list[str]:
+    """Which samples balanced batches leave out, and for how long others wait, if there is anything to say."""
     balance = order.balance
     if balance is None:
-        return None
+        return []
     parts = []
     if len(balance.left_out):
         k, names = balance.samples_per_class, [classes[c] for c in balance.left_out.tolist()]
@@ -83,4 +83,4 @@ def balance_notice(order: TrainingOrder, classes: Sequence[str]) -> str | None:
         )
     if balance.rounds > 2:
         parts.append(f"take a part of the larger classes in each epoch, and all of them within {balance.rounds} epochs")
-    return f"data.order: balanced batches {', and '.join(parts)}" if parts else None
+    return [f"data.order: balanced batches {', and '.join(parts)}"] if parts else []

@@ -16,7 +16,7 @@ from dlops_dist.data.readers import Reader
 from dlops_dist.engine.evaluation import OF_A_HEAD, evaluate
 from dlops_dist.engine.learner import Learner
 from dlops_dist.engine.recipe import Recipe
-from dlops_dist.engine.samples import Samples, balance_notice, training_order
+from dlops_dist.engine.samples import Samples, balance_notices, training_order
 from dlops_dist.errors import UserError
 
 COLLAPSED_SPREAD = 0.01
@@ -36,7 +36,7 @@ class Stage:
     """Of an epoch's evaluation of a learner, by split: {"test/loss": ...}, equal on every rank."""
     name: str | None = None
     """None where a run has but one stage."""
-    notice: str | None = None
+    notices: Sequence[str] = ()
     """What the user should know before it begins."""
     carried: Callable[[], nn.Module | None] = lambda: None
     """What later stages need beside the learner's state; its own state is in every checkpoint of this stage."""
@@ -92,7 +92,7 @@ def training(settings: Run, samples: Samples, recipe: Recipe, device: torch.devi
     return Stage(
         settings.epochs, order, partial(Learner, settings, samples.inputs, order.steps_per_epoch, device, recipe),
         reader=lambda _: samples.train, figures=lambda learner: judged(learner, samples),
-        notice=balance_notice(order, samples.manifest.classes),
+        notices=[*(f"inexact: {what}" for what in recipe.inexact), *balance_notices(order, samples.manifest.classes)],
     )  # fmt: skip
 
 

@@ -444,7 +444,7 @@ def test_nesterov_without_momentum_names_the_three_settings(other, user_error):
 
 MAY_DIFFER = {
     "config": "other.yaml", "name": "other", "runs_dir": "elsewhere", "local": True, "smoke": True, "workers": 7,
-    "wandb": "offline", "tensorboard": True, "log_every": 7, "min_workers": 1,
+    "wandb": "offline", "tensorboard": True, "log_every": 7, "min_workers": 1, "inexact": True,
     "checkpoint_every": 5, "keep_checkpoints": 3,
     "data.shards": "elsewhere", "data.threads": 9, "data.prefetch": 9,
     "data.reader": "decode", "data.cache_dir": "elsewhere",

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dlops_dist.distributed.exact import Embedder, KeyedDropout, exact
+from dlops_dist.distributed.exact import Embedder, KeyedDropout, exact, inexact_allowed
 from dlops_dist.distributed.norm import SyncBatchNorm2d
 from dlops_dist.errors import RunError
 
@@ -47,6 +47,11 @@ def test_what_is_not_exact_is_refused_by_name(inside, words, user_error):
     model = nn.Sequential()
     model.add_module("inside", inside)
     with user_error(words):
+        exact(model, IMAGES, 192)
+    with inexact_allowed(True) as notes:
+        assert exact(model, IMAGES, 192) is model
+    assert any(words in note for note in notes)
+    with inexact_allowed(False), user_error(words):
         exact(model, IMAGES, 192)
 
 

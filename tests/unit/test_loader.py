@@ -14,7 +14,7 @@ from dlops_dist.data.pack import pack
 from dlops_dist.data.shapes import write_tiny_imagenet
 from dlops_dist.data.shards import Split, read_manifest
 from dlops_dist.data.sources import TinyImageNet
-from dlops_dist.engine.samples import balance_notice
+from dlops_dist.engine.samples import balance_notices
 from dlops_dist.errors import RunError, UserError
 
 CPU = torch.device("cpu")
@@ -120,7 +120,8 @@ def test_what_balanced_batches_leave_out_is_said_by_count_and_class():
     labels, names = np.repeat(np.arange(5), [40, 6, 1, 1, 1]), ["big", "mid", "one", "uno", "eins"]
 
     def notice(k: int | None, repeat: bool = False) -> str | None:
-        return balance_notice(TrainingOrder(np.arange(49), labels, 0, 4 if k == 2 else 8, k, True, repeat), names)
+        order = TrainingOrder(np.arange(49), labels, 0, 4 if k == 2 else 8, k, True, repeat)
+        return "".join(balance_notices(order, names)) or None
 
     assert notice(None) is None
     said = str(notice(4))
@@ -128,7 +129,7 @@ def test_what_balanced_batches_leave_out_is_said_by_count_and_class():
     assert "all of them within 10 epochs" in said
     assert "leave out" not in str(notice(4, repeat=True))
     even = TrainingOrder(np.arange(40), np.arange(40) % 10, 0, 8, 4, True)
-    assert balance_notice(even, names * 2) is None
+    assert balance_notices(even, names * 2) == []
 
 
 # reading ahead

@@ -16,7 +16,7 @@ from dlops_dist.data.readers import Joined, Reader
 from dlops_dist.distributed.norm import SyncBatchNorm1d
 from dlops_dist.engine.learner import Learner
 from dlops_dist.engine.recipe import Recipe
-from dlops_dist.engine.samples import Inputs, Samples, balance_notice, training_order
+from dlops_dist.engine.samples import Inputs, Samples, balance_notices, training_order
 from dlops_dist.engine.stages import Stage, judged, named
 from dlops_dist.errors import UserError
 from dlops_dist.losses import CrossEntropyLoss
@@ -142,7 +142,7 @@ def classification(shared: Shared, name: str, ids: Ids, is_last: bool = True) ->
     return Stage(
         settings.epochs, order, learner, reader=lambda _: samples.train,
         figures=lambda learner: judged(learner, samples, with_confusion=True), name=name,
-        notice=balance_notice(order, samples.manifest.classes), carried=lambda: shared.carried, draw=pictured,
+        notices=balance_notices(order, samples.manifest.classes), carried=lambda: shared.carried, draw=pictured,
     )  # fmt: skip
 
 
