@@ -89,9 +89,11 @@ def exact(model: nn.Module, images: Tensor, num_features: int) -> nn.Module:
     """
     model = _replaced(model, _keyed)
     found = list(_probed(model, images, num_features))
-    if found and _noted.get() is None:
+    notes = _noted.get()
+    if found and notes is None:
         raise UserError(f"{found[0]}; or train it by --inexact")
-    (_noted.get() or []).extend(found)
+    if notes is not None:
+        notes += found
     return _replaced(model, _synchronised)
 
 
