@@ -145,6 +145,10 @@ def check_sweep(sweep: Sweep) -> None:
         _check_optuna(sweep)
     if sweep.scheduler == "asha" and sweep.epochs < 2:
         raise UserError(f"scheduler: asha has nothing to end in trials of {sweep.epochs} epoch")
+    if sweep.patience is not None:
+        raise UserError(
+            "patience: trials are compared after equally many epochs; --scheduler asha ends the worst early"
+        )
     if not sweep.data.val_fraction:
         raise UserError("data.val_fraction: 0 holds nothing of train out to choose on; pass --data.val-fraction 0.1")
     if "://" in sweep.runs_dir:

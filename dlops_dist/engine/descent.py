@@ -76,7 +76,7 @@ class Descent:
     def set_training(self) -> None:
         """All but what is frozen. Going through all modules takes longer than a step of a small network: once."""
         if not self._module.training:
-            self._module.train()
+            self.distributed.train()
             for part in self._frozen:
                 part.eval()
 

@@ -124,6 +124,7 @@ MISTAKES = {
     "--data.val-fraction 0": ["data.val_fraction", "--data.val-fraction 0.1"],
     "--choose-by test/top1": ["choose_by: 'test/top1'", "a figure of val/"],
     "--local": ["local"],
+    "--patience 2": ["patience", "--scheduler asha"],
     "--workers 2 --min-workers 3": ["min_workers: 3", "2 workers"],
     "--runs-dir s3://bucket/runs": ["runs_dir", "s3://bucket/runs"],
     "--loss center": ["triplet.margin", "--loss center"],
