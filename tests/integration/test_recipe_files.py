@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+import torch
 import yaml
 from command import CACHE, call, rows, run
 from states import same_checkpoint
@@ -91,6 +92,40 @@ def test_a_dry_run_tells_the_parameters_of_a_recipe_and_leaves_nothing(small, sh
     assert f"  parameters: {weights}; values trained, with those of losses: {weights}\n" in output
     assert "\n  width: 12 " in output
     assert list(tmp_path.iterdir()) == [small]
+
+
+def test_a_run_ends_early_and_another_begins_with_its_weights(small, shapes_shards, tmp_path):
+    still = ("--local", "--data.val-fraction", "0.3", "--optimizer.lr", "1e-9")
+    first = command(small, shapes_shards, tmp_path, *still, "--name", "first", "--epochs", "9", "--patience", "1")
+    code, output = call(*first)
+    assert code == 0, output
+    assert output.splitlines()[-1].startswith(
+        "result: small after 2 epochs, best on the held-out part of train after 1"
+    )
+    assert [row["epoch"] for row in rows(tmp_path / "first")] == [1, 2]
+    code, output = call(*first)
+    assert (code, "is complete" in output, output.splitlines()[-1][:28]) == (0, True, "result: small after 2 epochs")
+
+    best = state_of(tmp_path / "first", min)["model"]
+    doubled = {name: 2 * value for name, value in best.items()}  # as no seed gives them
+    torch.save(doubled, tmp_path / "weights.pt")
+    for start, expected in (("first", best), ("weights.pt", doubled)):
+        begun = command(small, shapes_shards, tmp_path, *still, "--seed", "7", "--name", f"from-{start}")
+        begun = *begun, "--init-from", tmp_path / start, "--freeze", "trunk.0", "trunk.1", "--epochs", "1"
+        code, output = call(*begun)
+        assert code == 0, output
+        assert "warning: init_from" not in output
+        model = state_of(tmp_path / f"from-{start}", max)["model"]
+        for name, value in expected.items():
+            frozen = name.startswith("trunk.")
+            assert torch.equal(model[name], value) if frozen else torch.allclose(model[name], value, atol=1e-6), name
+    (tmp_path / "weights.pt").unlink()
+    code, output = call(*begun)
+    assert (code, "is complete" in output) == (0, True), "a run that has begun asks for what it began with"
+
+
+def state_of(run_folder, which):
+    return torch.load(which((run_folder / "checkpoints").iterdir()), weights_only=True)
 
 
 def with_loss(line):
