@@ -19,6 +19,7 @@ from dlops_dist.engine.learner import Learner
 from dlops_dist.engine.samples import Inputs
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+EVERYTHING = Path(__file__).parents[1] / "everything.py"
 EXAMPLE = str(EXAMPLES / "proxy_anchor_pml.py")
 CPU = torch.device("cpu")
 
@@ -110,41 +111,7 @@ def test_a_resume_changes_no_bit_and_ranks_train_as_one_process(example, shapes_
     rows_of_resumed_runs(EXAMPLES / f"{example}.py", shapes_shards, tmp_path)
 
 
-EVERYTHING = """
-import numpy as np
-import torch
-from torch import nn
-from torchvision.transforms import v2
-from dlops_dist import CrossEntropyLoss, Embedder, Recipe, Run
-
-class Settings(Run):
-    width: int = 6
-
-def in_turn(seed, epoch, labels):
-    order = np.random.default_rng((seed, epoch)).permutation(len(labels))
-    return order[: len(order) // 22 * 22].reshape(-1, 22)
-
-def certainty(judged):
-    return judged.logits.softmax(dim=1).amax(dim=1)
-
-def adamw(named):
-    head = [p for name, p in named if name.startswith("fc.")]
-    others = [p for name, p in named if not name.startswith("fc.")]
-    return torch.optim.AdamW([{"params": others}, {"params": head, "lr": 0.002}], 0.001)
-
-def recipe(settings, inputs):
-    width = settings.width
-    trunk = nn.Sequential(nn.Conv2d(3, width, 3, 2), nn.BatchNorm2d(width), nn.ReLU(), nn.Dropout(0.2),
-                          nn.AdaptiveAvgPool2d(2), nn.Flatten())
-    return Recipe(Embedder(trunk, 4 * width, inputs.num_classes, inputs.image_size),
-                  {"ce": (1.0, CrossEntropyLoss())}, optimizer=adamw, batches=in_turn, augment=v2.RandAugment(),
-                  metrics={"certainty": certainty})
-"""
-
-
 def test_a_recipe_with_everything_at_once_resumes_and_trains_on_ranks(shapes_shards, tmp_path):
-    path = tmp_path / "everything.py"
-    path.write_text(EVERYTHING)
-    rows = rows_of_resumed_runs(path, shapes_shards, tmp_path)
+    rows = rows_of_resumed_runs(EVERYTHING, shapes_shards, tmp_path)
     assert [row["step"] for row in rows] == [5, 10]
     assert all(0.1 <= row["test/certainty"] <= 1 for row in rows)
