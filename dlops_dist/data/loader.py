@@ -76,15 +76,20 @@ class TrainingOrder:
 
     def _of_recipe(self, batches: Sequence[Ids], epoch: int) -> list[Ids]:
         """A recipe's own batches, looked at before they are used."""
+        if not isinstance(batches, Iterable):
+            raise RunError(f"batches must give a list of batches, not a {type(batches).__name__}")
         places = [np.asarray(batch) for batch in batches]
         number = getattr(self, "steps_per_epoch", len(places))
+        if not places:
+            raise RunError(f"batches: epoch {epoch} has none")
         if len(places) != number:
             raise RunError(f"batches: epoch {epoch} has {len(places)} batches, the first has {number}: all must have")
         for place in places:
             if place.ndim != 1 or place.dtype.kind not in "iu" or not len(place):
                 raise RunError("batches: each must be places among the samples, one-dimensional whole numbers")
-            if place.min() < 0 or place.max() >= len(self._ids):
-                raise RunError(f"batches: places must be from 0 to {len(self._ids) - 1}, not {place.max()}")
+            outside = place[(place < 0) | (place >= len(self._ids))]
+            if len(outside):
+                raise RunError(f"batches: places must be from 0 to {len(self._ids) - 1}, not {outside[0]}")
             if len(place) != self._batch_size:
                 raise RunError(
                     f"batches: each must have global_batch_size {self._batch_size} samples, not {len(place)}"

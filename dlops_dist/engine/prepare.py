@@ -7,9 +7,11 @@ import torch
 
 from dlops_dist.config import Run, check_task, default_name, stem_of
 from dlops_dist.data.shards import REMOTE, read_manifest
-from dlops_dist.engine.recipe import code_of, made
+from dlops_dist.engine.recipe import code_of, made, mistakes_placed
+from dlops_dist.engine.run_folder import RunFolder
 from dlops_dist.engine.samples import Samples
 from dlops_dist.engine.stages import Stage, training
+from dlops_dist.engine.warm_start import fitting_weights
 from dlops_dist.errors import UserError
 from dlops_dist.files import is_url
 
@@ -18,8 +20,18 @@ def prepare(task: str, settings: Run) -> Run:
     """Settings with name and paths filled in. Refuses what does not fit together; writes nothing."""
     settings = located(task, settings)
     shards = Path(settings.data.shards)
-    stages_of(settings, Samples(shards, read_manifest(shards), settings), torch.device("meta"))
+    stages = stages_of(settings, Samples(shards, read_manifest(shards), settings), torch.device("meta"))
+    if settings.freeze or settings.init_from is not None:
+        _check_beginning(settings, stages[-1])
     return settings
+
+
+def _check_beginning(settings: Run, stage: Stage) -> None:
+    """Refuse parts to freeze that are not there, and weights that do not fit, where they are still to be begun with."""
+    with mistakes_placed(settings):
+        model = stage.learner().model
+    if settings.init_from is not None and not RunFolder.of(settings).checkpoints.steps():
+        fitting_weights(settings.init_from, model, lambda _: None)
 
 
 def located(task: str, settings: Run) -> Run:

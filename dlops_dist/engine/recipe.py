@@ -1,7 +1,8 @@
 """What a run is made of, and what is refused of what a user brings."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -78,25 +79,35 @@ def made(settings: Run, inputs: Inputs, dry: bool = False) -> Recipe:
         UserError: the code raises an error, or returns something else; names its file and line.
     """
     code = code_of(settings)
-    where = f"{code.__file__}: recipe(settings, inputs)"
     if dry and settings.source is None:
         with torch.device("meta"):
             return code.recipe(settings, inputs)  # type: ignore[no-any-return]
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), mistakes_placed(settings):
         torch.default_generator.manual_seed(settings.seed)
-        try:
-            with inexact_allowed(settings.inexact) as notes:
-                recipe = code.recipe(settings, inputs)
-            if settings.source is not None:  # ours are tested
-                _check(where, recipe, inputs)
-        except UserError:
-            raise
-        except Exception as error:
-            if settings.source is None or is_of_memory(error):
-                raise
-            place = place_of(error, Path(str(code.__file__)))
-            raise UserError(f"{place}: {type(error).__name__}: {first_line(error)}") from error
+        with inexact_allowed(settings.inexact) as notes:
+            recipe = code.recipe(settings, inputs)
+        if settings.source is not None:  # ours are tested
+            _check(_called(settings), recipe, inputs)
     return replace(recipe, inexact=tuple(notes))  # type: ignore[no-any-return]
+
+
+@contextmanager
+def mistakes_placed(settings: Run) -> Iterator[None]:
+    """Before a run: whatever a user's recipe raises, or gives that cannot be, as a line that names where."""
+    try:
+        yield
+    except Exception as error:
+        file = Path(str(code_of(settings).__file__))
+        place = place_of(error, file)
+        if settings.source is None or is_of_memory(error) or (isinstance(error, UserError) and place == str(file)):
+            raise
+        known = isinstance(error, UserError | RunError)
+        what = str(error) if known else f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{_called(settings) if place == str(file) else place}: {what}") from error
+
+
+def _called(settings: Run) -> str:
+    return f"{code_of(settings).__file__}: recipe(settings, inputs)"
 
 
 def code_of(settings: Run) -> Any:
@@ -108,9 +119,7 @@ def _check(where: str, recipe: Any, inputs: Inputs) -> None:
     """Refuse, before anything is started, what no step could be made of."""
     if not isinstance(recipe, Recipe):
         raise UserError(f"{where} must return a Recipe, not a {type(recipe).__name__}")
-    missing = [name for name in ("embed", "fc", "embedding_dim") if not hasattr(recipe.model, name)]
-    if missing:
-        raise UserError(f"{where}: the model has no {missing[0]}; Embedder(trunk, D, num_classes, image_size) has all")
+    _check_model(where, recipe.model, inputs)
     outputs = {
         "embeddings": torch.randn(TRIED, recipe.model.embedding_dim), "logits": torch.randn(TRIED, inputs.num_classes),
     }  # fmt: skip
@@ -125,10 +134,25 @@ def _check(where: str, recipe: Any, inputs: Inputs) -> None:
         _check_optimizer(f"{where}: optimizer", recipe)
     if recipe.augment is not None:
         images = torch.zeros(TRIED, *inputs.image_size, 3, dtype=torch.uint8)
-        try:
-            transformed(recipe.augment, images, torch.arange(TRIED), 0, 0)
-        except RunError as error:
-            raise UserError(f"{where}: {error}") from None
+        transformed(recipe.augment, images, torch.arange(TRIED), 0, 0)
+
+
+@torch.no_grad()
+def _check_model(where: str, model: Any, inputs: Inputs) -> None:
+    missing = [name for name in ("embed", "fc", "embedding_dim") if not hasattr(model, name)]
+    if missing:
+        raise UserError(f"{where}: the model has no {missing[0]}; Embedder(trunk, D, num_classes, image_size) has all")
+    model.eval()
+    x = torch.rand(TRIED, 3, *inputs.image_size, dtype=next(model.parameters()).dtype)
+    for what, part, width in (
+        ("embeddings", model.embed, model.embedding_dim), ("logits", model.fc, inputs.num_classes),
+    ):  # fmt: skip
+        x = part(x)
+        shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        if shape != (TRIED, width):
+            raise UserError(f"{where}: the model gives {what} {shape} of {TRIED} images, not ({TRIED}, {width})")
+        if not x.isfinite().all():
+            raise UserError(f"{where}: the model gives {what} that are infinite or NaN")
 
 
 def _check_metric(where: str, metric: Any, outputs: Mapping[str, Tensor], labels: Tensor) -> None:

@@ -15,7 +15,7 @@ from dlops_dist.data.loader import TrainingOrder
 from dlops_dist.data.readers import Reader
 from dlops_dist.engine.evaluation import OF_A_HEAD, evaluate
 from dlops_dist.engine.learner import Learner
-from dlops_dist.engine.recipe import Recipe
+from dlops_dist.engine.recipe import Recipe, mistakes_placed
 from dlops_dist.engine.samples import Samples, balance_notices, training_order
 from dlops_dist.errors import UserError
 
@@ -88,7 +88,8 @@ def training(settings: Run, samples: Samples, recipe: Recipe, device: torch.devi
             f"the loss {not_mixed[0]} takes labels, not parts of them" if not_mixed else "several views are not mixed"
         )
         raise UserError(f"augment.mixup, augment.cutmix: {what}; leave them at 0")
-    order = training_order(settings, samples, samples.ids, recipe.balanced, recipe.batches)
+    with mistakes_placed(settings):
+        order = training_order(settings, samples, samples.ids, recipe.balanced, recipe.batches)
     return Stage(
         settings.epochs, order, partial(Learner, settings, samples.inputs, order.steps_per_epoch, device, recipe),
         reader=lambda _: samples.train, figures=lambda learner: judged(learner, samples),

@@ -20,7 +20,7 @@ def freeze(model: nn.Module, parts: Sequence[str]) -> list[nn.Module]:
     """Let no step change parts of a model; returns their modules, which are to stay in evaluation mode.
 
     Raises:
-        UserError: there is no such part.
+        UserError: there is no such part, or nothing is left to train.
     """
     modules, weights = dict(model.named_modules()), dict(model.named_parameters())
     for part in parts:
@@ -28,6 +28,8 @@ def freeze(model: nn.Module, parts: Sequence[str]) -> list[nn.Module]:
             names = ", ".join(name for name, _ in model.named_children())
             raise UserError(f"freeze: the model has no part {part}; it has {names}, and what is in these (a.b)")
         (weights[part] if part in weights else modules[part]).requires_grad_(False)
+    if not any(weight.requires_grad for weight in weights.values()):
+        raise UserError("freeze: nothing of the model is left to train; freeze fewer parts")
     return [modules[part] for part in parts if part in modules]
 
 
@@ -78,7 +80,7 @@ def _weights(place: str) -> dict[str, Tensor]:
     except ImportError as error:
         raise UserError(f"init_from: {place}: {first_line(error)}; run pip install safetensors") from None
     except Exception as error:  # torch and zipfile raise many kinds
-        raise UserError(f"init_from: {place} holds no weights that can be read ({first_line(error)})") from None
+        raise UserError(f"init_from: {place} holds no weights that can be read ({type(error).__name__})") from None
     for name in ("state_dict", "model"):
         found = found[name] if isinstance(found, dict) and isinstance(found.get(name), dict) else found
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):

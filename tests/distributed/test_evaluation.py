@@ -1,6 +1,8 @@
 """What is said of figures that cannot be."""
 
 import json
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -9,11 +11,13 @@ from kept_ranks import on_ranks
 from states import nearly
 from torch import nn
 
+from dlops_dist.config import load_recipe
 from dlops_dist.console import epoch_line
 from dlops_dist.data.loader import read_ahead
 from dlops_dist.data.order import rank_part
 from dlops_dist.distributed.collectives import rank, world_size
 from dlops_dist.distributed.norm import SyncBatchNorm1d, SyncBatchNorm2d
+from dlops_dist.engine import evaluation
 from dlops_dist.engine.evaluation import evaluate
 from dlops_dist.engine.learner import Learner
 from dlops_dist.engine.samples import Inputs
@@ -71,6 +75,30 @@ def test_a_loss_without_weight_does_not_undo_the_whole():
 def test_with_a_pair_they_are_numbers():
     figures = figures_of([0, 0, 1], loss="triplet")
     assert all(isinstance(figures[name], float) for name in ("loss", "triplet", "recall_at_1"))
+
+
+OPEN_SET = str(Path(__file__).parents[2] / "examples/open_set_retrieval.py")
+
+
+def open_set_figures():
+    """Of samples whose classes training never saw, in blocks of 8: several for each rank, and none for some."""
+    settings = load_recipe(OPEN_SET).settings_type(precision="float32")
+    learner = Learner(settings, Inputs(5, (0.5,) * 3, (0.25,) * 3, (16, 16)), 1, CPU)
+    learner.class_means[2:] = 0.0
+    found = []
+    with mock.patch.object(evaluation, "BLOCK", 8):
+        for labels in (np.arange(37) % 2, np.arange(13) // 7, np.arange(2)):
+            found.append(evaluate(learner, Images(labels), np.arange(len(labels))))
+    return found
+
+
+def test_retrieval_in_an_open_set_is_equal_on_any_number_of_ranks():
+    (expected,) = on_ranks(open_set_figures, 1)
+    names = ["loss", "recall_at_1", "map_at_r", "recall_at_2", "recall_at_4", "recall_at_8"]
+    assert [list(figures) for figures in expected] == [names] * 3
+    assert [[value is None for value in figures.values()] for figures in expected] == [[1, *[0] * 5]] * 2 + [[1] * 6]
+    for ranks in (2, 3):
+        assert on_ranks(open_set_figures, ranks) == [expected] * ranks
 
 
 def trained_figures(labels, steps, **values):

@@ -1,5 +1,6 @@
 """A user's recipe, with a model, a loss and weights of a loss from elsewhere: one process against 2, 3 and 4 ranks."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from dlops_dist.engine.learner import Learner
 from dlops_dist.engine.samples import Inputs
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+EVERYTHING = Path(__file__).parents[1] / "everything.py"
 EXAMPLE = str(EXAMPLES / "proxy_anchor_pml.py")
 CPU = torch.device("cpu")
 
@@ -43,7 +45,10 @@ def one_step(example, shards, ids, size):
     return tensors({"value": value, "gradients": gradients, **with_total_sums(learner.state_dict())})
 
 
-SMALL = {"vit_timm": {"width": 32, "depth": 2}}
+SMALL = {
+    "vit_timm": {"width": 32, "depth": 2},
+    "everything": {"epochs": 2, "augment": {"mixup": 0.2, "cutmix": 1.0}, "ema_decay": 0.9},
+}
 STEPS = [("proxy_anchor_pml", 2, 8), ("supcon", 2, 8), ("vit_timm", 2, 22), ("mixup", 3, 8)]
 MORE = [
     ("proxy_anchor_pml", 3, 22), ("proxy_anchor_pml", 4, 8), ("arcface", 2, 8), ("arcface", 3, 22), ("arcface", 4, 22),
@@ -70,7 +75,7 @@ def test_one_step_on_any_number_of_ranks_is_that_of_one_process(example, ranks, 
         assert all(torch.equal(other[path].nan_to_num(), results[0][path].nan_to_num()) for other in results), path
 
 
-def trained(shards, runs, forgotten):
+def trained(example, shards, runs, forgotten):
     """Train to the end, forgetting what came after a checkpoint; the last checkpoint."""
     folder = Path(runs) / "run/checkpoints"
     if forgotten and rank() == 0:
@@ -79,18 +84,34 @@ def trained(shards, runs, forgotten):
                 path.unlink()
     if world_size() > 1:
         torch.distributed.barrier()
-    fit(settings_of(shards, runs, checkpoint_every=1, keep_checkpoints=99), task=EXAMPLE)
+    changes = SMALL.get(Path(example).stem, {})
+    fit(settings_of(shards, runs, example, checkpoint_every=1, keep_checkpoints=99, **changes), task=example)
     if world_size() > 1:
         torch.distributed.barrier()
     return torch.load(max(folder.iterdir()), weights_only=True)
 
 
-@pytest.mark.slow
-def test_a_resume_changes_no_bit_and_ranks_train_as_one_process(shapes_shards, tmp_path):
-    whole = on_ranks(trained, 2, shapes_shards, tmp_path / "two", 0)[0]
-    assert same_state(on_ranks(trained, 2, shapes_shards, tmp_path / "two", 2)[0], whole)
-    alone = trained(shapes_shards, tmp_path / "one", 0)
-    ours, theirs = tensors(with_total_sums(whole)), tensors(with_total_sums(alone))
+def rows_of_resumed_runs(example, shards, folder):
+    """Of a run in one process, after whose resumes no bit is another, and which two ranks train alike."""
+    arguments, runs = (str(example), shards), {1: folder / "one", 2: folder / "two"}
+    whole = {1: trained(*arguments, runs[1], 0), 2: on_ranks(trained, 2, *arguments, runs[2], 0)[0]}
+    assert whole[1]["step"] > 2
+    assert same_state(trained(*arguments, runs[1], 2), whole[1])
+    assert same_state(on_ranks(trained, 2, *arguments, runs[2], 2)[0], whole[2])
+    ours, theirs = (tensors(with_total_sums(whole[number])) for number in (2, 1))
     assert ours.keys() == theirs.keys()
     for path, value in theirs.items():
         assert distance(ours[path], value) <= 1e-6, path
+    return [json.loads(line) for line in whole[1]["rows"].splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", ["proxy_anchor_pml", "vit_timm", "mixup", "supcon", "adamw_randaugment"])
+def test_a_resume_changes_no_bit_and_ranks_train_as_one_process(example, shapes_shards, tmp_path):
+    rows_of_resumed_runs(EXAMPLES / f"{example}.py", shapes_shards, tmp_path)
+
+
+def test_a_recipe_with_everything_at_once_resumes_and_trains_on_ranks(shapes_shards, tmp_path):
+    rows = rows_of_resumed_runs(EVERYTHING, shapes_shards, tmp_path)
+    assert [row["step"] for row in rows] == [5, 10]
+    assert all(0.1 <= row["test/certainty"] <= 1 for row in rows)

@@ -1,6 +1,7 @@
 """A user proves his own recipe: what is exact is shown to be, what is not is named."""
 
 import sys
+from pathlib import Path
 
 import pytest
 from kept_ranks import on_ranks
@@ -9,11 +10,13 @@ from dlops_dist import verify
 from dlops_dist.distributed import ranks
 from dlops_dist.errors import RunError
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SMALL = {"vit_timm": ("--width", "32", "--depth", "2")}
 RECIPE = """
 import torch
 from torch import nn
 from torch.nn import functional as F
-from dlops_dist import CenterLoss, CrossEntropyLoss, Embedder, Recipe, Run, Terms, TripletLoss, Whole
+from dlops_dist import CenterLoss, CrossEntropyLoss, Embedder, Keyed, Recipe, Run, Terms, TripletLoss, Whole
 
 class Settings(Run):
     width: int = 6
@@ -54,21 +57,36 @@ OWN_MODEL = ("Embedder(Trunk(settings.width), settings.width, inputs.num_classes
              "Own(settings.width, inputs.num_classes)")  # fmt: skip
 
 
+def with_more(argument):
+    """A change by which the recipe has something besides model and losses."""
+    return "return Recipe(model, losses)", f"return Recipe(model, losses, {argument})"
+
+
 @pytest.fixture
-def verified(tmp_path, monkeypatch, shapes_shards):
-    """Runs the command for 1, 2 and 3 workers, on a recipe with some words changed."""
+def verify_file(monkeypatch, shapes_shards):
+    """Runs the command for 1, 2 and 3 workers on a recipe's file."""
     monkeypatch.setattr(ranks, "run_ranks", on_ranks)
 
-    def run(*changes, workers=("1", "2", "3")):
+    def run(path, *settings, workers=("1", "2", "3")):
+        arguments = [str(path), "--data.shards", str(shapes_shards), *settings, "--workers", *workers]
+        monkeypatch.setattr(sys, "argv", ["verify", *arguments])
+        verify.main()
+
+    return run
+
+
+@pytest.fixture
+def verified(tmp_path, verify_file):
+    """Runs the command on the recipe above with some words changed."""
+
+    def run(*changes, **options):
         text = RECIPE
         for old, new in changes:
             assert text.count(old) == 1
             text = text.replace(old, new)
         path = tmp_path / f"mine{abs(hash(text))}.py"
         path.write_text(text)
-        arguments = [str(path), "--data.shards", str(shapes_shards), "--workers", *workers]
-        monkeypatch.setattr(sys, "argv", ["verify", *arguments])
-        verify.main()
+        verify_file(path, **options)
 
     return run
 
@@ -97,6 +115,18 @@ INEXACT = {
         [("Terms(x.square().sum(), len(x))", "Terms(x.square().mean(), 1)")],
         "losses['squares']: the sums of two parts",
     ),
+    "an augmentation by torch.rand": (
+        [with_more("augment=Keyed(lambda x, draws: (x * torch.rand(())).to(torch.uint8), 1)")],
+        "augment changes with a random state of its own: draw from the numbers that Keyed(function, num_draws)",
+    ),
+    "an augmentation of the batch": (
+        [with_more("augment=Keyed(lambda x, draws: (x * 0.5 + x.float().mean() * 0.5).to(torch.uint8), 1)")],
+        "augment depends on which other samples are in the batch: change each image by its own numbers alone",
+    ),
+    "a metric of the order": (
+        [with_more("metrics={'late': lambda judged: judged.labels * torch.arange(len(judged.labels))}")],
+        "metrics['late'] depends on the order of the samples: give each one a number of its own",
+    ),
 }  # fmt: skip
 
 
@@ -106,3 +136,11 @@ def test_what_is_inexact_is_named(fault, verified, capsys):
     with pytest.raises(RunError, match="depends on the number of workers: "):
         verified(*changes, workers=("2",))
     assert words in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("example", sorted(path.stem for path in EXAMPLES.glob("*.py")))
+def test_each_example_is_exact(example, verify_file, capsys):
+    verify_file(EXAMPLES / f"{example}.py", *SMALL.get(example, ()))
+    assert capsys.readouterr().out.splitlines()[-1] == "result: 1, 2, 3 workers compute what one computes"

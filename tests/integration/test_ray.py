@@ -123,9 +123,9 @@ def test_ray_workers_compute_what_one_process_computes(cluster, shapes_shards, t
 def test_a_users_recipe_on_ray_workers_computes_what_one_process_computes(cluster, shapes_shards, tmp_path):
     """The workers need not see its file, which is where the command runs."""
     recipe = tmp_path / "mine.py"
-    recipe.write_bytes((ROOT / "examples/proxy_anchor_pml.py").read_bytes())
+    recipe.write_bytes((ROOT / "tests/everything.py").read_bytes())
     arguments = ["train", recipe, "--data.shards", shapes_shards, "--data.cache-dir", CACHE, "--precision", "float64"]
-    arguments += ["--name", "run", "--global-batch-size", "22", "--epochs", "1", "--optimizer.lr", "0.01"]
+    arguments += ["--name", "run", "--global-batch-size", "22", "--epochs", "1", "--augment.mixup", "0.2"]
     assert_two_workers_are_as_one(arguments, "result: mine after 1 epochs: test loss ", cluster, tmp_path)
 
 

@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+import torch
 import yaml
 from command import CACHE, call, rows, run
 from states import same_checkpoint
@@ -12,8 +13,8 @@ from dlops_dist.engine import fit
 from dlops_dist.errors import UserError
 
 SMALL = """
-from torch import nn
-from dlops_dist import CrossEntropyLoss, Embedder, Recipe, Run
+from torch import nn, optim
+from dlops_dist import CrossEntropyLoss, Embedder, Keyed, Recipe, Run, TripletLoss
 
 class Settings(Run):
     width: int = 8
@@ -93,12 +94,73 @@ def test_a_dry_run_tells_the_parameters_of_a_recipe_and_leaves_nothing(small, sh
     assert list(tmp_path.iterdir()) == [small]
 
 
+def test_a_run_ends_early_and_another_begins_with_its_weights(small, shapes_shards, tmp_path):
+    still = ("--local", "--data.val-fraction", "0.3", "--optimizer.lr", "1e-9")
+    first = command(small, shapes_shards, tmp_path, *still, "--name", "first", "--epochs", "9", "--patience", "1")
+    code, output = call(*first)
+    assert code == 0, output
+    assert output.splitlines()[-1].startswith(
+        "result: small after 2 epochs, best on the held-out part of train after 1"
+    )
+    assert [row["epoch"] for row in rows(tmp_path / "first")] == [1, 2]
+    code, output = call(*first)
+    assert (code, "is complete" in output, output.splitlines()[-1][:28]) == (0, True, "result: small after 2 epochs")
+
+    best = state_of(tmp_path / "first", min)["model"]
+    doubled = {name: 2 * value for name, value in best.items()}  # as no seed gives them
+    torch.save(doubled, tmp_path / "weights.pt")
+    for start, expected in (("first", best), ("weights.pt", doubled)):
+        begun = command(small, shapes_shards, tmp_path, *still, "--seed", "7", "--name", f"from-{start}")
+        begun = *begun, "--init-from", tmp_path / start, "--freeze", "trunk.0", "trunk.1", "--epochs", "1"
+        code, output = call(*begun)
+        assert code == 0, output
+        assert "warning: init_from" not in output
+        model = state_of(tmp_path / f"from-{start}", max)["model"]
+        for name, value in expected.items():
+            frozen = name.startswith("trunk.")
+            assert torch.equal(model[name], value) if frozen else torch.allclose(model[name], value, atol=1e-6), name
+    (tmp_path / "weights.pt").unlink()
+    code, output = call(*begun)
+    assert (code, "is complete" in output) == (0, True), "a run that has begun asks for what it began with"
+
+
+def state_of(run_folder, which):
+    return torch.load(which((run_folder / "checkpoints").iterdir()), weights_only=True)
+
+
 def with_loss(line):
     """The recipe with a loss of its own, whose terms are computed by one line."""
     loss = ["class Wrong(nn.Module):", "    reads, sees = 'logits', 'own'", "    def terms(self, x, labels):"]
     text = "\n".join([*loss, f"        {line}", "", "class Settings"])
     return SMALL.replace("CrossEntropyLoss())", "Wrong())").replace("class Settings", text)
 
+
+def with_more(argument):
+    """The recipe with something besides model and losses."""
+    return SMALL.replace("Loss())})", f"Loss())}}, {argument})")
+
+
+OWN_MODEL = """
+class Own(nn.Module):
+    def __init__(self, width, num_classes):
+        super().__init__()
+        self.conv, self.fc, self.embedding_dim = nn.Conv2d(3, 5, 3), nn.Linear(5, num_classes), width
+
+    def embed(self, images):
+        return self.conv(images).mean((2, 3))
+
+def recipe"""
+"""A model that no Embedder looked at."""
+
+
+def with_own_model(width, num_classes="inputs.num_classes"):
+    text = SMALL.replace("    return Recipe(model", f"    return Recipe(Own({width}, {num_classes})")
+    return text.replace("\ndef recipe", OWN_MODEL)
+
+
+TRIPLET = SMALL.replace('"ce": (1', '"triplet": (1.0, TripletLoss(0.2)), "ce": (1')
+AN_ORDER = "batches=lambda seed, epoch, labels: "
+HALF = "lambda named: optim.AdamW([p for name, p in named if not name.startswith('fc.')])"
 
 MISTAKES = {
     "not there": (None, ["nowhere.py", "No such file"]),
@@ -118,17 +180,71 @@ MISTAKES = {
         ["the model's weights 1.more.weight get no gradient"],
     ),
     "not exact": (SMALL.replace("nn.ReLU()", "nn.RReLU()"), ["module 2 changes with torch's random state"]),
+    "embeddings that are NaN": (
+        SMALL.replace("nn.ReLU()", "nn.Threshold(9, float('nan'))"),
+        ["small.py", "the model gives embeddings that are infinite or NaN"],
+    ),
+    "embeddings of another shape": (with_own_model(7), ["small.py", "the model gives embeddings (4, 5)", "not (4, 7)"]),
+    "logits of another shape": (with_own_model(5, 3), ["small.py", "the model gives logits (4, 3)", "not (4, 10)"]),
+    "a model that raises": (
+        with_own_model(5).replace("mean((2, 3))", "mean(9)"),
+        ["small.py:14: IndexError: Dimension out of range"],
+    ),
+    "a metric of another length": (
+        with_more("metrics={'short': lambda judged: judged.labels[1:]}"),
+        ["metrics['short'] must give one number for each of 4 samples", "not (3,)"],
+    ),
+    "a metric that raises": (with_more("metrics={'own': lambda judged: 1 / 0}"), ["small.py:12: ZeroDivisionError"]),
+    "a metric that is none": (with_more("metrics={'own': 3}"), ["metrics['own'] must be a function", "not 3"]),
+    "no optimizer": (with_more("optimizer=lambda named: None"), ["optimizer must make a torch.optim.Optimizer"]),
+    "an optimizer of some weights": (with_more(f"optimizer={HALF}"), ["optimizer leaves out the weights fc.weight"]),
+    "an optimizer that raises": (
+        with_more("optimizer=lambda named: optim.AdamW(named, lr=-1)"),
+        ["small.py:12: ValueError: Invalid learning"],
+    ),
+    "an augmentation of another size": (
+        with_more("augment=Keyed(lambda x, draws: x[:, 1:], 1)"),
+        ["small.py", "augment gave torch.uint8 (4, 31, 32, 3)", "must keep type and size"],
+    ),
+    "an augmentation that raises": (with_more("augment=lambda image: 1 / 0"), ["small.py:12: ZeroDivisionError"]),
+    "batches of another size": (
+        with_more(AN_ORDER + "[range(7)]"),
+        ["small.py", "batches: each must have global_batch_size 20", "not 7"],
+    ),
+    "batches out of range": (
+        with_more(AN_ORDER + "[range(230, 250)]"),
+        ["small.py", "places must be from 0 to 239, not 240"],
+    ),
+    "batches before the first": (
+        with_more(AN_ORDER + "[range(-1, 19)]"),
+        ["small.py", "places must be from 0 to 239, not -1"],
+    ),
+    "batches that are none": (
+        with_more(AN_ORDER + "3"),
+        ["small.py", "batches must give a list of batches, not a int"],
+    ),
+    "batches that raise": (with_more(AN_ORDER + "1 / 0"), ["small.py:12: ZeroDivisionError"]),
+    "no batches": (with_more(AN_ORDER + "[]"), ["batches: epoch 0 has none"]),
+    "mixup of triplets": (TRIPLET, ["the loss triplet takes labels, not parts of them"], "--augment.mixup", "0.2"),
+    "cutmix of views": (with_more("views=2"), ["augment.cutmix: several views are not mixed"], "--augment.cutmix", "1"),
+    "chosen by nothing": (SMALL, ["choose_by: val/map_at_r: there is no such"], "--choose-by", "val/map_at_r"),
+    "chosen by test": (SMALL, ["choose_by", "name a figure of val/"], "--choose-by", "test/top1"),
+    "patience for nothing": (SMALL, ["patience: data.val_fraction 0 holds nothing"], "--patience", "2"),
+    "nothing to freeze": (SMALL, ["freeze: the model has no part layer9; it has trunk, fc"], "--freeze", "layer9"),
+    "everything frozen": (SMALL, ["freeze: nothing of the model is left to train"], "--freeze", "trunk", "fc"),
+    "begun nowhere": (SMALL, ["init_from: nowhere: there is no such run or file"], "--init-from", "nowhere"),
+    "begun with no weights": (SMALL, ["init_from", "no weights that can be read"], "--init-from", __file__),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_in_a_recipe_is_one_line_and_starts_nothing(mistake, small, shapes_shards, tmp_path):
-    text, words = MISTAKES[mistake]
+    text, words, *arguments = MISTAKES[mistake]
     if text is None:
         small = tmp_path / "nowhere.py"
     else:
         small.write_text(text)
-    code, output = call(*command(small, shapes_shards, tmp_path / "runs", "--local"))
+    code, output = call(*command(small, shapes_shards, tmp_path / "runs", "--local", *arguments))
     assert (code, len(output.splitlines())) == (2, 1), output
     assert all(word in output for word in words), output
     assert not (tmp_path / "runs").exists()

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import psutil
 import pytest
-from command import ROOT, TINY, call, run, start, wait_until
+from command import ROOT, TINY, call, rows, run, start, wait_until
 from PIL import Image
 
 from dlops_dist.data.shapes import write_tiny_imagenet
@@ -245,6 +245,33 @@ def test_an_open_set_is_packed_and_indexed_and_said_to_be_one(tmp_path):
     write_images(tmp_path / "pets/test/dog", 1)
     code, output = call("shard", "folder", "--source", tmp_path / "pets", "--out", tmp_path / "shards", "--again")
     assert (code, "not in train: ape, bee; train has cat, dog" in output.splitlines()[-1]) == (2, True), output
+
+
+def test_an_open_set_is_trained_evaluated_and_reported(tmp_path):
+    for place, number in {"train/cat": 10, "train/dog": 10, "test/ape": 3, "test/bee": 3}.items():
+        write_images(tmp_path / "pets" / place, number)
+    code, output = call("shard", "folder", "--source", tmp_path / "pets", "--out", tmp_path / "shards")
+    assert code == 0, output
+    recipe, shards = ROOT / "examples/open_set_retrieval.py", tmp_path / "shards/pets"
+    options = ("--local", "--data.reader", "decode", "--runs-dir", tmp_path / "runs", "--name", "run", "--epochs", "1")
+    options += ("--data.shards", shards, "--data.val-fraction", "0.3", "--global-batch-size", "8")
+    code, output = call("train", recipe, *options)
+    assert code == 0, output
+    assert "best on the held-out part of train after 1: test loss - Recall@1 " in output.splitlines()[-1]
+    (row,) = rows(tmp_path / "runs/run")
+    retrieval = [f"recall_at_{k}" for k in (1, 2, 4, 8)] + ["map_at_r"]
+    assert {name for name in row if name.startswith("test/")} == {f"test/{name}" for name in ["loss", *retrieval]}
+    assert row["test/loss"] is None
+    assert {"val/top1", "val/recall_at_1", "val/recall_at_2"} <= row.keys()
+    assert (
+        0 <= row["test/map_at_r"] <= row["test/recall_at_2"] <= row["test/recall_at_4"] <= row["test/recall_at_8"] == 1
+    )
+    code, output = call("evaluate", tmp_path / "runs/run", "--recipe", recipe)
+    assert code == 0, output
+    assert [f"{name}: {row[f'test/{name}']!r}" in output.splitlines() for name in retrieval] == [True] * 5
+    code, output = call("report", tmp_path / "runs/run")
+    assert code == 0, output
+    assert "test MAP@R" in " ".join(output.split())
 
 
 def test_bad_images_are_left_out_and_a_test_split_is_held_out_where_that_is_asked_for(tmp_path):

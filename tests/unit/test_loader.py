@@ -242,9 +242,12 @@ def test_a_recipes_own_batches_are_places_among_the_samples():
     ("batches", "words"),
     [
         (lambda seed, epoch, labels: [[0, 10]], "places must be from 0 to 9, not 10"),
+        (lambda seed, epoch, labels: [[-1, 3]], "places must be from 0 to 9, not -1"),
         (lambda seed, epoch, labels: [[0, 1, 2]], "global_batch_size 2 samples, not 3"),
         (lambda seed, epoch, labels: [[0.5, 1.0]], "whole numbers"),
         (lambda seed, epoch, labels: [[[0, 1]]], "one-dimensional"),
+        (lambda seed, epoch, labels: [], "epoch 0 has none"),
+        (lambda seed, epoch, labels: 3, "must give a list of batches, not a int"),
     ],
 )
 def test_batches_that_are_none_are_refused(batches, words):

@@ -85,6 +85,11 @@ def test_a_part_that_is_not_there_cannot_be_frozen():
         freeze(small(), ["7"])
 
 
+def test_a_model_of_which_all_is_frozen_is_refused():
+    with pytest.raises(UserError, match="freeze: nothing of the model is left to train"):
+        freeze(small(), ["0", "1", "2"])
+
+
 def test_frozen_parts_keep_weights_and_statistics_while_others_learn():
     settings = Q1(
         model={"width": 8, "stem": "imagenet"}, freeze=("conv1", "bn1", "layer1", "layer2.0.bn1.weight"),
