@@ -22,8 +22,12 @@ class Objective(NamedTuple):
     """Each loss over the global batch, float64, the same bits on every rank, without gradient."""
 
     def backward(self, *others: tuple[Tensor, Tensor]) -> None:
-        """Back-propagate the sums, and with them other tensors by gradients that are known already."""
-        tensors, gradients = zip(*zip(self.sums, self.scales, strict=True), *others, strict=True)
+        """Back-propagate the sums, and with them other tensors by gradients that are known already.
+
+        What only frozen weights have made is left out.
+        """
+        pairs = [*zip(self.sums, self.scales, strict=True), *others]
+        tensors, gradients = zip(*(pair for pair in pairs if pair[0].requires_grad), strict=True)
         torch.autograd.backward(tensors, gradients)
 
 

@@ -109,6 +109,25 @@ def test_frozen_parts_keep_weights_and_statistics_while_others_learn():
     assert {"layer2.0.conv1.weight", "layer2.0.bn1.running_mean", "fc.weight"} <= set(moved)
 
 
+@pytest.mark.parametrize("size", [4, 8])
+@pytest.mark.parametrize("part", ["conv1 bn1 layer1 layer2 layer3 layer4", "fc"])
+def test_what_a_frozen_part_has_made_for_a_loss_of_its_own_is_not_back_propagated(part, size):
+    """The head of a triplet loss is trained beside it, on embeddings that it does not change."""
+    model = {"width": 8, "stem": "imagenet"}
+    learner = Learner(
+        Q1(loss="triplet", model=model, freeze=part.split(), optimizer={"warmup_epochs": 0}), INPUTS, 9, CPU
+    )
+    before = {name: value.clone() for name, value in learner.model.named_parameters()}
+    images, ids = torch.randint(256, (8, 32, 32, 3), dtype=torch.uint8), torch.arange(8)
+    parts = [slice(i, i + size) for i in range(0, 8, size)]
+    labels = ids % 2
+    learner.step([Batch(images[p], ids[p], labels[p], slice(0, size), labels[p].numpy()) for p in parts], 0, 0)
+    moved = {
+        name.partition(".")[0] for name, value in learner.model.named_parameters() if not value.equal(before[name])
+    }
+    assert moved == {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc"} - set(part.split())
+
+
 def test_a_run_begins_with_given_weights_its_average_too():
     learner = Learner(Q1(model={"width": 8, "stem": "imagenet"}, ema_decay=0.9), INPUTS, 10, CPU)
     learner.start_from({"fc.bias": torch.arange(10.0)})
