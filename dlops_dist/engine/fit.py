@@ -23,6 +23,7 @@ from dlops_dist.engine.events import EpochEnded, Event, Finished, Listener, Logg
 from dlops_dist.engine.learner import Learner
 from dlops_dist.engine.numerics import set_numerics
 from dlops_dist.engine.prepare import located, stages_of
+from dlops_dist.engine.recipe import failures_placed
 from dlops_dist.engine.rows import is_out_of_patience, rows_before
 from dlops_dist.engine.run_folder import RunFolder
 from dlops_dist.engine.samples import Samples
@@ -70,7 +71,7 @@ def fit(
     advice = "pass a lower --micro-batch-size (under another --name, where the run has begun)"
     if device.type == "cuda" and settings.data.reader in ("auto", "device"):
         advice += ", or --data.reader decoded"
-    with memory_errors_explained(device, advice):
+    with memory_errors_explained(device, advice), failures_placed(settings):
         run = _Fit(settings, device, listeners, stop)
         if rank() == 0:
             run.folder.create(task, settings)

@@ -93,7 +93,7 @@ def made(settings: Run, inputs: Inputs, dry: bool = False) -> Recipe:
 
 @contextmanager
 def mistakes_placed(settings: Run) -> Iterator[None]:
-    """Before a run: whatever a user's recipe raises, or gives that cannot be, as a line that names where."""
+    """Before a run: whatever a user's recipe raises, or gives that cannot be, is a mistake; the line names where."""
     try:
         yield
     except Exception as error:
@@ -104,6 +104,24 @@ def mistakes_placed(settings: Run) -> Iterator[None]:
         known = isinstance(error, UserError | RunError)
         what = str(error) if known else f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{_called(settings) if place == str(file) else place}: {what}") from error
+
+
+@contextmanager
+def failures_placed(settings: Run) -> Iterator[None]:
+    """While a run goes on: what the code of a user's recipe raises ends it by a line that names where."""
+    try:
+        yield
+    except Exception as error:
+        file = Path(str(code_of(settings).__file__))
+        place = place_of(error, file)
+        if (
+            settings.source is None
+            or is_of_memory(error)
+            or place == str(file)
+            or isinstance(error, UserError | RunError)
+        ):
+            raise
+        raise RunError(f"{place}: {type(error).__name__}: {first_line(error)}") from error
 
 
 def _called(settings: Run) -> str:

@@ -250,6 +250,14 @@ def test_a_mistake_in_a_recipe_is_one_line_and_starts_nothing(mistake, small, sh
     assert not (tmp_path / "runs").exists()
 
 
+def test_what_a_recipe_raises_while_it_is_trained_is_one_line_with_its_place(small, shapes_shards, tmp_path):
+    small.write_text(with_more("metrics={'own': lambda judged: judged.labels if len(judged.labels) < 5 else 1 / 0}"))
+    code, output = call(*command(small, shapes_shards, tmp_path, "--local", "--name", "run"))
+    assert code == 1
+    assert output.splitlines()[-1].startswith("failed: ")
+    assert "small.py:12: ZeroDivisionError: division by zero" in output.splitlines()[-1]
+
+
 def test_a_module_is_a_recipe_by_its_name(small, shapes_shards, tmp_path):
     (tmp_path / "mine").mkdir()
     small.rename(tmp_path / "mine/wide.py")
