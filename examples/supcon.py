@@ -41,7 +41,7 @@ class SupCon(nn.Module):
 
 def recipe(settings: Settings, inputs) -> Recipe:
     trunk = resnet18()
-    trunk.fc = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 128))
+    trunk.fc = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 128), nn.BatchNorm1d(128))
     return Recipe(
         Embedder(trunk, 128, inputs.num_classes, inputs.image_size),
         {"ce": (0.0, CrossEntropyLoss()), "supcon": (1.0, SupCon(settings.temperature))},
