@@ -26,6 +26,7 @@ class Settings(dlops_dist.Run):
     """ResNet-18 embeddings under ArcFace; the head is trained beside it, to be judged."""
 
     loss: Loss = Loss()
+    optimizer: dlops_dist.Optimizer = dlops_dist.Optimizer(lr=0.02)
 
 
 class ArcFace(nn.Module):

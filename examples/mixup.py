@@ -14,6 +14,7 @@ class Settings(dlops_dist.Run):
     """ResNet-18 of torchvision on mixed images."""
 
     augment: dlops_dist.Augment = dlops_dist.Augment(mixup=0.2, cutmix=1.0)
+    optimizer: dlops_dist.Optimizer = dlops_dist.Optimizer(lr=0.02)
 
 
 def recipe(settings: Settings, inputs) -> Recipe:

@@ -25,6 +25,7 @@ class Settings(dlops_dist.Run):
     """ResNet-18 embeddings under Proxy Anchor, beside cross-entropy."""
 
     loss: Loss = Loss()
+    optimizer: dlops_dist.Optimizer = dlops_dist.Optimizer(lr=0.02)
 
 
 def recipe(settings: Settings, inputs) -> Recipe:

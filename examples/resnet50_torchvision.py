@@ -18,6 +18,7 @@ class Settings(dlops_dist.Run):
     """Begin with torchvision's ImageNet weights, which it downloads."""
     label_smoothing: float = 0.1
     """Probability spread evenly over all classes."""
+    optimizer: dlops_dist.Optimizer = dlops_dist.Optimizer(lr=0.02)
 
 
 def recipe(settings: Settings, inputs) -> Recipe:

@@ -18,7 +18,8 @@ class Settings(dlops_dist.Run):
 
     temperature: float = Field(0.1, gt=0)
     """Of the similarities."""
-    augment: dlops_dist.Augment = dlops_dist.Augment(resized_crop=0.3, brightness=0.4, contrast=0.4, saturation=0.4)
+    augment: dlops_dist.Augment = dlops_dist.Augment(resized_crop=0.6, brightness=0.4, contrast=0.4, saturation=0.4)
+    optimizer: dlops_dist.Optimizer = dlops_dist.Optimizer(lr=0.003)
 
 
 class SupCon(nn.Module):
@@ -41,7 +42,7 @@ class SupCon(nn.Module):
 
 def recipe(settings: Settings, inputs) -> Recipe:
     trunk = resnet18()
-    trunk.fc = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 128))
+    trunk.fc = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 128, bias=False), nn.BatchNorm1d(128))
     return Recipe(
         Embedder(trunk, 128, inputs.num_classes, inputs.image_size),
         {"ce": (0.0, CrossEntropyLoss()), "supcon": (1.0, SupCon(settings.temperature))},
