@@ -17,7 +17,7 @@ from dlops_dist.engine.fit import stages_of
 from dlops_dist.engine.run_folder import RunFolder
 from dlops_dist.engine.samples import Samples
 from dlops_dist.files import temporary_folder
-from dlops_dist.train import with_smoke_shards
+from dlops_dist.smoke import with_smoke_shards
 
 MEMORY = "weights, gradients, momenta and averages are counted; activations, images and libraries take more"
 

@@ -21,10 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from dlops_dist.command_line import read_command_line
-from dlops_dist.config import SHIPPED, Run, load_recipe, stem_of
+from dlops_dist.config import SHIPPED, Run, stem_of
 from dlops_dist.errors import OneLineParser, exit_code_of
-
-SMOKE_SIZES = {"train_per_class": 40, "test_per_class": 10}
 
 
 def main() -> None:
@@ -39,6 +37,7 @@ def main() -> None:
     settings, origins, dry_run = read_command_line(task, arguments)
 
     from dlops_dist.console import Console
+    from dlops_dist.smoke import with_smoke_shards
     from dlops_dist.trackers import check_trackers
 
     check_trackers(settings)
@@ -121,35 +120,6 @@ def result_figures(rows: list[dict[str, Any]], choose_by: str) -> str:
     if best is None:
         return f": test {test_figures(rows[-1])}"
     return f", best on the held-out part of train after {best['epoch']}: test {test_figures(best)}"
-
-
-def with_smoke_shards(task: str, settings: Run) -> Run:
-    """Settings that read small generated shards, made under the runs folder unless they are there."""
-    import tempfile
-
-    from dlops_dist.data.pack import pack
-    from dlops_dist.data.shapes import write_stl10, write_tiny_imagenet
-    from dlops_dist.data.shards import MANIFEST
-    from dlops_dist.data.sources import STL10, Source, TinyImageNet
-    from dlops_dist.files import Folder, make_writable, temporary_folder
-
-    recipe = load_recipe(task)
-    dataset = getattr(recipe.module, "SMOKE_DATASET", "shapes")
-    out = (Folder(settings.runs_dir).local or temporary_folder()) / f".smoke-{dataset}"
-    if not (out / MANIFEST).is_file():
-        make_writable(out, "runs_dir", "choose another --runs-dir")
-        with tempfile.TemporaryDirectory(dir=temporary_folder()) as scratch:
-            source: Source
-            if dataset == "shapes-stl10":
-                write_stl10(Path(scratch) / "stl10_binary", **SMOKE_SIZES, num_unlabeled=100)
-                source = STL10(Path(scratch))
-            else:
-                archive = Path(scratch) / "shapes.zip"
-                write_tiny_imagenet(archive, **SMOKE_SIZES)
-                source = TinyImageNet(archive)
-            pack(source, out, dataset, workers=1, again=False)
-    data = settings.data.model_copy(update={"shards": str(out)})
-    return settings.model_copy(update={"data": data})
 
 
 if __name__ == "__main__":

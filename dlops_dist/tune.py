@@ -18,7 +18,6 @@ from typing import cast
 from dlops_dist.command_line import read_sweep
 from dlops_dist.config import DEFAULT, SHIPPED, Sweep, check_sweep, stem_of
 from dlops_dist.errors import RunError, exit_code_of
-from dlops_dist.train import with_smoke_shards
 
 
 def main() -> None:
@@ -31,6 +30,7 @@ def main() -> None:
     sweep = read_sweep(task, arguments)
     check_sweep(sweep)
 
+    from dlops_dist.smoke import with_smoke_shards
     from dlops_dist.trackers import check_trackers
 
     check_trackers(sweep)

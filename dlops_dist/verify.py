@@ -78,7 +78,7 @@ def verify_recipe(name: str, arguments: Sequence[str], workers: Sequence[int], c
     from dlops_dist.engine.prepare import resolved
     from dlops_dist.engine.proof import causes, measure
     from dlops_dist.files import temporary_folder
-    from dlops_dist.train import with_smoke_shards
+    from dlops_dist.smoke import with_smoke_shards
 
     recipe, settings = load_recipe(name), read_settings(name, arguments)
     with tempfile.TemporaryDirectory(dir=temporary_folder()) as folder:

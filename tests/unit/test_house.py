@@ -16,7 +16,7 @@ LAYERS = [
     {"distributed", "draw"},
     {"engine"},
     {"recipes"},
-    {"console", "trackers"},
+    {"console", "trackers", "smoke"},
     {"sweep"},
     {"preflight"},
     {"ray_cluster"},
