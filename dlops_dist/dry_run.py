@@ -13,7 +13,8 @@ from dlops_dist.command_line import SMOKE
 from dlops_dist.config import Run, flat
 from dlops_dist.data.shards import Manifest, read_manifest
 from dlops_dist.engine import prepare
-from dlops_dist.engine.fit import stages_of
+from dlops_dist.engine.prepare import stages_of
+from dlops_dist.engine.rows import is_out_of_patience, rows_before
 from dlops_dist.engine.run_folder import RunFolder
 from dlops_dist.engine.samples import Samples
 from dlops_dist.files import temporary_folder
@@ -105,4 +106,5 @@ def progress_of(settings: Run, manifest: Manifest) -> str:
     if state is None:
         return "would begin"
     over = state["epoch"] >= settings.total_epochs(manifest.num_folds)
+    over = over or is_out_of_patience(rows_before(state), settings)
     return "is complete" if over else f"would go on from step {state['step']}"
