@@ -19,7 +19,7 @@ class Settings(dlops_dist.Run):
     temperature: float = Field(0.1, gt=0)
     """Of the similarities."""
     augment: dlops_dist.Augment = dlops_dist.Augment(resized_crop=0.6, brightness=0.4, contrast=0.4, saturation=0.4)
-    optimizer: dlops_dist.Optimizer = dlops_dist.Optimizer(lr=0.003)
+    optimizer: dlops_dist.Optimizer = dlops_dist.Optimizer(lr=3e-4, weight_decay=1e-4)
 
 
 class SupCon(nn.Module):
@@ -46,6 +46,9 @@ def recipe(settings: Settings, inputs) -> Recipe:
     return Recipe(
         Embedder(trunk, 128, inputs.num_classes, inputs.image_size),
         {"ce": (0.0, CrossEntropyLoss()), "supcon": (1.0, SupCon(settings.temperature))},
+        optimizer=lambda named: torch.optim.AdamW(
+            [p for _, p in named], settings.optimizer.lr, weight_decay=settings.optimizer.weight_decay
+        ),
         balanced=True,
         views=2,
         directions=True,

@@ -49,10 +49,12 @@ SMALL = {
     "vit_timm": {"width": 32, "depth": 2},
     "everything": {"epochs": 2, "augment": {"mixup": 0.2, "cutmix": 1.0}, "ema_decay": 0.9},
 }
-STEPS = [("proxy_anchor_pml", 2, 8), ("supcon", 2, 8), ("vit_timm", 2, 22), ("mixup", 3, 8)]
+STEPS = [("vit_timm", 2, 22), ("mixup", 3, 8)]
 MORE = [
-    ("proxy_anchor_pml", 3, 22), ("proxy_anchor_pml", 4, 8), ("arcface", 2, 8), ("arcface", 3, 22), ("arcface", 4, 22),
-    ("supcon", 3, 22), ("supcon", 4, 8), ("vit_timm", 3, 8), ("vit_timm", 4, 22), ("mixup", 2, 22), ("mixup", 4, 22),
+    ("proxy_anchor_pml", 2, 8), ("proxy_anchor_pml", 3, 22), ("proxy_anchor_pml", 4, 8),
+    ("arcface", 2, 8), ("arcface", 3, 22), ("arcface", 4, 22),
+    ("supcon", 2, 8), ("supcon", 3, 22), ("supcon", 4, 8), ("vit_timm", 3, 8), ("vit_timm", 4, 22),
+    ("mixup", 2, 22), ("mixup", 4, 22),
     ("adamw_randaugment", 2, 8), ("adamw_randaugment", 3, 22), ("adamw_randaugment", 4, 8),
     ("open_set_retrieval", 2, 22), ("open_set_retrieval", 3, 8), ("open_set_retrieval", 4, 22),
     ("resnet50_torchvision", 2, 22), ("resnet50_torchvision", 3, 22), ("resnet50_torchvision", 4, 8),
@@ -67,7 +69,7 @@ def test_one_step_on_any_number_of_ranks_is_that_of_one_process(example, ranks, 
     arguments = str(EXAMPLES / f"{example}.py"), shapes_shards, np.arange(22), size
     expected = one_step(*arguments)
     results = on_ranks(one_step, ranks, *arguments)
-    by_adam = example in ("vit_timm", "adamw_randaugment")
+    by_adam = example in ("vit_timm", "adamw_randaugment", "supcon")
     for path, value in expected.items():
         # where a gradient is rounding alone, as that of keys' biases is, Adam divides it by its size and 1e-8
         bound = 1e-9 if by_adam and path.startswith("/model") else 1e-12

@@ -142,7 +142,7 @@ def by_torch(path, images):
     return torch.export.load(path, extra_files=texts).module()(images), texts
 
 
-@pytest.mark.parametrize("name", ["q1", "q2", "drops", pytest.param("arcface", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["q1", *(pytest.param(n, marks=pytest.mark.slow) for n in ("q2", "drops", "arcface"))])
 def test_an_exported_function_computes_what_the_model_computes(name, request, own, tmp_path):
     recipe = []
     if name in ("q1", "q2"):
@@ -180,7 +180,7 @@ def test_safetensors_hold_the_averaged_weights_and_what_images_need(q1, shapes_s
     assert {name: json.loads(text) for name, text in texts.items()} == wanted
 
 
-@pytest.mark.parametrize("kind", ["onnx", "safetensors"])
+@pytest.mark.parametrize("kind", [pytest.param("onnx", marks=pytest.mark.slow), "safetensors"])
 def test_a_file_that_computes_something_else_is_not_written(kind, q1, tmp_path, monkeypatch):
     def write(network, images, texts):
         worse = copy.deepcopy(network)
