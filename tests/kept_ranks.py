@@ -5,6 +5,8 @@ kept rank goes back to the seeds and switches of a new one; what a function chan
 """
 
 import atexit
+import ctypes
+import gc
 import multiprocessing
 import random
 import tempfile
@@ -88,6 +90,9 @@ def serve(pipe, store, rank, world_size):
             except Exception:
                 outcome = False, traceback.format_exc()
             pipe.send(outcome)
+            del function, arguments, outcome
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)  # ranks of every number are kept: nine processes
 
 
 def as_new(torchs, numpys, pythons):
