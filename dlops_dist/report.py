@@ -125,7 +125,8 @@ def table(runs: Sequence[Reported]) -> Any:
 
     results = [run.result for run in runs]
     own = dict.fromkeys(name for row in results for name in own_figures(row))
-    names = [*(f"train/{name}" for name in SHORT), *(f"test/{name}" for name in (*TITLES, *own))]
+    known = [*(f"train/{name}" for name in SHORT), *(f"test/{name}" for name in (*TITLES, *own))]
+    names = [name for name in known if any(name in row for row in results)]
     result = Table(title="result of each run")
     for column in ("run", "loss", "epoch", *map(title, names)):
         result.add_column(column, justify="left" if column in ("run", "loss") else "right")

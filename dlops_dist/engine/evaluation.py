@@ -137,12 +137,13 @@ def _flat_terms(learner: Step, outputs: Outputs, targets: Tensor, batch: Batch) 
 
 def judged_alone(learner: Learner, outputs: Outputs, labels: Tensor) -> Judged:
     """A block as a metric sees it that knows of no other."""
-    embeddings, centers = outputs["embeddings"], learner.class_means
-    if learner.directions:
-        embeddings, centers = unit_length(embeddings), unit_length(centers)
-    return Judged(
-        embeddings, labels, outputs["logits"], centers, embeddings, labels, slice(0, len(labels)), len(labels)
-    )
+    x = _compared(learner, outputs["embeddings"])
+    means, whole = _compared(learner, learner.class_means), slice(0, len(labels))
+    return Judged(x, labels, outputs["logits"], means, x, labels, whole, len(labels))
+
+
+def _compared(learner: Learner, embeddings: Tensor) -> Tensor:
+    return unit_length(embeddings) if learner.directions else embeddings
 
 
 def _add_retrieval(
@@ -150,12 +151,12 @@ def _add_retrieval(
     parts: Sequence[Ids], mine: slice,
 ) -> None:  # fmt: skip
     """Sums of the metrics that see all samples, for this rank's blocks."""
-    labels = on_device(host_labels, learner.device)
+    labels, means = on_device(host_labels, learner.device), _compared(learner, learner.class_means)
     largest, end = int(np.bincount(host_labels).max()), sum(map(len, parts[: mine.start]))
     for row in range(mine.start, mine.stop):
         start, end = end, end + len(parts[row])
         x, place = everyone[start:end], slice(start, end)
-        judged = Judged(x, labels[place], x[:, :0], learner.class_means, everyone, labels, place, largest)
+        judged = Judged(x, labels[place], x[:, :0], means, everyone, labels, place, largest)
         for i, (name, metric) in enumerate(metrics.items(), 2 * len(learner.loss.weights)):
             if not sees_own(metric):
                 rows[row, i] = _summed(name, metric, judged)

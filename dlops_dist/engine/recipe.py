@@ -97,13 +97,10 @@ def mistakes_placed(settings: Run) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        file = Path(str(code_of(settings).__file__))
-        place = place_of(error, file)
-        if settings.source is None or is_of_memory(error) or (isinstance(error, UserError) and place == str(file)):
+        line = _line_of(settings, error)
+        if settings.source is None or is_of_memory(error) or (isinstance(error, UserError) and line is None):
             raise
-        known = isinstance(error, UserError | RunError)
-        what = str(error) if known else f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"{_called(settings) if place == str(file) else place}: {what}") from error
+        raise UserError(f"{line or _called(settings)}: {_said(error)}") from error
 
 
 @contextmanager
@@ -112,16 +109,21 @@ def failures_placed(settings: Run) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        file = Path(str(code_of(settings).__file__))
-        place = place_of(error, file)
-        if (
-            settings.source is None
-            or is_of_memory(error)
-            or place == str(file)
-            or isinstance(error, UserError | RunError)
-        ):
+        line = _line_of(settings, error)
+        if line is None or is_of_memory(error) or isinstance(error, UserError | RunError):
             raise
-        raise RunError(f"{place}: {type(error).__name__}: {first_line(error)}") from error
+        raise RunError(f"{line}: {_said(error)}") from error
+
+
+def _line_of(settings: Run, error: Exception) -> str | None:
+    """FILE:LINE of a user's recipe that an error came through."""
+    file = str(code_of(settings).__file__)
+    place = place_of(error, Path(file))
+    return None if settings.source is None or place == file else place
+
+
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, UserError | RunError) else f"{type(error).__name__}: {first_line(error)}"
 
 
 def _called(settings: Run) -> str:
