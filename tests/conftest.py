@@ -15,11 +15,9 @@ from dlops_dist.data.sources import STL10, TinyImageNet
 
 
 def group_of(nodeid):
-    """Tests that one process takes: those of a file, all that keep ranks, all that need a Ray cluster."""
+    """Tests that one process takes: those of a file, all that keep ranks."""
     file = nodeid.split("::")[0]
-    if file.startswith("tests/distributed/"):
-        return "ranks"
-    return "ray" if file.endswith(("test_ray.py", "test_tune.py")) else file
+    return "ranks" if file.startswith("tests/distributed/") else file
 
 
 class ByGroup(LoadScopeScheduling):
@@ -29,7 +27,8 @@ class ByGroup(LoadScopeScheduling):
 
 def pytest_collection_modifyitems(items):
     """The longest groups come first, so that several processes end together."""
-    items.sort(key=lambda item: {"ray": 0, "ranks": 1}.get(group_of(item.nodeid), 2))
+    longest = ["tests/integration/test_tune.py", "tests/integration/test_ray.py", "ranks"]
+    items.sort(key=lambda item: longest.index(group) if (group := group_of(item.nodeid)) in longest else len(longest))
 
 
 @pytest.hookimpl(optionalhook=True)

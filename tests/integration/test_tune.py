@@ -68,7 +68,7 @@ def test_a_killed_sweep_goes_on_to_the_same_figures_and_a_failed_trial_stops_not
     arguments = [*space, "--epochs", "8", "--checkpoint-every", "3"]
     killed, whole = tmp_path / "killed/sweep", tmp_path / "whole/sweep"
     process = start("tune", "--data.shards", shapes_shards, "--runs-dir", killed.parent, *SETTINGS, *arguments)
-    assert wait_until(lambda: any(2 <= len(epochs) < 8 for epochs in trials(killed).values()), 120)
+    assert wait_until(lambda: any(2 <= len(epochs) < 8 for epochs in trials(killed).values()), 250)
     process.kill()
     process.communicate()
     code, output = tune(shapes_shards, killed.parent, *arguments)
