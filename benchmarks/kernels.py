@@ -125,7 +125,7 @@ def names_of(make_step, arguments) -> dict[bool, list[str]]:
 
 
 def our_step(loss: str, arguments: argparse.Namespace) -> Callable[[], object]:
-    settings = Q1(compile=True, model={"width": 16}, **LOSSES[loss])
+    settings = Q1(compile=True, model={"width": 16}, global_batch_size=arguments.batch, **LOSSES[loss])
     learner = Learner(settings, Inputs(arguments.classes, (0.5,) * 3, (0.25,) * 3), 100, torch.device("cpu"))
     labels = torch.arange(arguments.batch) // 4
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (len(labels), 32, 32, 3), np.uint8))

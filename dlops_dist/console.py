@@ -82,11 +82,8 @@ class Console(Lines):
             f"{facts['workers']} worker{'s' * (facts['workers'] > 1)} on {facts['device']}, "
             f"{event.epochs} epochs {length} steps"
         )
-        if facts["workers"] > 1 and facts["local_norm"]:
-            self.warn(
-                f"the model's batch norm {facts['local_norm']} looks at each worker's own samples (model.norm local): "
-                f"results depend on --workers"
-            )
+        blocks = f"{facts['blocks']} block{'s' * (facts['blocks'] > 1)} a batch"
+        self.say(f"exactness: {facts['exactness']} ({blocks})")
         if self.live is not None:
             self.live.start()
             self._task = self.live.add_task("starting", total=event.steps, completed=event.first_step, figures="")

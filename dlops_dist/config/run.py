@@ -63,6 +63,15 @@ class Run(Section):
     """Samples in one step, over all workers together."""
     micro_batch_size: int | None = Field(None, ge=1)
     """Samples that go through the model at once, over all workers together; by default all of the step's."""
+    exactness: Literal["bits", "rounding"] | None = None
+    """bits: refuse what any number of workers could not compute to the same bits. rounding: let workers differ by
+    rounding, and each compute its part of a batch at once. By default bits, where that can be had."""
+    blocks: int | None = Field(None, ge=1)
+    """Parts that a batch is cut into, each computed on its own, by whichever worker: as many workers at most give the
+    same bits. By default the largest power of two, up to 8, that leaves 32 samples to each."""
+    threads_per_block: int = Field(1, ge=1)
+    """On a CPU, threads that compute a block: their number may change its bits. A worker with more cores computes
+    several blocks at once."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Seed of the initial weights, the order and the augmentation."""
     ema_decay: float = Field(0.0, ge=0, lt=1)
@@ -134,7 +143,7 @@ class Run(Section):
 
 LATER: dict[str, Any] = {
     "init_from": None, "freeze": (), "choose_by": "val/top1", "patience": None, "augment.mixup": 0.0,
-    "augment.cutmix": 0.0,
+    "augment.cutmix": 0.0, "exactness": None, "blocks": None, "threads_per_block": 1,
 }  # fmt: skip
 """Settings that earlier versions did not have, and their defaults, with which a run is what it was without them."""
 MAY_CHANGE = frozenset({

@@ -4,15 +4,26 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from dlops_dist.distributed.norm import SyncBatchNorm1d, SyncBatchNorm2d, _SyncBatchNorm
+from dlops_dist.distributed.norm import (
+    BlockBatchNorm1d,
+    BlockBatchNorm2d,
+    SyncBatchNorm1d,
+    SyncBatchNorm2d,
+    is_exact_norm,
+)
 from dlops_dist.errors import RunError, UserError
 
-NORMS: dict[type[nn.Module], type[nn.Module]] = {nn.BatchNorm1d: SyncBatchNorm1d, nn.BatchNorm2d: SyncBatchNorm2d}
+Over = Literal["block", "sync"]
+NORMS: dict[type[nn.Module], dict[Over, type[nn.Module]]] = {
+    nn.BatchNorm1d: {"block": BlockBatchNorm1d, "sync": SyncBatchNorm1d},
+    nn.BatchNorm2d: {"block": BlockBatchNorm2d, "sync": SyncBatchNorm2d},
+}
 DROPPED = {"Dropout": "value", "Dropout1d": "channel", "Dropout2d": "channel", "StochasticDepth": "sample",
            "DropPath": "sample"}  # fmt: skip
 """Modules that drop, by their classes' names, and what they drop together."""
@@ -50,14 +61,18 @@ class Embedder(nn.Module):
         trunk: is changed: its batch norms become ours, its dropouts keyed.
         embedding_dim: D.
         image_size: (height, width) of the images that it is probed with.
+        norm: whether batch norms look at each block of a batch, with the same bits for any number of ranks, or at the
+            samples of all ranks.
 
     Raises:
         UserError: names a module that cannot be exact, and why.
     """
 
-    def __init__(self, trunk: nn.Module, embedding_dim: int, num_classes: int, image_size: tuple[int, int]) -> None:
+    def __init__(
+        self, trunk: nn.Module, embedding_dim: int, num_classes: int, image_size: tuple[int, int], norm: Over = "block"
+    ) -> None:
         super().__init__()
-        self.trunk = exact(trunk, torch.rand(PROBED, 3, *image_size, dtype=torch.float64), embedding_dim)
+        self.trunk = exact(trunk, torch.rand(PROBED, 3, *image_size, dtype=torch.float64), embedding_dim, norm)
         self.embedding_dim, self.fc = embedding_dim, nn.Linear(embedding_dim, num_classes)
         self._dropouts = [module for module in self.trunk.modules() if isinstance(module, KeyedDropout)]
 
@@ -79,8 +94,8 @@ class Embedder(nn.Module):
         return self.fc(self.embed(images))  # type: ignore[no-any-return]
 
 
-def exact(model: nn.Module, images: Tensor, num_features: int) -> nn.Module:
-    """A model whose batch norms look at all ranks' samples, and whose dropouts are keyed; the rest of it is probed.
+def exact(model: nn.Module, images: Tensor, num_features: int, norm: Over = "block") -> nn.Module:
+    """A model whose batch norms look at blocks, or at all ranks' samples, and whose dropouts are keyed; it is probed.
 
     Raises:
         UserError: with the same images, its outputs change with torch's random state, or with what else is in the
@@ -94,7 +109,7 @@ def exact(model: nn.Module, images: Tensor, num_features: int) -> nn.Module:
         raise UserError(f"{found[0]}; or train it by --inexact")
     if notes is not None:
         notes += found
-    return _replaced(model, _synchronised)
+    return _replaced(model, partial(_made_exact, over=norm))
 
 
 _noted: ContextVar[list[str] | None] = ContextVar("noted", default=None)
@@ -119,7 +134,7 @@ def whatever_is_inexact(model: Any, images: Tensor) -> list[str]:
         images: normalised.
     """
     found = [
-        f"the model's module {name} is a batch norm over each rank's own samples; exact(model) makes it one over all"
+        f"the model's module {name} is a batch norm over each rank's own samples; exact(model) makes it one over blocks"
         for name, module in model.named_modules()
         if type(module) in NORMS
     ]
@@ -160,11 +175,11 @@ def _keyed(module: nn.Module) -> nn.Module | None:
     return KeyedDropout(float(p), together)
 
 
-def _synchronised(module: nn.Module) -> nn.Module | None:
+def _made_exact(module: nn.Module, over: Over) -> nn.Module | None:
     if type(module) not in NORMS:
         return None
     old: Any = module
-    new: Any = NORMS[type(module)](old.num_features, old.eps, old.momentum, old.affine, old.track_running_stats)
+    new: Any = NORMS[type(module)][over](old.num_features, old.eps, old.momentum, old.affine, old.track_running_stats)
     new.load_state_dict(old.state_dict())
     for parameter, like in zip(new.parameters(), old.parameters(), strict=True):
         parameter.requires_grad_(like.requires_grad)
@@ -175,7 +190,7 @@ def _probed(model: nn.Module, images: Tensor, num_features: int) -> Iterator[str
     """What is inexact. In float64, on a copy: what differs then differs by more than rounding."""
     copied = copy.deepcopy(model).double().train()
     for module in copied.modules():
-        if type(module) in NORMS or isinstance(module, _SyncBatchNorm | KeyedDropout):
+        if type(module) in NORMS or is_exact_norm(module) or isinstance(module, KeyedDropout):
             module.eval()  # what these do is known
     before = {name: buffer.clone() for name, buffer in copied.named_buffers()}
     first = _outputs(copied, images, 0)

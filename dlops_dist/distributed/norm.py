@@ -1,12 +1,13 @@
-"""Batch normalisation over the samples of all ranks: the same function of the global batch for any number of them."""
+"""Batch normalisation over all ranks' samples, or over a block's: the same function for any number of ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dlops_dist.distributed.collectives import of_all_ranks, rank, world_size
 from dlops_dist.errors import RunError
@@ -48,18 +49,8 @@ class _SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
                 f"--micro-batch-size or --global-batch-size, or leave short batches out by --data.drop-last"
             )
         if self.track_running_stats:
-            self._move_statistics(mean, variance * (count / (count - 1).clamp(min=1)))
+            move_statistics(self, mean, variance * (count / (count - 1).clamp(min=1)))
         return y
-
-    @torch.no_grad()
-    def _move_statistics(self, mean: Tensor, variance: Tensor) -> None:
-        """Towards those of a batch, by the momentum; without one, to the mean over all batches."""
-        self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
-        for running, value in ((self.running_mean, mean), (self.running_var, variance)):
-            weight: Any = self.momentum
-            if weight is None:
-                weight = self.num_batches_tracked.double().reciprocal().to(running.dtype)  # type: ignore[union-attr]
-            running.lerp_(value.to(running.dtype), weight)  # type: ignore[union-attr]
 
 
 class SyncBatchNorm1d(_SyncBatchNorm, nn.BatchNorm1d):
@@ -70,9 +61,86 @@ class SyncBatchNorm2d(_SyncBatchNorm, nn.BatchNorm2d):
     """Of images: (N, C, H, W)."""
 
 
+class _BlockBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm over the samples of one block (Hoffer et al. 2017, Train longer, generalize better: ghost batch norm).
+
+    A pass in training leaves the block's statistics in `block_mean` and `block_var`; the running ones move once a
+    step, by those of all blocks, in `move_all` alone.
+    """
+
+    block_mean: Tensor
+    block_var: Tensor
+
+    def __init__(self, num_features: int, *arguments: Any, **options: Any) -> None:
+        super().__init__(num_features, *arguments, **options)
+        for name in ("block_mean", "block_var"):
+            self.register_buffer(name, torch.zeros(num_features), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        if not len(x):
+            return x
+        if x.numel() == x.shape[1]:
+            raise RunError(
+                f"batch norm sees one value in each of {x.shape[1]} channels, which has no variance; lower --blocks, "
+                f"raise --global-batch-size, or leave short batches out by --data.drop-last"
+            )
+        return F.batch_norm(x, self.block_mean, self.block_var, self.weight, self.bias, True, 1.0, self.eps)
+
+
+class BlockBatchNorm1d(_BlockBatchNorm, nn.BatchNorm1d):
+    """Of units: (N, C)."""
+
+
+class BlockBatchNorm2d(_BlockBatchNorm, nn.BatchNorm2d):
+    """Of images: (N, C, H, W)."""
+
+
+def is_exact_norm(module: nn.Module) -> bool:
+    return isinstance(module, _SyncBatchNorm | _BlockBatchNorm)
+
+
+def block_norms(model: nn.Module) -> list[_BlockBatchNorm]:
+    return [module for module in model.modules() if isinstance(module, _BlockBatchNorm)]
+
+
+@torch.no_grad()
+def move_all(norms: Sequence[Any], means: Sequence[Tensor], variances: Sequence[Tensor]) -> None:
+    """`move_statistics` of those norms that are in training, by few kernels where they are alike."""
+    norms, means, variances = (
+        [x for x, norm in zip(of_norms, norms, strict=True) if norm.training and norm.track_running_stats]
+        for of_norms in (norms, means, variances)
+    )
+    momenta = {norm.momentum for norm in norms}
+    if len(momenta) != 1 or None in momenta:
+        for of_norm in zip(norms, means, variances, strict=True):
+            move_statistics(*of_norm)
+        return
+    running = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
+    torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+    torch._foreach_lerp_(running, [*means, *variances], momenta.pop())
+
+
+@torch.no_grad()
+def move_statistics(norm: Any, mean: Tensor, variance: Tensor) -> None:
+    """A batch norm's running ones towards those of a batch, by its momentum; without one, to the mean over batches."""
+    norm.num_batches_tracked.add_(1)
+    for running, value in ((norm.running_mean, mean), (norm.running_var, variance)):
+        weight = norm.momentum
+        if weight is None:
+            weight = norm.num_batches_tracked.double().reciprocal().to(running.dtype)
+        running.lerp_(value.to(running.dtype), weight)
+
+
 def first_local_norm(model: nn.Module) -> str | None:
     """The name of a batch norm that looks at each rank's own samples; None where there is none."""
     return next((name.rpartition(".")[0] for name, _ in _not_synchronised(model)), None)
+
+
+def first_synchronised_norm(model: nn.Module) -> str | None:
+    """The name of a batch norm that looks at the samples of all ranks; None where there is none."""
+    return next((name for name, module in model.named_modules() if isinstance(module, _SyncBatchNorm)), None)
 
 
 @torch.no_grad()
@@ -103,7 +171,9 @@ def with_mean_statistics(model: nn.Module) -> dict[str, Tensor]:
 
 def _not_synchronised(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for path, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, _SyncBatchNorm):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(
+            module, _SyncBatchNorm | _BlockBatchNorm
+        ):
             for name in ("running_mean", "running_var"):
                 if getattr(module, name) is not None:
                     yield f"{path}.{name}", getattr(module, name)

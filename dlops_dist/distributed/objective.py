@@ -1,4 +1,4 @@
-"""The one place that divides a loss: from each rank's terms to what it back-propagates and what everyone logs."""
+"""The one place that divides a loss: from each block's terms to what is back-propagated and what everyone logs."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dlops_dist.distributed.collectives import all_sum, gather, world_size
+from dlops_dist.distributed.collectives import gather, world_size
+from dlops_dist.distributed.tree import Blocks, TreeSum, tree_sum
 from dlops_dist.losses import Terms
 from dlops_dist.losses.terms import Count, at_least_one
 
@@ -15,76 +16,81 @@ class Objective(NamedTuple):
     """A step's loss, seen from one rank."""
 
     sums: list[Tensor]
-    """Of this rank's terms, with gradient."""
-    scales: list[Tensor]
-    """Gradient of the step's loss with respect to each sum, times W: DDP averages over all ranks."""
+    """Of each loss's terms in this rank's blocks, with gradient; those of one block after the other."""
+    scales: dict[str, Tensor]
+    """Gradient of the step's loss with respect to each loss's sum, of any block."""
     values: dict[str, Tensor]
     """Each loss over the global batch, float64, the same bits on every rank, without gradient."""
 
-    def backward(self, *others: tuple[Tensor, Tensor]) -> None:
-        """Back-propagate the sums, and with them other tensors by gradients that are known already.
-
-        What only frozen weights have made is left out.
-        """
-        pairs = [*zip(self.sums, self.scales, strict=True), *others]
-        tensors, gradients = zip(*(pair for pair in pairs if pair[0].requires_grad), strict=True)
-        torch.autograd.backward(tensors, gradients)
+    def backward(self) -> None:
+        """Back-propagate under DDP, whose average over ranks is then the gradient of the step's loss."""
+        scales = [scale * world_size() for scale in self.scales.values()]
+        torch.autograd.backward(self.sums, scales * (len(self.sums) // len(scales)))
 
 
-def global_objective(terms: Mapping[str, Terms], weights: Mapping[str, float], share: float = 1.0) -> Objective:
-    """Losses over the global batch from this rank's share of their terms.
+def global_objective(terms: Mapping[str, Terms], weights: Mapping[str, float]) -> Objective:
+    """Losses over the global batch from this rank's share of their terms, which is then a block of its own."""
+    return objective_of_blocks([terms], weights, Blocks())
 
-    With S_r this rank's sum, n_r its count, W ranks and N = max(sum_r n_r, 1):
 
-        back-propagate  share sum_k w_k W S_kr / N_k        log  share sum_r S_kr / N_k
+def objective_of_blocks(
+    terms: Sequence[Mapping[str, Terms]], weights: Mapping[str, float], blocks: Blocks, share: float = 1.0
+) -> Objective:
+    """Losses over the global batch from the terms of this rank's blocks.
 
-    The average of DDP takes the W away: what remains is the gradient of the loss over all ranks' samples, for
-    parts of any size. One all-reduce of 2 numbers for each loss.
+    With S_b a block's sum, n_b its count, and N = max(sum_b n_b, 1):
+
+        back-propagate  share sum_k w_k S_kb / N_k        log  share sum_b S_kb / N_k
+
+    The gradients of all blocks then add up to that of the loss over all their samples, for blocks of any size. One
+    gather of 2 numbers for each block and loss.
 
     `share` is 1, or this micro-batch's part of a step's samples: objectives then add up to that of the step, for
     losses that count samples. (Triplets do not: mine them over the whole step.)
     """
-    sums, scales, values = [], [], {}
-    for (name, t), (total, count) in zip(terms.items(), _over_all_ranks(terms), strict=True):
+    scales, values = {}, {}
+    for name, (total, count) in _over_all_blocks(terms, blocks).items():
         part = share / at_least_one(count)
-        sums.append(t.sum)
-        scales.append(_filled_like(t.sum, weights[name] * world_size() * part))
+        scales[name] = _filled_like(terms[0][name].sum.detach(), weights[name] * part)
         values[name] = total * part
-    return Objective(sums, scales, values)
+    return Objective([t.sum for own in terms for t in own.values()], scales, values)
 
 
 def _filled_like(x: Tensor, value: float | Tensor) -> Tensor:
     return value.to(x) if isinstance(value, Tensor) else torch.full_like(x, value)
 
 
-def _over_all_ranks(terms: Mapping[str, Terms]) -> list[tuple[Tensor, Count]]:
+def _over_all_blocks(terms: Sequence[Mapping[str, Terms]], blocks: Blocks) -> dict[str, tuple[Tensor, Count]]:
     """Sum, float64, and count of each loss."""
-    own: list[tuple[Tensor, Count]] = [(t.sum.detach().double(), t.count) for t in terms.values()]
-    if world_size() == 1:
-        return own
-    pairs = [torch.stack([total, _filled_like(total, count)]) for total, count in own]
-    return [(total, count) for total, count in all_sum(torch.stack(pairs))]
+    of_blocks = [{name: (t.sum.detach().double(), t.count) for name, t in own.items()} for own in terms]
+    if blocks.number == 1 or not of_blocks[0]:
+        return dict(of_blocks[0])
+    pairs = [torch.stack([total, _filled_like(total, count)]) for own in of_blocks for total, count in own.values()]
+    rows = torch.stack(pairs).view(len(of_blocks), -1, 2)
+    totals = tree_sum(blocks.of_all(rows))
+    return {name: (total, count) for name, (total, count) in zip(of_blocks[0], totals, strict=True)}
 
 
-def update_state(loss: Any, outputs: Tensor, labels: Tensor, sizes: Sequence[int]) -> None:
+def update_state(
+    loss: Any, outputs: Sequence[Tensor], labels: Sequence[Tensor], sizes: Sequence[int], blocks: Blocks
+) -> None:
     """Move a loss's state, its centres say, by the whole global batch: the same bits on every rank.
 
     Args:
         loss: has `update`, and `sums`, which gives tensors (C, ...), a row for each class.
-        outputs: (n, D) of this rank.
-        labels: (n,) of this rank.
-        sizes: n of each rank.
+        outputs: (n, D) of each of this rank's blocks.
+        labels: (n,) of each.
+        sizes: how many samples each rank has.
 
-    Sums of all classes are all-reduced; where classes outnumber the batch, the samples are gathered instead,
+    Sums of all classes are added up over blocks; where classes outnumber the batch, the samples are gathered instead,
     so that the bytes grow with the batch and not with the classes.
     """
-    outputs = outputs.detach()
     if max(map(len, loss.buffers())) > sum(sizes):
-        loss.update(loss.sums(gather(outputs, sizes), gather(labels, sizes)))
+        loss.update(loss.sums(gather(torch.cat(list(outputs)), sizes), gather(torch.cat(list(labels)), sizes)))
         return
-    own = loss.sums(outputs, labels)
-    if world_size() > 1:
-        flat = [part.flatten(1) if part.ndim > 1 else part[:, None] for part in own]
-        total = all_sum(torch.cat(flat, dim=1)).split([part.shape[1] for part in flat], dim=1)
-        own = type(own)(*(part.view_as(like) for part, like in zip(total, own, strict=True)))
-    loss.update(own)
+    added = TreeSum(blocks)
+    for block, x, y in zip(blocks.own, outputs, labels, strict=True):
+        own = loss.sums(x.detach(), y)
+        added.add(block, torch.cat([part.flatten() for part in own]))
+    total = added.total().split([part.numel() for part in own])
+    loss.update(type(own)(*(part.view_as(like) for part, like in zip(total, own, strict=True))))

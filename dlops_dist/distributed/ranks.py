@@ -14,7 +14,7 @@ from dlops_dist.errors import RunError
 from dlops_dist.files import leave_room_for_sockets, temporary_folder
 
 PRELOADED = ["torch", "torch._dynamo", "torch.nn.parallel", "pandas", "pyarrow.parquet", "dlops_dist.engine"]
-"""Imported once, in the server that the ranks are forked from: what DDP, an optimiser's step and the index need."""
+"""Imported once, in the server that the ranks are forked from: what a step, the optimiser and the index need."""
 GRACE_S = 2
 """What a failed rank's peers have left: they wait for it in a collective, or fail on their own."""
 

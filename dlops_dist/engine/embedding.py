@@ -47,8 +47,9 @@ def parts_of(splits: Mapping[str, Split]) -> Iterator[Part]:
 
 def embeddings_of(model: Predictor, split: Split, ids: Ids) -> np.ndarray:
     """float32 (n, D), a block of 256 samples at a time."""
-    batches = read_blocks(model.learner, split, blocks(ids, BLOCK))
-    return np.concatenate([model.embed(batch.images).float().cpu().numpy() for batch in batches])
+    batches = list(read_blocks(model.learner, split, blocks(ids, BLOCK)))
+    found = model.learner.lanes.map(lambda _, batch: model.embed(batch.images).float(), batches)
+    return np.concatenate([embeddings.cpu().numpy() for embeddings in found])
 
 
 def computed_by_worker(job: Job, part: Part) -> np.ndarray:

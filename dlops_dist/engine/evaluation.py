@@ -1,6 +1,7 @@
 """Exact evaluation: every sample once, the same figures for any number of workers."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -101,17 +102,25 @@ def device_sums(
     rows = torch.zeros(len(parts), 2 * num_losses + len(metrics), dtype=torch.float64, device=learner.device)
     num_classes = learner.inputs.num_classes if metrics else 0
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.float64, device=learner.device)
-    own: list[Tensor] = []
-    for place, batch in enumerate(read_blocks(learner, reader, parts[mine]), mine.start):
+
+    def judged_block(_: Any, given: tuple[int, Batch]) -> Judged | None:
+        place, batch = given
         outputs, targets = learner.judged(batch)
         if with_losses:
             rows[place, : 2 * num_losses] = _flat_terms(learner, outputs, targets, batch)
-        if isinstance(learner, Learner) and metrics:
-            judged = judged_alone(learner, outputs, batch.labels)
+        if not isinstance(learner, Learner) or not metrics:
+            return None
+        judged = judged_alone(learner, outputs, batch.labels)
+        for i, (name, metric) in enumerate(metrics.items(), 2 * num_losses):
+            if sees_own(metric):
+                rows[place, i] = _summed(name, metric, judged)
+        return judged
+
+    own: list[Tensor] = []
+    read = enumerate(read_blocks(learner, reader, parts[mine]), mine.start)
+    while together := list(islice(read, len(learner.lanes))):
+        for judged in filter(None, learner.lanes.map(judged_block, together)):
             confusion += confusion_counts(judged.logits, judged.labels)
-            for i, (name, metric) in enumerate(metrics.items(), 2 * num_losses):
-                if sees_own(metric):
-                    rows[place, i] = _summed(name, metric, judged)
             own.append(judged.embeddings)
     if isinstance(learner, Learner) and not all(map(sees_own, metrics.values())):
         everyone = gather(torch.cat(own) if own else _no_embeddings(learner), _sizes(parts))

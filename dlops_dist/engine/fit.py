@@ -12,14 +12,14 @@ import torch
 
 from dlops_dist.config import DEFAULT, Run, result_settings
 from dlops_dist.data.loader import Batch, read_ahead
-from dlops_dist.data.order import blocks, rank_part
+from dlops_dist.data.order import blocks
 from dlops_dist.data.readers import Reader, open_readers
 from dlops_dist.data.shards import Split, read_manifest
 from dlops_dist.distributed.agreement import describe_divergence
 from dlops_dist.distributed.collectives import of_all_ranks, rank, world_size
-from dlops_dist.distributed.norm import first_local_norm
 from dlops_dist.engine.device import default_device, memory_errors_explained, use
 from dlops_dist.engine.events import EpochEnded, Event, Finished, Listener, Logged, Started, Stepped, Told, Warned
+from dlops_dist.engine.exactness import use_threads
 from dlops_dist.engine.learner import Learner
 from dlops_dist.engine.numerics import set_numerics
 from dlops_dist.engine.prepare import located, stages_of
@@ -149,6 +149,7 @@ class _Fit:
         if state is not None and (carried := self.stage.carried()) is not None:
             carried.load_state_dict(state["carried"])
         self.learner = self.stage.learner()
+        use_threads(self.settings, self.learner.plan, self.device)
         if state is not None:
             self.learner.load_state_dict(state)
         elif self.settings.init_from is not None and isinstance(self.learner, Learner):
@@ -214,7 +215,7 @@ class _Fit:
         """This rank's parts of each global batch's micro-batches."""
         data, size = self.settings.data, self.settings.micro_batch_size
         steps = [blocks(ids, size) for ids in self.stage.order.epoch(epoch)[first:]]
-        parts = ((ids, rank_part(len(ids), rank(), world_size())) for step in steps for ids in step)
+        parts = ((ids, self.learner.blocks.share(len(ids))) for step in steps for ids in step)
         batches = read_ahead(
             self.reader, parts, self.device, data.threads, data.prefetch, self.learner.reads_next
         )  # fmt: skip
@@ -285,7 +286,8 @@ class _Fit:
             "classes": len(self.manifest.classes),
             "train": len(self.samples.ids), "val": len(self.samples.val_ids), "test": len(self.samples.test),
             "parameters": sum(p.numel() for p in self.learner.model.parameters()),
-            "workers": world_size(), "device": str(self.device), "local_norm": first_local_norm(self.learner.model),
+            "workers": world_size(), "device": str(self.device),
+            "blocks": self.learner.blocks.number, "exactness": self.learner.plan.promise,
             **({"unlabeled": len(self.samples.unlabeled)} if self.samples.unlabeled is not None else {}),
         }  # fmt: skip
         last = self.spans[-1]

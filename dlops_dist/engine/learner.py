@@ -20,7 +20,7 @@ from dlops_dist.distributed.norm import (
 )
 from dlops_dist.engine.descent import Descent
 from dlops_dist.engine.ema import Ema
-from dlops_dist.engine.epoch_sums import ClassifiedSums
+from dlops_dist.engine.epoch_sums import ClassifiedSums, count
 from dlops_dist.engine.losses import Losses
 from dlops_dist.engine.numerics import compiled, compiles, memory_format_of, precision_of
 from dlops_dist.engine.recipe import Recipe, made
@@ -36,7 +36,7 @@ VIEW = 2**40
 
 
 class Network(nn.Module):
-    """Embeddings (N, D) and logits (N, C) of images (N, H, W, 3) in [0, 255]: the module that DDP and compile wrap.
+    """Embeddings (N, D) and logits (N, C) of images (N, H, W, 3) in [0, 255]: what is compiled, and copied for lanes.
 
     With `detach_head` the head learns on embeddings that its loss does not change.
     """
@@ -76,11 +76,11 @@ class Learner(Step):
             self.network, settings, settings.optimizer, settings.epochs, steps_per_epoch, device,
             loss, recipe.optimizer, frozen,
         )  # fmt: skip
-        sums = ClassifiedSums(list(loss.weights), list(loss.of_all), model.fc.weight)
-        super().__init__(settings, inputs, device, model, loss, descent, sums)
+        self.classified = ClassifiedSums(list(loss.weights), list(loss.of_all), model.fc.weight, descent.plan.blocks)
+        super().__init__(settings, inputs, device, model, loss, descent, self.classified)
         self.class_means = torch.full_like(model.fc.weight, torch.nan, requires_grad=False)
         """Mean training embedding of each class over the last whole epoch, (C, D)."""
-        self._judged: nn.Module = descent.undistributed
+        self._judged: nn.Module = descent.lanes.network
         if self.ema is not None:
             self._judged = compiled(Network(normalize, self.ema.model, loss.detach_head), settings, device)
         self.compiled = compiles(settings, device)
@@ -90,14 +90,11 @@ class Learner(Step):
         )  # fmt: skip
         self._mix = Mixer(settings.augment, inputs.num_classes, device) if settings.augment.mixes else None
         self.reads_next = settings.augment.mixes
-        self._count = compiled(sums.add, settings, device)
+        self._count = compiled(count, settings, device)
 
-    def step(
-        self, micro_batches: Sequence[Batch], epoch: int, step: int, figures: dict[str, Tensor] | None = None
-    ) -> Tensor:
-        if self.views > 1:
-            micro_batches = [_in_views(batch, self.views) for batch in micro_batches]
-        return super().step(micro_batches, epoch, step, figures)
+    def cut(self, batch: Batch) -> list[Batch]:
+        blocks = super().cut(batch)
+        return blocks if self.views == 1 else [_in_views(block, self.views) for block in blocks]
 
     def seen(self, batch: Batch, epoch: int) -> Seen:
         images, labels = self.augment(batch.images, batch.ids, epoch), batch.labels[batch.part]
@@ -116,10 +113,11 @@ class Learner(Step):
             embeddings, logits = network(*inputs)
         return {"embeddings": at_least_float32(embeddings), "logits": logits}
 
-    def stepped(self, step: int, outputs: Outputs, labels: Tensor) -> None:
+    def stepped(self, step: int, outputs: Sequence[Outputs], labels: Sequence[Tensor]) -> None:
         if self.ema is not None:
             self.ema.update(step)
-        self._count(outputs["embeddings"], outputs["logits"], labels)
+        for place, (of_block, own) in enumerate(zip(outputs, labels, strict=True)):
+            self._count(*self.classified.of_block(place), of_block["embeddings"], of_block["logits"], own)
 
     def judge(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings (N, D) and logits (N, C) of uint8 images, as they are evaluated.

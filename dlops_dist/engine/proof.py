@@ -12,9 +12,8 @@ from torch import Tensor
 
 from dlops_dist.config import Run, recipe_from_source
 from dlops_dist.data.loader import Batch, read_ahead
-from dlops_dist.data.order import Ids, rank_part
+from dlops_dist.data.order import Ids
 from dlops_dist.data.shards import read_manifest
-from dlops_dist.distributed.collectives import rank, world_size
 from dlops_dist.distributed.exact import whatever_is_inexact
 from dlops_dist.engine.evaluation import evaluate, judged_alone, sees_own
 from dlops_dist.engine.learner import Learner
@@ -37,8 +36,9 @@ Measured = dict[str, Tensor | None]
 def measure(name: str, source: bytes, values: dict[str, Any], batch_size: int) -> tuple[Measured, bool]:
     """What a step from the seed's weights, and an evaluation, leave on this rank; whether a resume changed no bit."""
     settings = recipe_from_source(name, source).settings_type(**values)
-    samples = _samples(settings)
-    learner, batch = _learner(settings, samples), _batch(settings, samples, batch_size, 0)
+    samples = samples_of(settings)
+    learner = learner_of(settings, samples)
+    batch = batch_of(learner, samples, batch_size, 0)
     before = {name: value.clone() for name, value in learner.model.state_dict().items()}
     learner.step([batch], 0, 0)
     found = dict(_found(learner, before))
@@ -73,13 +73,13 @@ def _resumes(settings: Run, samples: Samples, batch_size: int) -> bool:
     """Whether two steps, a checkpoint and one more leave the bits of three."""
     states = []
     for stop in (None, 2):
-        learner = _learner(settings, samples)
+        learner = learner_of(settings, samples)
         for step in range(3):
             if step == stop:
                 state = copy.deepcopy(learner.state_dict())
-                learner = _learner(settings, samples)
+                learner = learner_of(settings, samples)
                 learner.load_state_dict(state)
-            learner.step([_batch(settings, samples, batch_size, step)], 0, step)
+            learner.step([batch_of(learner, samples, batch_size, step)], 0, step)
         states.append(_flat([*learner.model.state_dict().values(), *learner.loss.state_dict().values()]))
     return bool(torch.equal(*states))
 
@@ -87,8 +87,9 @@ def _resumes(settings: Run, samples: Samples, batch_size: int) -> bool:
 def causes(name: str, source: bytes, values: dict[str, Any], batch_size: int) -> list[str]:
     """What in a recipe depends on how samples are shared among ranks, by name, and what to do. In one process."""
     settings = recipe_from_source(name, source).settings_type(**values)
-    samples = _samples(settings)
-    learner, batch = _learner(settings, samples), _batch(settings, samples, batch_size, 0)
+    samples = samples_of(settings)
+    learner = learner_of(settings, samples)
+    batch = batch_of(learner, samples, batch_size, 0)
     images = learner.network.normalize(batch.images[: len(batch.labels)])
     found = [f"model: {text}" for text in whatever_is_inexact(learner.model, images)]
     with torch.no_grad():
@@ -153,25 +154,25 @@ def _mean(terms: list[Terms]) -> float:
     return float(sum(float(t.sum) for t in terms) / max(sum(float(t.count) for t in terms), 1.0))
 
 
-def _samples(settings: Run) -> Samples:
+def samples_of(settings: Run) -> Samples:
     shards = Path(settings.data.shards)
     return Samples(shards, read_manifest(shards), settings)
 
 
-def _learner(settings: Run, samples: Samples) -> Learner:
+def learner_of(settings: Run, samples: Samples) -> Learner:
     return Learner(settings, samples.inputs, 3, CPU)
 
 
-def _batch(settings: Run, samples: Samples, size: int, step: int) -> Batch:
-    """This rank's part of a step's global batch: some samples of each of some classes."""
+def batch_of(learner: Learner, samples: Samples, size: int, step: int, whole: bool = False) -> Batch:
+    """This rank's part of a step's global batch, or the whole: some samples of each of some classes."""
     labels = samples.train.labels[samples.ids]
     chosen: list[Ids] = []
     for label in np.unique(labels):
         own = np.roll(samples.ids[labels == label], -step * OF_A_CLASS)[:OF_A_CLASS]
         chosen.append(own)
     ids = np.concatenate(chosen)[:size]
-    part = rank_part(len(ids), rank(), world_size())
-    (batch,) = read_ahead(samples.train, [(ids, part)], CPU, 1, 1, settings.augment.mixes)
+    part = slice(0, len(ids)) if whole else learner.blocks.share(len(ids))
+    (batch,) = read_ahead(samples.train, [(ids, part)], CPU, 1, 1, learner.reads_next)
     return batch
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dlops_dist.config import Run, is_loaded, load_recipe, recipe_from_source
 from dlops_dist.data.images import packable
 from dlops_dist.engine.device import default_device
+from dlops_dist.engine.exactness import threads_at_start
 from dlops_dist.engine.learner import Learner
 from dlops_dist.engine.numerics import set_numerics
 from dlops_dist.engine.recipe import made
@@ -58,6 +59,7 @@ def result_of(
         raise UserError(f"{run} has no classifier yet, only pretrained layers; train it to the end")
     inputs = Inputs(**state["inputs"])
     inputs = inputs if image_size is None else inputs._replace(image_size=image_size)
+    threads_at_start()  # what lanes may take
     torch.set_num_threads(state["threads"])  # sums are rounded alike
     set_numerics(settings, device)
     built = made(settings, inputs)

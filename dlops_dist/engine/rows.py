@@ -9,8 +9,13 @@ from dlops_dist.figures import gain
 
 
 def rows_before(state: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The rows of the epochs before a checkpoint."""
+    """The rows of the epochs before a checkpoint, without times: checkpoints of equal runs are equal files."""
     return [] if state is None else parsed(state["rows"].encode())
+
+
+def timeless(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without what may differ between two runs of the same command."""
+    return [{name: value for name, value in row.items() if not name.endswith("_s")} for row in rows]
 
 
 def text_of(rows: Sequence[dict[str, Any]]) -> str:

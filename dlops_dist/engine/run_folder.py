@@ -16,7 +16,7 @@ from dlops_dist.config.yaml_file import parse_yaml
 from dlops_dist.data.shards import Manifest, read_manifest
 from dlops_dist.engine.checkpoints import ANEW, Checkpoints
 from dlops_dist.engine.resume import hindrance, refuse_other_settings
-from dlops_dist.engine.rows import best_row, is_out_of_patience, parsed, rows_before, text_of
+from dlops_dist.engine.rows import best_row, is_out_of_patience, parsed, rows_before, text_of, timeless
 from dlops_dist.errors import RunError, UserError, first_line
 from dlops_dist.files import Folder, locked, make_writable
 
@@ -144,15 +144,21 @@ class RunFolder:
 
     def restore_rows(self, state: dict[str, Any] | None, warn: Callable[[str], None]) -> None:
         """Let metrics.jsonl hold the rows before the checkpoint that the run goes on from, and no others."""
-        self._trained = rows_before(state)
-        there, text = self._read(METRICS) or b"", text_of(self._trained).encode()
-        if there != text:
-            self.folder.write(METRICS, lambda file: file.write(text))
-            where, later = self.folder / METRICS, len(there.removeprefix(text).splitlines())
-            if there.startswith(text):
+        wanted, content = rows_before(state), self._read(METRICS) or b""
+        try:
+            there = parsed(content)
+        except ValueError:
+            there = []
+        own, later = there[: len(wanted)], len(there) - len(wanted)
+        intact = timeless(own) == timeless(wanted) and content.startswith(text_of(own).encode())
+        self._trained = own if intact else wanted
+        if not intact or later:
+            self.folder.write_text(METRICS, text_of(self._trained))
+            where = self.folder / METRICS
+            if intact:
                 warn(f"{where}: its last {later} rows are in no checkpoint; the run goes on from before them")
             else:
-                warn(f"{where} was missing or damaged; its {len(self._trained)} rows are those of the checkpoint")
+                warn(f"{where} was missing or damaged; its {len(wanted)} rows are those of the checkpoint")
         self._keep_steps(0 if state is None else state["step"])
 
     def _keep_steps(self, last_step: int) -> None:
@@ -176,7 +182,7 @@ class RunFolder:
         """Write the checkpoint of state["step"], beside the steps that follow."""
         content = {
             "format": FORMAT, "settings": result_settings(settings), "threads": torch.get_num_threads(),
-            "rows": text_of(self._trained), **state,
+            "rows": text_of(timeless(self._trained)), **state,
         }  # fmt: skip
         best = best_row(self._trained, settings.choose_by)
         self.checkpoints.save(state["step"], content, None if best is None else best["step"])

@@ -10,15 +10,18 @@ from torch import Tensor, nn
 
 from dlops_dist.config import Run
 from dlops_dist.data.loader import Batch
-from dlops_dist.data.order import part_sizes, rank_part
-from dlops_dist.distributed.collectives import all_sum, gather, rank, world_size
+from dlops_dist.distributed.collectives import gather
 from dlops_dist.distributed.norm import running_statistics_held, with_mean_statistics
-from dlops_dist.distributed.objective import global_objective, update_state
+from dlops_dist.distributed.objective import Objective, objective_of_blocks, update_state
+from dlops_dist.distributed.tree import TreeSum
 from dlops_dist.engine.descent import Descent
 from dlops_dist.engine.epoch_sums import EpochSums
+from dlops_dist.engine.gradients import either_or_sum, gradients_of
+from dlops_dist.engine.lanes import Lane
 from dlops_dist.engine.losses import Losses, figures_of
 from dlops_dist.engine.numerics import compiled
 from dlops_dist.engine.samples import Inputs
+from dlops_dist.losses import Terms
 from dlops_dist.metrics import Metric
 
 Outputs = dict[str, Tensor]
@@ -33,12 +36,24 @@ class Seen(NamedTuple):
     """What losses of a rank's own samples compare its outputs with: labels (n,), parts of labels (n, C), or images."""
 
 
+class _Passed(NamedTuple):
+    """A block after its pass through the network."""
+
+    outputs: Outputs
+    terms: dict[str, Terms]
+    """Of the losses of own samples."""
+    statistics: list[Tensor]
+    """Of block norms, weighted by the block's share of the step."""
+
+
 class _Mined(NamedTuple):
     """Losses over the global batch whose gradient has reached the network's outputs, but not yet the network."""
 
     values: dict[str, Tensor]
-    gradients: list[Outputs]
-    """With respect to this rank's outputs of each micro-batch."""
+    gradient: Outputs
+    """With respect to the outputs of the step's samples, those of one micro-batch after the other."""
+    of_weights: list[Sequence[Tensor | None]]
+    """With respect to the weights of the losses, of each of this rank's blocks."""
 
 
 class Step(ABC):
@@ -69,6 +84,7 @@ class Step(ABC):
         self._descent = descent
         self._own_terms = compiled(loss.own_terms, settings, device)
         self._weights = torch.tensor(list(loss.weights.values()), dtype=torch.float64, device=device)
+        self.plan, self.blocks, self.lanes = descent.plan, descent.plan.blocks, descent.lanes
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -90,8 +106,8 @@ class Step(ABC):
     def judged(self, batch: Batch) -> tuple[Outputs, Tensor]:
         """Outputs of a batch as it is evaluated, and what losses compare them with."""
 
-    def stepped(self, step: int, outputs: Outputs, labels: Tensor) -> None:  # noqa: B027  # by default nothing
-        """After a step, whose outputs of this rank's samples are given."""
+    def stepped(self, step: int, outputs: Sequence[Outputs], labels: Sequence[Tensor]) -> None:  # noqa: B027
+        """After a step, whose outputs are given of each of this rank's blocks; by default nothing."""
 
     def step(
         self, micro_batches: Sequence[Batch], epoch: int, step: int, figures: dict[str, Tensor] | None = None
@@ -107,89 +123,153 @@ class Step(ABC):
             figures: takes more that is to be known of the step, on the device: the gradient's norm over all ranks, and
                 what the losses have to say. On one rank alone; it changes no bit.
         """
-        self._descent.set_training()
-        seen = [self.seen(batch, epoch) for batch in micro_batches]
-        self._descent.settle(lambda: self.outputs(self._descent.distributed, seen[0].inputs).values())
-        self._descent.forget_gradients()
-        loss = self.loss
-        mined = self._mine_ahead(seen, micro_batches, figures) if loss.of_all and len(seen) > 1 else None
-        sizes = [self._part_sizes(batch) for batch in micro_batches]
-        num_samples = sum(len(batch.labels) for batch in micro_batches)
+        descent, lanes, loss = self._descent, self.lanes, self.loss
+        lanes.set_training()
+        descent.gradients.forget()
+        cut = [self.cut(batch) for batch in micro_batches]
+        seen = [lanes.map(lambda _, block: self.seen(block, epoch), own) for own in cut]
+        lengths = [len(own[0].labels) for own in cut]
+        shares = [[_length(block) / sum(lengths) for block in own] for own in cut]
+        host_labels = np.concatenate([own[0].host_labels for own in cut])
 
-        values: dict[str, Tensor] = {}
-        parts = []
-        for i, batch in enumerate(micro_batches):
-            with self._descent.exchanged(now=i == len(seen) - 1):
-                ours = self.outputs(self._descent.distributed, seen[i].inputs)
-                terms = self._own_terms(ours, seen[i].targets)
-                if loss.of_all and mined is None:
-                    everyone = {name: gather(ours[name], sizes[i]) for name in loss.read_by_all}
-                    terms |= loss.all_terms(everyone, batch.labels, batch.part, batch.host_labels)
-                    if figures is not None:
-                        figures |= figures_of(loss.of_all.values(), everyone, batch.labels, batch.host_labels)
-                objective = global_objective(terms, loss.backward_weights, len(batch.labels) / num_samples)
-                objective.backward(*([] if mined is None else [(ours[k], g) for k, g in mined.gradients[i].items()]))
-            values |= {name: values[name] + v if name in values else v for name, v in objective.values.items()}
-            parts.append({name: x.detach() for name, x in ours.items()} | {"labels": batch.labels[batch.part]})
-        if mined is not None:
-            values |= mined.values
+        passed: list[list[_Passed]] = []
+        mined = _Mined({}, {}, [()] * len(self.blocks.own))
+        if loss.of_all:
+            labels = _joined([own[0].labels for own in cut])
+            if len(cut) == 1:
+                passed = [self._pass(seen[0], shares[0])]
+                mined = self._mined(passed, lengths, labels, host_labels, figures)
+            else:
+                with torch.no_grad(), running_statistics_held(self.model):
+                    ahead = [self._pass(*given) for given in zip(seen, shares, strict=True)]
+                mined = self._mined(ahead, lengths, labels, host_labels, figures)
 
-        self._descent.step(step, figures)
-        ours = {name: _joined([part[name] for part in parts]) for name in parts[0]}
-        labels = ours.pop("labels")
-        of_ranks = [sum(of_rank) for of_rank in zip(*sizes, strict=True)]
+        values = dict(mined.values)
+        outputs: list[list[Outputs]] = []
+        for i, own in enumerate(cut):
+            of_blocks = passed[i] if passed else self._pass(seen[i], shares[i])
+            terms = [block.terms for block in of_blocks]
+            objective = objective_of_blocks(terms, loss.backward_weights, self.blocks, lengths[i] / sum(lengths))
+            for name, value in objective.values.items():
+                values[name] = values[name] + value if name in values else value
+            begin = sum(lengths[:i])
+            gradients = [
+                {name: x[begin + block.part.start : begin + block.part.stop] for name, x in mined.gradient.items()}
+                for block in own
+            ]
+            of_weights = mined.of_weights if i == 0 else [()] * len(own)
+            self._back_propagate(of_blocks, objective, gradients, of_weights, last=i == len(cut) - 1)
+            outputs.append([{name: x.detach() for name, x in block.outputs.items()} for block in of_blocks])
+
+        descent.step(step, figures)
+        ours = [{name: _joined([o[name] for o in parts]) for name in parts[0]} for parts in zip(*outputs, strict=True)]
+        own_labels = [_joined([b.labels[b.part] for b in blocks]) for blocks in zip(*cut, strict=True)]
+        sizes = [sum(of_rank) for of_rank in zip(*map(self._sizes, lengths), strict=True)]
         for moved in loss.moved:
-            update_state(moved, ours[moved.reads], labels, of_ranks)
-        host_labels = np.concatenate([batch.host_labels for batch in micro_batches])
+            update_state(moved, [outputs[moved.reads] for outputs in ours], own_labels, sizes, self.blocks)
         if figures is not None:
-            figures |= figures_of(loss.of_own.values(), ours, labels, host_labels)
+            every = {name: _joined([outputs[name] for outputs in ours]) for name in ours[0]}
+            figures |= figures_of(loss.of_own.values(), every, _joined(own_labels), host_labels)
         losses = torch.stack([values[name] for name in loss.weights])
-        self.sums.add_losses(losses, len(labels), loss.defined(host_labels))
-        self.stepped(step, ours, labels)
+        self.sums.add_losses(losses, [len(labels) for labels in own_labels], loss.defined(host_labels))
+        self.stepped(step, ours, own_labels)
         return (losses * self._weights).sum()
 
-    def _mine_ahead(
-        self, seen: Sequence[Seen], micro_batches: Sequence[Batch], figures: dict[str, Tensor] | None
-    ) -> _Mined:
+    def cut(self, batch: Batch) -> list[Batch]:
+        """This rank's blocks of a batch."""
+        found, after = [], int(self.reads_next)
+        for block in self.blocks.own:
+            part = self.blocks.part(len(batch.labels), block)
+            own = slice(part.start - batch.part.start, part.stop - batch.part.start + after)
+            found.append(batch._replace(images=batch.images[own], ids=batch.ids[own], part=part))
+        return found
+
+    def _pass(self, seen: Sequence[Seen], shares: Sequence[float]) -> list[_Passed]:
+        """This rank's blocks, through the network."""
+
+        def passed(lane: Lane, block: tuple[Seen, float]) -> _Passed:
+            seen, share = block
+            outputs = self.outputs(lane.network, seen.inputs)
+            terms = self._own_terms(outputs, seen.targets)
+            return _Passed(outputs, terms, list(torch._foreach_mul(lane.statistics, share)) if lane.statistics else [])
+
+        return self.lanes.map(passed, list(zip(seen, shares, strict=True)))
+
+    def _back_propagate(
+        self, of_blocks: Sequence[_Passed], objective: Objective, gradients: Sequence[Outputs],
+        of_weights: Sequence[Sequence[Tensor | None]], last: bool,
+    ) -> None:  # fmt: skip
+        """Add to each block's gradients what a micro-batch gives, as many blocks at once as there are lanes.
+
+        Args:
+            gradients: of each block's outputs, known already.
+            of_weights: those of the losses' weights, known already, too.
+        """
+        sums, lanes = self._descent.gradients, self.lanes
+        number = len(of_weights[0])
+
+        def back_propagated(_: Lane, place: int) -> None:
+            block = of_blocks[place]
+            pairs = [(terms.sum, objective.scales[name]) for name, terms in block.terms.items()]
+            pairs += [(block.outputs[name], gradient) for name, gradient in gradients[place].items()]
+            found = gradients_of(pairs, sums.parameters)
+            if number:
+                found[-number:] = [either_or_sum(*g) for g in zip(found[-number:], of_weights[place], strict=True)]
+            sums.add(self.blocks.own[place], found, block.statistics)
+
+        for start in range(0, len(of_blocks), len(lanes)):
+            places = range(start, min(start + len(lanes), len(of_blocks)))
+            lanes.map(back_propagated, places)
+            if last:
+                for place in places:
+                    sums.finish(self.blocks.own[place])
+
+    def _mined(
+        self, passed: Sequence[Sequence[_Passed]], lengths: Sequence[int], labels: Tensor, host_labels: np.ndarray,
+        figures: dict[str, Tensor] | None,
+    ) -> _Mined:  # fmt: skip
         """The losses of all samples, over all micro-batches, as gradients that each can back-propagate on its own.
 
-        Gradient caching (Gao et al. 2021, Scaling Deep Contrastive Learning Batch Size): embed everything without
-        a graph, differentiate the loss with respect to the outputs alone, then embed again, part by part.
+        Gradient caching (Gao et al. 2021, Scaling Deep Contrastive Learning Batch Size): embed everything, take the
+        gradient with respect to the outputs alone, then embed again, part by part, where that was without a graph.
         """
-        lengths, names = [len(batch.labels) for batch in micro_batches], self.loss.read_by_all
-        with torch.no_grad(), running_statistics_held(self.model):
-            ours = [self.outputs(self._descent.undistributed, part.inputs) for part in seen]
-        sizes = [self._part_sizes(batch) for batch in micro_batches]
+        loss, blocks = self.loss, self.blocks
         everyone = {
-            name: torch.cat([gather(o[name], s) for o, s in zip(ours, sizes, strict=True)]).requires_grad_()
-            for name in names
-        }
-        labels = torch.cat([batch.labels for batch in micro_batches])
-        host_labels = np.concatenate([batch.host_labels for batch in micro_batches])
-        anchors = rank_part(len(labels), rank(), world_size())
-        objective = global_objective(
-            self.loss.all_terms(everyone, labels, anchors, host_labels), self.loss.backward_weights
-        )
-        weights = [p for loss in self.loss.of_all.values() for p in loss.parameters()]
-        gradients = torch.autograd.grad(
-            objective.sums, [*everyone.values(), *weights], objective.scales, allow_unused=bool(weights)
-        )
-        for parameter, gradient in zip(weights, gradients[len(names) :], strict=True):
-            parameter.grad = gradient
+            name: _joined([
+                gather(torch.cat([block.outputs[name].detach() for block in of_blocks]), self._sizes(length))
+                for of_blocks, length in zip(passed, lengths, strict=True)
+            ]).requires_grad_()
+            for name in loss.read_by_all
+        }  # fmt: skip
+        weights = [p for p in loss.parameters() if p.requires_grad]
+
+        def terms_of(_: Lane, block: int) -> dict[str, Terms]:
+            with torch.enable_grad():
+                return loss.all_terms(everyone, labels, blocks.part(len(labels), block), host_labels)
+
+        def of_block(_: Lane, terms: dict[str, Terms]) -> list[Tensor | None]:
+            pairs = [(t.sum, objective.scales[name]) for name, t in terms.items()]
+            return gradients_of(pairs, [*everyone.values(), *weights])
+
+        terms = self.lanes.map(terms_of, blocks.own)
+        objective = objective_of_blocks(terms, loss.backward_weights, blocks)
+        gradients = self.lanes.map(of_block, terms)
+        added = TreeSum(blocks)
+        for block, own in zip(blocks.own, gradients, strict=True):
+            of_outputs = zip(own, everyone.values(), strict=False)
+            added.add(block, torch.cat([_or_zeros(g, x).flatten() for g, x in of_outputs]))
+        total = added.total().split([x.numel() for x in everyone.values()])
         if figures is not None:
-            figures |= figures_of(self.loss.of_all.values(), everyone, labels, host_labels)
-        each = [all_sum(gradient).split(lengths) for gradient in gradients[: len(names)]]
+            figures |= figures_of(loss.of_all.values(), everyone, labels, host_labels)
         return _Mined(
             objective.values,
-            [
-                {name: parts[i][batch.part] for name, parts in zip(names, each, strict=True)}
-                for i, batch in enumerate(micro_batches)
-            ],
+            {name: gradient.view_as(x) for (name, x), gradient in zip(everyone.items(), total, strict=True)},
+            [own[len(everyone) :] for own in gradients],
         )
 
-    def _part_sizes(self, batch: Batch) -> list[int]:
-        """Rows of each rank's outputs: a sample's views are on one rank."""
-        return [size * self.views for size in part_sizes(len(batch.labels) // self.views, world_size())]
+    def _sizes(self, num_samples: int) -> list[int]:
+        """How many samples of a (micro-)batch each rank has; a sample's views are on one."""
+        return [size * self.views for size in self.blocks.shares(num_samples // self.views)]
 
     def state_dict(self) -> dict[str, Any]:
         """The state to resume from, as plain tensors and numbers. Every rank must call it."""
@@ -197,7 +277,7 @@ class Step(ABC):
             "model": with_mean_statistics(self.model),
             "loss": self.loss.state_dict(),
             "optimizer": self._descent.optimizer.state_dict(),
-            "sums": self.sums.of_each_rank(),
+            "sums": self.sums.of_each_block(),
             "inputs": self.inputs._asdict(),
         }
 
@@ -218,5 +298,13 @@ class Step(ABC):
         return {"loss": self.loss.total(figures), **figures}
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _length(block: Batch) -> int:
+    return block.part.stop - block.part.start
+
+
+def _or_zeros(gradient: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if gradient is None else gradient

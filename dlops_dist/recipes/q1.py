@@ -41,8 +41,9 @@ class Model(Section):
     """cifar: 3x3 convolution, stride 1, no pooling. imagenet: 7x7, stride 2, max-pool (10 times cheaper)."""
     width: int = Field(64, ge=1)
     """Channels of the first stage; the embedding has 8 times as many values."""
-    norm: Literal["sync", "local"] = "sync"
-    """Batch norm over all ranks (exact for any number of workers), or over each rank's own part."""
+    norm: Literal["block", "sync", "local"] = "block"
+    """Batch norm over each block of the batch (the same bits for any number of workers), over all ranks (equal up to
+    rounding), or over each rank's own part."""
 
 
 class Triplet(Section):
@@ -101,13 +102,13 @@ class Settings(Run):
 def recipe(settings: Settings, inputs: Inputs) -> Recipe:
     from torch import nn
 
-    from dlops_dist.distributed.norm import SyncBatchNorm2d
+    from dlops_dist.distributed.norm import BlockBatchNorm2d, SyncBatchNorm2d
     from dlops_dist.engine.recipe import Recipe
     from dlops_dist.losses import CenterLoss, CrossEntropyLoss, TripletLoss
     from dlops_dist.models.resnet import resnet18
 
     chosen, triplet, center = settings.model, settings.triplet, settings.center
-    norm = SyncBatchNorm2d if chosen.norm == "sync" else nn.BatchNorm2d
+    norm = {"block": BlockBatchNorm2d, "sync": SyncBatchNorm2d, "local": nn.BatchNorm2d}[chosen.norm]
     only_directions = settings.loss == "triplet" and triplet.normalize and triplet.ce_weight == 0
     model = resnet18(
         inputs.num_classes, chosen.stem, chosen.width, norm, DETACHED_HEAD_NORM if only_directions else None

@@ -45,8 +45,9 @@ class Autoencoders(Section):
     """The classifier reads the code of the layer with so many units."""
     tied: bool = False
     """Decode by the transposed weights of the encoder."""
-    norm: Literal["none", "batch", "layer"] = "none"
-    """Normalise each encoder's units before the ReLU: over the samples of all ranks, or over the layer's units."""
+    norm: Literal["none", "batch", "sync", "layer"] = "none"
+    """Normalise each encoder's units before the ReLU: over the samples of a block, of all workers, or over the layer's
+    units. sync: the code that the classifier reads, too."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Part of the units that the classifier's training drops: of the code, and with finetune of every layer below."""
     standardize: bool = True

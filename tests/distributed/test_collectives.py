@@ -14,6 +14,7 @@ from dlops_dist.distributed.collectives import all_sum, gather, rank, world_size
 from dlops_dist.distributed.norm import SyncBatchNorm1d, SyncBatchNorm2d, average_running_statistics
 from dlops_dist.distributed.objective import global_objective, update_state
 from dlops_dist.distributed.ranks import run_ranks
+from dlops_dist.distributed.tree import Blocks
 from dlops_dist.errors import RunError
 from dlops_dist.losses import CenterLoss, CrossEntropyLoss, Terms
 
@@ -112,7 +113,7 @@ def centers_after(x, labels, sizes, num_classes):
     loss = CenterLoss(num_classes, x.shape[1]).double()
     part = slice(sum(sizes[: rank()]), sum(sizes[: rank() + 1]))
     for _ in range(3):
-        update_state(loss, x[part], labels[part], sizes)
+        update_state(loss, [x[part]], [labels[part]], sizes, Blocks())
     return loss.centers
 
 

@@ -14,8 +14,7 @@ from torch import nn
 from dlops_dist.config import load_recipe
 from dlops_dist.console import epoch_line
 from dlops_dist.data.loader import read_ahead
-from dlops_dist.data.order import rank_part
-from dlops_dist.distributed.collectives import rank, world_size
+from dlops_dist.distributed.collectives import rank
 from dlops_dist.distributed.norm import SyncBatchNorm1d, SyncBatchNorm2d
 from dlops_dist.engine import evaluation
 from dlops_dist.engine.evaluation import evaluate
@@ -103,9 +102,11 @@ def test_retrieval_in_an_open_set_is_equal_on_any_number_of_ranks():
 
 def trained_figures(labels, steps, **values):
     """Of an epoch of some steps, each on these samples, on this rank."""
-    settings = Q1(model={"width": 8}, precision="float64", loss="triplet", optimizer={"lr": 0.001}, **values)
+    settings = Q1(
+        model={"width": 8, "norm": "sync"}, precision="float64", loss="triplet", optimizer={"lr": 0.001}, **values
+    )
     learner = Learner(settings, Inputs(5, (0.5,) * 3, (0.25,) * 3), len(steps), CPU)
-    batches = [(np.array(ids), rank_part(len(ids), rank(), world_size())) for ids in steps]
+    batches = [(np.array(ids), learner.blocks.share(len(ids))) for ids in steps]
     for step, batch in enumerate(read_ahead(Images(labels), batches, CPU, 1, 1)):
         learner.step([batch], 0, step)
     return learner.end_epoch()

@@ -23,8 +23,8 @@ def train(loss, every, shards, runs):
     """The last checkpoint and the rows of steps, on rank 0."""
     settings = Q1(
         name="run", runs_dir=str(runs), epochs=1, global_batch_size=20, precision="float64", log_every=every,
-        wandb="off", data={"shards": str(shards), "reader": "decode"}, model={"width": 8, "stem": "imagenet"},
-        **LOSSES[loss],
+        wandb="off", data={"shards": str(shards), "reader": "decode"},
+        model={"width": 8, "stem": "imagenet", "norm": "sync"}, **LOSSES[loss],
     )  # fmt: skip
     fit(settings)
     if rank():

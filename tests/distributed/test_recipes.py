@@ -11,7 +11,7 @@ from states import distance, same_state, tensors, with_total_sums
 
 from dlops_dist.config import load_recipe
 from dlops_dist.data.loader import read_ahead
-from dlops_dist.data.order import blocks, rank_part
+from dlops_dist.data.order import blocks
 from dlops_dist.data.shards import Split, read_manifest
 from dlops_dist.distributed.collectives import rank, world_size
 from dlops_dist.engine import fit
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 def settings_of(shards, runs="unused", example=EXAMPLE, **changes):
     values = {
-        "name": "run", "runs_dir": str(runs), "epochs": 1, "global_batch_size": 22, "precision": "float64",
+        "name": "run", "runs_dir": str(runs), "epochs": 1, "global_batch_size": 22, "blocks": 4, "precision": "float64",
         "data": {"shards": str(shards), "reader": "decode", "val_fraction": 0.5}, "optimizer": {"lr": 0.01},
     }  # fmt: skip
     return load_recipe(example).settings_type(**{**values, **changes})
@@ -37,7 +37,7 @@ def one_step(example, shards, ids, size):
     manifest = read_manifest(shards)
     inputs = Inputs(10, manifest.mean, manifest.std, (32, 32))
     learner = Learner(settings_of(shards, example=example, **SMALL.get(Path(example).stem, {})), inputs, 10, CPU)
-    parts = [(part, rank_part(len(part), rank(), world_size())) for part in blocks(ids, size)]
+    parts = [(part, learner.blocks.share(len(part))) for part in blocks(ids, size)]
     batches = list(read_ahead(Split(shards, manifest, "train"), parts, CPU, 1, len(parts), learner.reads_next))
     value = learner.step(batches, epoch=1, step=5)
     gradients = {name: p.grad for name, p in [*learner.model.named_parameters(), *learner.loss.named_parameters()]}
@@ -49,14 +49,14 @@ SMALL = {
     "vit_timm": {"width": 32, "depth": 2},
     "everything": {"epochs": 2, "augment": {"mixup": 0.2, "cutmix": 1.0}, "ema_decay": 0.9},
 }
-STEPS = [("vit_timm", 2, 22), ("mixup", 3, 8)]
+STEPS = [("vit_timm", 2, 22), ("mixup", 3, 11)]
 MORE = [
-    ("proxy_anchor_pml", 2, 8), ("proxy_anchor_pml", 3, 22), ("proxy_anchor_pml", 4, 8),
-    ("arcface", 2, 8), ("arcface", 3, 22), ("arcface", 4, 22),
-    ("supcon", 2, 8), ("supcon", 3, 22), ("supcon", 4, 8), ("vit_timm", 3, 8), ("vit_timm", 4, 22),
+    ("proxy_anchor_pml", 2, 11), ("proxy_anchor_pml", 3, 22), ("proxy_anchor_pml", 4, 11),
+    ("arcface", 2, 11), ("arcface", 3, 22), ("arcface", 4, 22),
+    ("supcon", 2, 11), ("supcon", 3, 22), ("supcon", 4, 11), ("vit_timm", 3, 8), ("vit_timm", 4, 22),
     ("mixup", 2, 22), ("mixup", 4, 22),
-    ("adamw_randaugment", 2, 8), ("adamw_randaugment", 3, 22), ("adamw_randaugment", 4, 8),
-    ("open_set_retrieval", 2, 22), ("open_set_retrieval", 3, 8), ("open_set_retrieval", 4, 22),
+    ("adamw_randaugment", 2, 11), ("adamw_randaugment", 3, 22), ("adamw_randaugment", 4, 11),
+    ("open_set_retrieval", 2, 22), ("open_set_retrieval", 3, 11), ("open_set_retrieval", 4, 22),
     ("resnet50_torchvision", 3, 22),
 ]  # fmt: skip
 

@@ -16,9 +16,9 @@ from kept_ranks import on_ranks
 from states import distance, nearly, same_state, tensors, with_total_sums
 
 from dlops_dist.data.loader import read_ahead
-from dlops_dist.data.order import blocks, rank_part
+from dlops_dist.data.order import blocks
 from dlops_dist.data.shards import Split, read_manifest
-from dlops_dist.distributed.collectives import rank, world_size
+from dlops_dist.distributed.collectives import rank
 from dlops_dist.engine import evaluation, fit, prepare
 from dlops_dist.engine.events import Started
 from dlops_dist.engine.fit import _Fit
@@ -54,7 +54,7 @@ def settings_of(loss, shards, runs, val_fraction=0.1, **changes):
     batch = {"samples_per_class": None if LOSSES[loss].get("loss") != "triplet" else 4}
     values = {
         "name": "run", "runs_dir": str(runs), "epochs": 2, "global_batch_size": 20 if loss.endswith("hard") else 22,
-        "precision": "float64", "model": {"width": 8, "stem": "imagenet"}, **LOSSES[loss],
+        "precision": "float64", "model": {"width": 8, "stem": "imagenet", "norm": "sync"}, **LOSSES[loss],
     }  # fmt: skip
     cached = {"cache_dir": str(Path(shards).parent / "cache")}
     values["data"] = {
@@ -79,10 +79,14 @@ def train(loss, shards, runs):
 def one_step(loss, shards, ids, precision="float64"):
     """The state after one step on a global batch, and this rank's averaged gradients."""
     manifest = read_manifest(shards)
-    model = {"width": 8, "stem": "cifar"}  # leaves batch norm 16 values in the last stage: well-conditioned
+    model = {
+        "width": 8,
+        "stem": "cifar",
+        "norm": "sync",
+    }  # leaves batch norm 16 values in the last stage: well-conditioned
     settings = settings_of(loss, shards, "unused", model=model, precision=precision)
     learner = Learner(settings, Inputs(10, manifest.mean, manifest.std), 10, torch.device("cpu"))
-    part = rank_part(len(ids), rank(), world_size())
+    part = learner.blocks.share(len(ids))
     (batch,) = read_ahead(Split(shards, manifest, "train"), [(ids, part)], torch.device("cpu"), 1, 1)
     value = learner.step([batch], epoch=0, step=5)
     gradients = {name: p.grad for name, p in learner.model.named_parameters()}
@@ -93,13 +97,13 @@ def one_step(loss, shards, ids, precision="float64"):
 def micro_step(loss, shards, ids, size, norms_are_fixed=False):
     """One step on a global batch in micro-batches: what it leaves, as `one_step` gives it."""
     manifest = read_manifest(shards)
-    settings = settings_of(loss, shards, "unused", model={"width": 8, "stem": "cifar"})
+    settings = settings_of(loss, shards, "unused", model={"width": 8, "stem": "cifar", "norm": "sync"})
     learner = Learner(settings, Inputs(10, manifest.mean, manifest.std), 10, torch.device("cpu"))
     if norms_are_fixed:
         for module in learner.model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.eval().train = lambda mode=True, module=module: module
-    parts = [(part, rank_part(len(part), rank(), world_size())) for part in blocks(ids, size)]
+    parts = [(part, learner.blocks.share(len(part))) for part in blocks(ids, size)]
     batches = list(read_ahead(Split(shards, manifest, "train"), parts, torch.device("cpu"), 1, len(parts)))
     assert len(batches) == -(-len(ids) // size)
     value = learner.step(batches, epoch=0, step=5)

@@ -13,9 +13,9 @@ from kept_ranks import on_ranks
 from states import distance, nearly, tensors, with_total_sums
 
 from dlops_dist.data.loader import read_ahead
-from dlops_dist.data.order import blocks, rank_part
+from dlops_dist.data.order import blocks
 from dlops_dist.data.shards import read_manifest
-from dlops_dist.distributed.collectives import rank, world_size
+from dlops_dist.distributed.collectives import rank
 from dlops_dist.engine import fit, prepare
 from dlops_dist.engine.fit import _Fit
 from dlops_dist.engine.prepare import stages_of
@@ -26,12 +26,14 @@ from dlops_dist.recipes.stacked.stages import Shared
 
 CPU = torch.device("cpu")
 KINDS = {
-    "tied, masked": {"model": {"tied": True}, "pretrain": {"corruption": "masking"}},
+    "tied, masked": {"model": {"tied": True, "standardize": False}, "pretrain": {"corruption": "masking"}},
     "batch norm, noise, dropout": {
-        "model": {"norm": "batch", "dropout": 0.3}, "pretrain": {"corruption": "gaussian"}, "finetune": True,
+        "model": {"norm": "sync", "dropout": 0.3}, "pretrain": {"corruption": "gaussian"}, "finetune": True,
         "ema_decay": 0.9, "flip_test": True,
     },
-    "layer norm, codes not kept": {"model": {"norm": "layer"}, "pretrain": {"codes_gb": 0}, "finetune": True},
+    "layer norm, codes not kept": {
+        "model": {"norm": "layer", "standardize": False}, "pretrain": {"codes_gb": 0}, "finetune": True,
+    },
 }  # fmt: skip
 STAGES = ("layer 1", "layer 2", "layer 3", "joint", "classifier")
 
@@ -59,7 +61,7 @@ def one_step(stage, ids, size):
     """What a step on one global batch leaves: the state of the stage's learner, gradients, and its figures."""
     learner = stage.learner()
     reader = stage.reader(learner)
-    parts = [(part, rank_part(len(part), rank(), world_size())) for part in blocks(np.array(ids), size)]
+    parts = [(part, learner.blocks.share(len(part))) for part in blocks(np.array(ids), size)]
     value = learner.step(list(read_ahead(reader, parts, CPU, 1, len(parts))), epoch=3, step=5)
     gradients = {n: p.grad for n, p in learner.model.named_parameters() if p.grad is not None}
     figures = {n: torch.tensor([v]) for n, v in stage.figures(learner).items() if isinstance(v, float)}

@@ -10,13 +10,15 @@ from kept_ranks import on_ranks
 
 from dlops_dist import verify
 from dlops_dist.distributed import ranks
+from dlops_dist.engine import hashes
+from dlops_dist.engine.usual import measure
 from dlops_dist.errors import RunError, UserError
 
 
 @pytest.fixture(scope="module")
 def measured():
     """What each rank of one and of two measured."""
-    return {number: on_ranks(verify.measure, number) for number in (1, 2)}
+    return {number: on_ranks(measure, number) for number in (1, 2)}
 
 
 @pytest.fixture
@@ -24,7 +26,15 @@ def verified(measured, monkeypatch):
     """Runs the command for two workers, with what was measured."""
     monkeypatch.setattr(ranks, "run_ranks", lambda function, number, timeout_s: measured[number])
     monkeypatch.setattr(sys, "argv", ["verify", "--workers", "2"])
+    hash_few(monkeypatch)
     return verify.main
+
+
+def hash_few(monkeypatch):
+    """On ranks that are kept."""
+    monkeypatch.setenv("COLUMNS", "200")
+    for name, value in {"run_ranks": on_ranks, "WORKERS": (1, 2), "MOVED": (2, 1), "STEPS": 2}.items():
+        monkeypatch.setattr(hashes, name, value)
 
 
 def test_ours_agree_and_the_usual_formulations_do_not(verified, capsys):
@@ -38,6 +48,23 @@ def test_ours_agree_and_the_usual_formulations_do_not(verified, capsys):
     assert max(ours) < 1e-6
     assert len(usual) == 8
     assert min(usual) > 1e-2
+    found = [
+        re.findall(r"\b[0-9a-f]{12}\b", line) for line in output.splitlines() if "float32" in line or "bf16" in line
+    ]
+    assert len(found) == 6
+    for one, two, moved, ddp_one, ddp_two in found:
+        assert one == two == moved != ddp_one != ddp_two
+
+
+def test_other_bits_are_a_failure(monkeypatch):
+    def ours(cases, tell):
+        return {who: [hashes.Hashed(who, b"", None)] * len(cases) for who in ("1 worker", "2 workers")}
+
+    monkeypatch.setattr(sys, "argv", ["verify", "--bits"])
+    monkeypatch.setattr(hashes, "ours", ours)
+    monkeypatch.setattr(hashes, "under_ddp", lambda cases, tell: [["-"]] * len(cases))
+    with pytest.raises(RunError, match="other bits on other numbers of workers: ce, float32, ce, bf16, triplet"):
+        verify.main()
 
 
 def test_more_than_promised_is_a_failure(verified, monkeypatch):

@@ -1,5 +1,6 @@
 """A user proves his own recipe: what is exact is shown to be, what is not is named."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from kept_ranks import on_ranks
 
 from dlops_dist import verify
 from dlops_dist.distributed import ranks
+from dlops_dist.engine import hashes
 from dlops_dist.errors import RunError
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -66,6 +68,9 @@ def with_more(argument):
 def verify_file(monkeypatch, shapes_shards):
     """Runs the command for 1, 2 and 3 workers on a recipe's file."""
     monkeypatch.setattr(ranks, "run_ranks", on_ranks)
+    monkeypatch.setenv("COLUMNS", "200")
+    for name, value in {"run_ranks": on_ranks, "WORKERS": (1, 2, 3), "MOVED": (2, 1), "STEPS": 2}.items():
+        monkeypatch.setattr(hashes, name, value)
 
     def run(path, *settings, workers=("1", "2", "3")):
         arguments = [str(path), "--data.shards", str(shapes_shards), *settings, "--workers", *workers]
@@ -98,6 +103,14 @@ def test_a_recipe_that_is_exact_is_shown_to_be(verified, capsys):
     for what in ("train triplet", "gradient of trunk.conv", "running statistics", "weights and state of losses",
                  "test recall_at_1", "a resume, to the bit"):  # fmt: skip
         assert what in output
+    for line in output.splitlines():
+        if "float32" in line or "bf16" in line:
+            assert len(set(re.findall(r"\b[0-9a-f]{12}\b", line)[:4])) == 1, line
+
+
+def test_a_recipe_of_norms_over_all_workers_says_why_its_bits_may_differ(verified, capsys):
+    verified((", inputs.image_size)", ', inputs.image_size, norm="sync")'))
+    assert "float32: rounding: trunk.norm is a batch norm over all workers' samples" in capsys.readouterr().out
 
 
 INEXACT = {

@@ -453,6 +453,7 @@ CHANGES_THE_RESULT = {
     "epochs": 11, "global_batch_size": 64, "micro_batch_size": 32, "seed": 1, "precision": "float64", "ema_decay": 0.9,
     "flip_test": True, "init_from": "elsewhere", "freeze": ("conv1",), "choose_by": "val/loss", "patience": 3,
     "compile": True, "deterministic": False, "loss": "center",
+    "exactness": "rounding", "blocks": 2, "threads_per_block": 2,
     "data.order": "balanced", "data.samples_per_class": 8, "data.drop_last": False, "data.val_fraction": 0.1,
     "data.small_classes": "repeat",
     "augment.crop_padding": 1, "augment.flip": False, "augment.resized_crop": 0.5, "augment.brightness": 0.1,

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dlops_dist.distributed.exact import Embedder, KeyedDropout, exact, inexact_allowed
-from dlops_dist.distributed.norm import SyncBatchNorm2d
+from dlops_dist.distributed.norm import BlockBatchNorm2d, SyncBatchNorm2d
 from dlops_dist.errors import RunError
 
 IMAGES = torch.rand(4, 3, 8, 8, dtype=torch.float64)
@@ -68,12 +68,13 @@ def test_one_dropout_in_two_places_is_refused(user_error):
         exact(nn.Sequential(nn.Flatten(), dropout, nn.Linear(192, 192), dropout), IMAGES, 192)
 
 
-def test_norms_are_ours_and_keep_their_state():
+@pytest.mark.parametrize(("over", "kind"), [("block", BlockBatchNorm2d), ("sync", SyncBatchNorm2d)])
+def test_norms_are_ours_and_keep_their_state(over, kind):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=0.3), nn.Flatten())
     model(torch.rand(4, 3, 8, 8))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    norm = exact(model, IMAGES, 144)[1]
-    assert (type(norm), norm.momentum) == (SyncBatchNorm2d, 0.3)
+    norm = exact(model, IMAGES, 144, over)[1]
+    assert (type(norm), norm.momentum) == (kind, 0.3)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

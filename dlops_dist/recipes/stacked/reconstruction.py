@@ -48,7 +48,9 @@ class ReconstructionLearner(Step):
         epochs = self._chosen.joint_epochs if layer is None else self._chosen.epochs
         descent = Descent(self._trained, settings, self._chosen.optimizer, epochs, steps_per_epoch, device)
         loss = Losses({"loss": (1.0, ReconstructionLoss())})
-        super().__init__(settings, inputs, device, stack, loss, descent, EpochSums(["loss"], [], device))
+        super().__init__(
+            settings, inputs, device, stack, loss, descent, EpochSums(["loss"], [], device, descent.plan.blocks)
+        )
 
     def seen(self, batch: Batch, epoch: int) -> Seen:
         """The first layer and the whole stack see changing images; layers between, codes of images as they are."""

@@ -13,7 +13,7 @@ from torch import nn
 from dlops_dist.data.loader import TrainingOrder
 from dlops_dist.data.order import Ids
 from dlops_dist.data.readers import Joined, Reader
-from dlops_dist.distributed.norm import SyncBatchNorm1d
+from dlops_dist.distributed.norm import BlockBatchNorm1d, SyncBatchNorm1d
 from dlops_dist.engine.learner import Learner
 from dlops_dist.engine.recipe import Recipe
 from dlops_dist.engine.samples import Inputs, Samples, balance_notices, training_order
@@ -27,7 +27,7 @@ from dlops_dist.recipes.stacked.reconstruction import ReconstructionLearner
 
 MEASURED = 1024
 """Samples whose mean square stands for that of all."""
-NORMS = {"none": None, "batch": SyncBatchNorm1d, "layer": nn.LayerNorm}
+NORMS = {"none": None, "batch": BlockBatchNorm1d, "sync": SyncBatchNorm1d, "layer": nn.LayerNorm}
 
 
 def stacked_stages(
@@ -157,8 +157,9 @@ def build_stack(settings: Settings, inputs: Inputs) -> StackedAutoencoder:
 def classifier(settings: Settings, inputs: Inputs, stack: StackedAutoencoder) -> Recipe:
     """A new head on copies of the encoders."""
     chosen = settings.model
+    over = SyncBatchNorm1d if chosen.norm == "sync" else BlockBatchNorm1d
     model = StackedAutoencoderClassifier(
         copy.deepcopy(stack.encoders), chosen.code_layer, inputs.num_classes, chosen.dropout, settings.finetune,
-        SyncBatchNorm1d if chosen.standardize else None,
+        over if chosen.standardize else None,
     )  # fmt: skip
     return Recipe(model, {"ce": (1.0, CrossEntropyLoss(settings.ce.label_smoothing))})

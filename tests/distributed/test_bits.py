@@ -1,0 +1,127 @@
+"""The same bits on any number of ranks: whole runs, whose checkpoints and rows are compared byte for byte."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from kept_ranks import on_ranks
+
+from dlops_dist.config import load_recipe
+from dlops_dist.distributed.collectives import rank, world_size
+from dlops_dist.engine import fit
+from dlops_dist.engine.exactness import default_blocks
+from dlops_dist.errors import RunError, UserError
+
+CHANGES = {"resized_crop": 0.4, "brightness": 0.3, "contrast": 0.3, "saturation": 0.3, "cutout": 8}
+TRIPLET = {"loss": "triplet", "optimizer": {"lr": 0.002}, "global_batch_size": 24}
+RUNS = {
+    "ce": {
+        "ce": {"label_smoothing": 0.1}, "optimizer": {"lr": 0.02, "clip_norm": 1.0}, "ema_decay": 0.9,
+        "flip_test": True, "augment": {"mixup": 0.2, "cutmix": 1.0},
+    },
+    "ce, bf16": {"precision": "bf16", "augment": CHANGES},
+    "batch-hard": {**TRIPLET, "triplet": {"ce_weight": 0.5}},
+    "batch-hard, micro-batches": {**TRIPLET, "micro_batch_size": 11},
+    "semi-hard": {**TRIPLET, "triplet": {"mining": "semi-hard", "average": "active"}},
+    "all": {**TRIPLET, "triplet": {"mining": "all"}, "data": {"order": "uniform"}, "blocks": 6},
+    "center": {"loss": "center", "micro_batch_size": 12, "data": {"drop_last": False}, "model": {"stem": "cifar"}},
+    "center, more classes than samples": {"loss": "center", "global_batch_size": 9, "augment": {"flip": False}},
+}  # fmt: skip
+"""Two epochs; blocks of unequal sizes."""
+
+
+def settings_of(run, shards, runs, **more):
+    changes = {**RUNS[run], **more}
+    values = {
+        "name": "run", "runs_dir": str(runs), "epochs": 2, "global_batch_size": 23, "blocks": 4,
+        "exactness": "bits", "checkpoint_every": 3, "keep_checkpoints": 99,
+        **changes, "model": {"width": 8, "stem": "imagenet", **changes.get("model", {})},
+        "data": {"shards": str(shards), "val_fraction": 0.5, "reader": "decode", **changes.get("data", {})},
+    }  # fmt: skip
+    return load_recipe("q1").settings_type(**values)
+
+
+def trained(run, shards, runs, after=None, **more):
+    """Train to the end from a checkpoint, forgetting later ones; every file of results that the run then has."""
+    folder = Path(runs) / "run/checkpoints"
+    if after is not None and rank() == 0:
+        for path in folder.iterdir():
+            if path.name > f"step-{after:09d}.pt":
+                path.unlink()
+    if world_size() > 1:
+        torch.distributed.barrier()
+    fit(settings_of(run, shards, runs, **more))
+    if world_size() > 1:
+        torch.distributed.barrier()
+    rows = [json.loads(line) for line in (folder.parent / "metrics.jsonl").read_text().splitlines()]
+    found = {path.name: path.read_bytes() for path in folder.iterdir()}
+    return found | {"rows": [{k: v for k, v in row.items() if not k.endswith("_s")} for row in rows]}
+
+
+FEW = [("ce", 3), ("batch-hard", 4), ("center", 2)]
+MORE = [(run, ranks) for run in RUNS for ranks in (2, 3, 4) if (run, ranks) not in FEW]
+
+
+@pytest.mark.parametrize(("run", "ranks"), [*FEW, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)])
+def test_a_run_on_any_number_of_ranks_leaves_the_bytes_of_one_process(run, ranks, shapes_shards, tmp_path):
+    expected = trained(run, shapes_shards, tmp_path / "one")
+    assert len(expected) > 4
+    for found in on_ranks(trained, ranks, run, shapes_shards, tmp_path / "ranks"):
+        assert found["rows"] == expected["rows"]
+        assert found.keys() == expected.keys()
+        assert [name for name in expected if found[name] != expected[name]] == []
+
+
+def test_a_run_that_shrinks_and_grows_in_the_middle_of_an_epoch_does_too(shapes_shards, tmp_path):
+    expected = trained("batch-hard", shapes_shards, tmp_path / "one")
+    moved = tmp_path / "moved"
+    on_ranks(trained, 4, "batch-hard", shapes_shards, moved)
+    trained("batch-hard", shapes_shards, moved, after=3)
+    assert on_ranks(trained, 3, "batch-hard", shapes_shards, moved, 6)[0] == expected
+
+
+def test_a_worker_with_more_cores_computes_several_blocks_at_once_to_the_same_bits(
+    shapes_shards, tmp_path, monkeypatch
+):
+    threads = torch.get_num_threads()
+    expected = trained("ce", shapes_shards, tmp_path / "one core")
+    monkeypatch.setattr("dlops_dist.engine.exactness.threads_at_start", lambda: 3)
+    assert trained("ce", shapes_shards, tmp_path / "three cores") == expected
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "blocks"), [(1, 1), (63, 1), (64, 2), (127, 2), (128, 4), (255, 4), (256, 8), (4096, 8)]
+)
+def test_by_default_blocks_have_32_samples_or_more(batch_size, blocks):
+    assert default_blocks(batch_size) == blocks
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"blocks": 24}, "blocks: 24 are more than the 23 samples of a batch"),
+        ({"model": {"norm": "sync"}}, "exactness: bits cannot be had: .*bn1 is a batch norm over all workers' samples"),
+        ({"model": {"norm": "local"}}, "exactness: bits cannot be had: .*bn1 .* results depend on --workers"),
+        ({"deterministic": False}, "exactness: bits cannot be had: --no-deterministic"),
+        ({"blocks": 22}, "batch norm sees one value in each of 64 channels"),
+    ],
+)
+def test_what_cannot_be_had_is_refused(changes, said, shapes_shards, tmp_path):
+    with pytest.raises((UserError, RunError), match=said):
+        trained("ce", shapes_shards, tmp_path, **changes)
+
+
+def test_more_ranks_than_blocks_are_refused(shapes_shards, tmp_path):
+    (said, _) = on_ranks(refused, 2, shapes_shards, tmp_path)
+    assert said == (
+        "workers: 2 are more than the 1 block of a batch of 23; start at most 1, or pass --blocks 2, with other bits, "
+        "or --exactness rounding"
+    )
+
+
+def refused(shards, runs):
+    with pytest.raises(UserError) as error:
+        trained("ce", shards, runs, blocks=1)
+    return str(error.value)
