@@ -14,13 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 from command import CACHE, ROOT, TINY, call, rows, run, start, wait_until
-from kept_ranks import on_ranks
-from states import nearly, same_checkpoint
 
-from dlops_dist.command_line import read_settings
-from dlops_dist.engine import fit
-
-SETTINGS = [*TINY, "--precision", "float64", "--epochs", "2", "--name", "run"]
+SETTINGS = [*TINY, "--blocks", "4", "--exactness", "bits", "--epochs", "2", "--name", "run"]
 RAY = Path(sys.executable).parent / "ray"
 
 
@@ -93,10 +88,6 @@ def train(shards, runs, *arguments, env):
     return run(*command(shards, runs, *arguments), timeout_s=180, env=env)
 
 
-def train_here(shards, runs, *arguments):
-    return call(*command(shards, runs, *arguments), "--local")
-
-
 def command(shards, runs, *arguments):
     return "train", "q1", "--data.shards", shards, "--runs-dir", runs, *SETTINGS, *arguments
 
@@ -107,10 +98,17 @@ def assert_two_workers_are_as_one(arguments, result, cluster, tmp_path):
     assert code == 0, output
     assert "2 workers on cpu" in output
     assert output.splitlines()[-1].startswith(result)
-    code, output = call(*arguments, "--runs-dir", tmp_path / "local", "--local")
+    assert_is_that_of_one_process(tmp_path / "ray/run", *arguments)
+
+
+def assert_is_that_of_one_process(run_folder, *command):
+    """Its rows, and its last checkpoint byte for byte."""
+    whole = run_folder.parent.parent / "whole"
+    code, output = call(*command, "--runs-dir", whole, "--workers", "1", "--local")
     assert code == 0, output
-    for ours, theirs in zip(rows(tmp_path / "ray/run"), rows(tmp_path / "local/run"), strict=True):
-        assert ours == nearly(theirs)
+    assert rows(run_folder) == rows(whole / "run")
+    ours, theirs = (max((folder / "checkpoints").iterdir()) for folder in (run_folder, whole / "run"))
+    assert (ours.name, ours.read_bytes()) == (theirs.name, theirs.read_bytes())
 
 
 def test_ray_workers_compute_what_one_process_computes(cluster, shapes_shards, tmp_path):
@@ -124,14 +122,14 @@ def test_a_users_recipe_on_ray_workers_computes_what_one_process_computes(cluste
     """The workers need not see its file, which is where the command runs."""
     recipe = tmp_path / "mine.py"
     recipe.write_bytes((ROOT / "tests/everything.py").read_bytes())
-    arguments = ["train", recipe, "--data.shards", shapes_shards, "--data.cache-dir", CACHE, "--precision", "float64"]
+    arguments = ["train", recipe, "--data.shards", shapes_shards, "--data.cache-dir", CACHE, "--blocks", "4"]
     arguments += ["--name", "run", "--global-batch-size", "22", "--epochs", "1", "--augment.mixup", "0.2"]
     assert_two_workers_are_as_one(arguments, "result: mine after 1 epochs: test loss ", cluster, tmp_path)
 
 
 @pytest.mark.slow
 def test_q2_on_ray_workers_computes_what_one_process_computes(cluster, stl_shards, tmp_path):
-    arguments = ["train", "q2", "--data.shards", stl_shards, "--data.cache-dir", CACHE, "--precision", "float64"]
+    arguments = ["train", "q2", "--data.shards", stl_shards, "--data.cache-dir", CACHE, "--blocks", "4"]
     arguments += ["--name", "run", "--global-batch-size", "22", "--epochs", "2", "--model.layers", "12", "9", "5"]
     arguments += ["--model.code-layer", "9", "--pretrain.epochs", "1", "--pretrain.optimizer.lr", "0.2", "--finetune"]
     assert_two_workers_are_as_one(arguments, "result: q2 finetuned after 5 epochs: test loss ", cluster, tmp_path)
@@ -219,21 +217,16 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_a_line_and_no_restart(clust
 def test_a_killed_worker_changes_no_bit_of_the_result(cluster, shapes_shards, tmp_path):
     arguments = ["--loss", "triplet", "--optimizer.lr", "0.002", "--ema-decay", "0.95"]
     arguments += ["--workers", "3", "--epochs", "12", "--checkpoint-every", "4"]
-    command = ["train", "q1", "--data.shards", shapes_shards, *SETTINGS, "--precision", "float32", *arguments]
+    command = ["train", "q1", "--data.shards", shapes_shards, *SETTINGS, *arguments]
     killed_and_whole(command, 2, 12, cluster, tmp_path)
 
 
 @pytest.mark.slow
 def test_a_killed_worker_of_q2_changes_no_bit_of_the_result(cluster, stl_shards, tmp_path):
     command = ["train", "q2", "--data.shards", stl_shards, "--data.cache-dir", CACHE, "--name", "run", "--workers", "3"]
-    command += ["--global-batch-size", "22", "--epochs", "2", "--model.layers", "12", "9", "5"]
+    command += ["--global-batch-size", "22", "--blocks", "4", "--epochs", "2", "--model.layers", "12", "9", "5"]
     command += ["--model.code-layer", "9", "--pretrain.epochs", "20", "--checkpoint-every", "2"]
     killed_and_whole(command, 25, 62, cluster, tmp_path)
-
-
-def fitted(task, *arguments):
-    """A command's run, as a rank that no Ray has started trains it."""
-    fit(read_settings(task, [str(argument) for argument in arguments]), task=task)
 
 
 def killed_and_whole(command, after, epochs, cluster, tmp_path):
@@ -247,9 +240,7 @@ def killed_and_whole(command, after, epochs, cluster, tmp_path):
     output, _ = process.communicate(timeout=180)
     assert process.returncode == 0, output
     assert " from step " in output
-    on_ranks(fitted, 3, *command[1:], "--runs-dir", tmp_path / "whole", timeout_s=180)
-    assert rows(tmp_path / "killed/run") == rows(tmp_path / "whole/run")
-    assert same_checkpoint(*(max((tmp_path / runs / "run/checkpoints").iterdir()) for runs in ("killed", "whole")))
+    assert_is_that_of_one_process(tmp_path / "killed/run", *command)
 
 
 @pytest.mark.slow
@@ -269,10 +260,8 @@ def test_a_lost_node_leaves_the_others_to_go_on_to_the_same_result(shapes_shards
     assert "2 workers on cpu" in first
     assert "1 worker on cpu" in second
     assert " from step " in second
-    code, output = train_here(shapes_shards, tmp_path / "whole", *arguments)
-    assert code == 0, output
-    for ours, theirs in zip(rows(tmp_path / "lost/run"), rows(tmp_path / "whole/run"), strict=True):
-        assert ours == nearly(theirs)
+    command = ["train", "q1", "--data.shards", shapes_shards, *SETTINGS, *arguments]
+    assert_is_that_of_one_process(tmp_path / "lost/run", *command)
 
 
 @pytest.mark.root
@@ -375,7 +364,7 @@ def test_ctrl_c_while_ray_starts_what_is_needed_is_one_line(after, cluster, shap
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["ray job stop", "Ctrl-C"])
 def test_a_stopped_job_or_command_goes_on_to_the_same_bits(how, cluster, shapes_shards, tmp_path):
-    arguments = ["--precision", "float32", "--epochs", "12", "--checkpoint-every", "4"]
+    arguments = ["--epochs", "12", "--checkpoint-every", "4"]
     metrics = tmp_path / "stopped/run/metrics.jsonl"
     if how == "Ctrl-C":
         process = start("train", *training(shapes_shards, tmp_path / "stopped", *arguments)[3:], env=cluster)
@@ -399,7 +388,4 @@ def test_a_stopped_job_or_command_goes_on_to_the_same_bits(how, cluster, shapes_
     code, output = run("train", *again, env=cluster, timeout_s=180)
     assert code == 0, output
     assert " from step " in output
-    on_ranks(fitted, 2, *training(shapes_shards, tmp_path / "whole", *arguments)[3:], timeout_s=180)
-    assert rows(tmp_path / "stopped/run") == rows(tmp_path / "whole/run")
-    last = [max((tmp_path / runs / "run/checkpoints").iterdir()) for runs in ("stopped", "whole")]
-    assert same_checkpoint(*last)
+    assert_is_that_of_one_process(tmp_path / "stopped/run", "train", *again)
