@@ -5,7 +5,8 @@
 For W ranks, P parameters, batch norms of c channels each, G samples of D embedding values, C classes, 4 bytes each,
 a ring sends over all ranks together
 
-    gradients (DDP)      all-reduce of P:                          2 (W-1) P
+    gradients            all-to-all and all-gather of P:           2 (W-1) P, as an all-reduce (DDP's) of P
+    in blocks            the same, norms' statistics with them:    2 (W-1) (P + sum_c 2c), W a power of two
     sync batch norm      all-gathers of 2c+1 and of 2c:            sum_c  W (W-1) (4c+1)
     triplets             all-gather and all-reduce of G D:         W (W-1) ceil(G/W) D + 2 (W-1) G D
     centres              all-reduce of C (D+1):                    2 (W-1) C (D+1)
@@ -21,8 +22,6 @@ import torch
 from torch import nn
 
 from dlops_dist.data.loader import Batch
-from dlops_dist.data.order import rank_part
-from dlops_dist.distributed.collectives import rank, world_size
 from dlops_dist.distributed.ranks import run_ranks
 from dlops_dist.engine.learner import Learner
 from dlops_dist.engine.samples import Inputs
@@ -31,7 +30,8 @@ from dlops_dist.recipes.q1 import Settings as Q1
 CLASSES = 200
 VARIANTS = {
     "gradients": {"model": {"norm": "local"}},
-    "sync batch norm": {},
+    "in blocks": {},
+    "sync batch norm": {"model": {"norm": "sync"}},
     "triplets": {"model": {"norm": "local"}, "loss": "triplet"},
     "centres": {"model": {"norm": "local"}, "loss": "center"},
 }
@@ -62,6 +62,7 @@ def formulas(workers: int, batch: int) -> dict[str, float]:
     dim, reduce, gather = model.embedding_dim, 2 * (workers - 1), workers * (workers - 1)
     return {
         "gradients": 4 * reduce * sum(p.numel() for p in model.parameters()),
+        "in blocks": 4 * reduce * 2 * sum(channels),
         "sync batch norm": 4 * sum(gather * (4 * c + 1) for c in channels),
         "triplets": 4 * (gather * ceil(batch / workers) * dim + reduce * batch * dim),
         "centres": 4 * reduce * CLASSES * (dim + 1),
@@ -77,9 +78,9 @@ def learner_of(changes: dict, batch: int) -> Learner:
 
 
 def count(changes: dict, batch: int, steps: int) -> float:
-    """Bytes on the loopback for each step, after one that is not counted (in which DDP settles its buckets)."""
+    """Bytes on the loopback for each step, after one that is not counted."""
     learner = learner_of(changes, batch)
-    part = rank_part(batch, rank(), world_size())
+    part = learner.blocks.share(batch)
     labels = torch.arange(batch) % CLASSES
     images = torch.randint(256, (part.stop - part.start, 32, 32, 3), dtype=torch.uint8)
     own = Batch(images, torch.arange(batch)[part], labels, part, labels.numpy())

@@ -32,6 +32,7 @@ class Size(NamedTuple):
     gathered: int
     """Outputs of each sample, embeddings or logits, that losses gather."""
     bytes_each: int
+    exactness: str
 
 
 def describe(task: str, settings: Run, origins: dict[str, str]) -> Iterator[str]:
@@ -64,6 +65,7 @@ def describe(task: str, settings: Run, origins: dict[str, str]) -> Iterator[str]
         epochs, steps = stage.epochs, stage.order.steps_per_epoch
         yield f"{stage.name or 'steps'}: {steps:,} an epoch, {epochs * steps:,} in {epochs} epoch{'s' * (epochs > 1)}"
         yield f"  parameters: {size.parameters:,}; values trained, with those of losses: {size.trained:,}"
+        yield f"  exactness: {size.exactness}"
         yield f"  exchange: {exchange_of(size, settings)}"
         yield f"  memory: {held_by(size, settings) / 1e6:,.1f} MB in each worker"
     steps = sum(stage.epochs * stage.order.steps_per_epoch for stage in stages)
@@ -77,7 +79,13 @@ def size_of(learner: Any, num_classes: int) -> Size:
     moved = [t for t in learner.equal_on_all_ranks().values() if t.requires_grad or not isinstance(t, nn.Parameter)]
     read = {loss.reads for loss in learner.loss.modules() if getattr(loss, "sees", "own") == "all"}
     gathered = sum(num_classes if name == "logits" else learner.model.embedding_dim for name in read)
-    return Size(sum(p.numel() for p in own), sum(t.numel() for t in moved), gathered, own[0].element_size())
+    return Size(
+        sum(p.numel() for p in own),
+        sum(t.numel() for t in moved),
+        gathered,
+        own[0].element_size(),
+        learner.plan.promise,
+    )
 
 
 def exchange_of(size: Size, settings: Run) -> str:

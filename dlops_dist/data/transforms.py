@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,9 @@ from torch import Tensor
 from dlops_dist.data.draws import uniform
 from dlops_dist.data.keys import key, mix
 from dlops_dist.errors import RunError
+
+ONE_AT_A_TIME = Lock()
+"""There is one random state for all threads."""
 
 
 class Keyed:
@@ -65,10 +69,11 @@ def _refusal(changed: Any, shape: torch.Size) -> str:
 
 @contextmanager
 def _random_states_kept() -> Iterator[None]:
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
+    with ONE_AT_A_TIME:
+        python, numpy = random.getstate(), np.random.get_state()
+        try:
+            with torch.random.fork_rng(devices=[]):
+                yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

@@ -11,6 +11,7 @@ from dlops_dist.config import Run
 from dlops_dist.distributed.collectives import world_size
 from dlops_dist.distributed.norm import block_norms, first_local_norm, first_synchronised_norm
 from dlops_dist.distributed.tree import Blocks
+from dlops_dist.engine.numerics import compiles
 from dlops_dist.errors import UserError
 
 MOST_BLOCKS = 8
@@ -66,7 +67,8 @@ def planned(settings: Run, network: nn.Module, device: torch.device) -> Plan:
             f"most {number}, or pass --blocks {workers}, with other bits, or --exactness rounding"
         )
     blocks = Blocks(number)
-    threads = threads_at_start() // settings.threads_per_block if device.type == "cpu" else 1
+    several = device.type == "cpu" and not compiles(settings, device)
+    threads = threads_at_start() // settings.threads_per_block if several else 1
     return Plan(blocks, max(1, min(threads, len(blocks.own))))
 
 

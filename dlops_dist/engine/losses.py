@@ -1,6 +1,7 @@
 """How the losses of a run make one: what a loss is, and what is asked of all of them together."""
 
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -18,6 +19,7 @@ class Loss(Protocol):
         sums(x, labels), update(sums)    of state that the whole batch moves, once a step
         defined(host_labels)             whether a batch of these labels has any terms; always, by default
         hints(host_labels)               further keywords of `terms`, found without asking the device
+        shared(x, labels)                a keyword of `terms`: what all anchors have in common, computed once a step
         figures(x, labels, **hints)      what else is to be logged of a step, as scalars
         takes_mixed                      True where labels may be parts (n, C) of classes, as mixup makes them
     """
@@ -56,13 +58,19 @@ class Losses(nn.ModuleDict):
         return {name: loss.terms(outputs[loss.reads], targets) for name, loss in self.of_own.items()}
 
     def all_terms(
-        self, outputs: Mapping[str, Tensor], labels: Tensor, anchors: slice, host_labels: np.ndarray
-    ) -> dict[str, Terms]:
+        self, outputs: Mapping[str, Tensor], labels: Tensor, anchors: slice, host_labels: np.ndarray,
+        shared: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    ) -> dict[str, Terms]:  # fmt: skip
         """The terms of some anchors among all samples, whose outputs are gathered."""
         return {
-            name: loss.terms(outputs[loss.reads], labels, anchors, **hints(loss, host_labels))
+            name: loss.terms(outputs[loss.reads], labels, anchors, **hints(loss, host_labels), **shared.get(name, {}))
             for name, loss in self.of_all.items()
         }
+
+    def shared(self, outputs: Mapping[str, Tensor], labels: Tensor) -> dict[str, dict[str, Any]]:
+        """What the anchors of all blocks have in common, of losses that compute such a thing."""
+        sharing = {name: loss for name, loss in self.of_all.items() if hasattr(loss, "shared")}
+        return {name: {"shared": loss.shared(outputs[loss.reads], labels)} for name, loss in sharing.items()}
 
     def defined(self, host_labels: np.ndarray) -> bool:
         """Whether each loss has a term in a batch of these labels."""

@@ -242,10 +242,12 @@ class Step(ABC):
             for name in loss.read_by_all
         }  # fmt: skip
         weights = [p for p in loss.parameters() if p.requires_grad]
+        with torch.enable_grad():
+            shared = loss.shared(everyone, labels)
 
         def terms_of(_: Lane, block: int) -> dict[str, Terms]:
             with torch.enable_grad():
-                return loss.all_terms(everyone, labels, blocks.part(len(labels), block), host_labels)
+                return loss.all_terms(everyone, labels, blocks.part(len(labels), block), host_labels, shared)
 
         def of_block(_: Lane, terms: dict[str, Terms]) -> list[Tensor | None]:
             pairs = [(t.sum, objective.scales[name]) for name, t in terms.items()]

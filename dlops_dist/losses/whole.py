@@ -1,7 +1,7 @@
 """Anybody's loss of a whole batch."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +34,21 @@ class Whole(nn.Module):
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         return self.terms(x, labels).mean()
 
-    def terms(self, x: Tensor, labels: Tensor, anchors: slice | None = None) -> Terms:
+    def terms(self, x: Tensor, labels: Tensor, anchors: slice | None = None, shared: "Computed | None" = None) -> Terms:
         """As many terms as anchors, each of them the loss: those of all ranks are N, and their mean is the loss."""
         first, last, _ = (anchors or slice(None)).indices(len(x))
-        weights = [p for p in self.parameters() if p.requires_grad]
+        value, gradients = shared or self.shared(x, labels)
+        number = last - first
+        if not gradients:
+            return Terms(value * number, number)
+        own = torch.zeros_like(gradients[0])
+        own[first:last] = gradients[0][first:last] * len(x)
+        known = [own, *(g * number for g in gradients[1:])]
+        return Terms(_Known.apply(value * number, known, x, *self._weights()), number)
+
+    def shared(self, x: Tensor, labels: Tensor) -> "Computed":
+        """What all anchors of a batch have in common: the whole, computed once."""
+        weights = self._weights()
         wanted = torch.is_grad_enabled() and (x.requires_grad or bool(weights))
         leaf = at_least_float32(x.detach()).requires_grad_(wanted)
         with torch.set_grad_enabled(wanted):
@@ -45,14 +56,18 @@ class Whole(nn.Module):
         if not isinstance(value, Tensor) or value.numel() != 1:
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"a loss of a whole batch must give one number, not {shape}")
-        value, number = value.reshape(()), last - first
-        if not wanted:
-            return Terms(value * number, number)
-        gradients = _gradients(value, [leaf, *weights])
-        own = torch.zeros_like(leaf)
-        own[first:last] = gradients[0][first:last] * len(x)
-        total = _Known.apply(value.detach() * number, [own, *(g * number for g in gradients[1:])], x, *weights)
-        return Terms(total, number)
+        value = value.reshape(())
+        return Computed(value.detach(), _gradients(value, [leaf, *weights]) if wanted else [])
+
+    def _weights(self) -> list[nn.Parameter]:
+        return [p for p in self.parameters() if p.requires_grad]
+
+
+class Computed(NamedTuple):
+    """A loss of a whole batch, and its gradients with respect to embeddings and weights, where these are wanted."""
+
+    value: Tensor
+    gradients: list[Tensor]
 
 
 def _gradients(value: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:

@@ -13,6 +13,7 @@ from dlops_dist.engine import fit
 from dlops_dist.engine.exactness import default_blocks
 from dlops_dist.errors import RunError, UserError
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 CHANGES = {"resized_crop": 0.4, "brightness": 0.3, "contrast": 0.3, "saturation": 0.3, "cutout": 8}
 TRIPLET = {"loss": "triplet", "optimizer": {"lr": 0.002}, "global_batch_size": 24}
 RUNS = {
@@ -25,21 +26,23 @@ RUNS = {
     "batch-hard, micro-batches": {**TRIPLET, "micro_batch_size": 11},
     "semi-hard": {**TRIPLET, "triplet": {"mining": "semi-hard", "average": "active"}},
     "all": {**TRIPLET, "triplet": {"mining": "all"}, "data": {"order": "uniform"}, "blocks": 6},
-    "center": {"loss": "center", "micro_batch_size": 12, "data": {"drop_last": False}, "model": {"stem": "cifar"}},
+    "center": {
+        "loss": "center", "micro_batch_size": 12, "data": {"drop_last": False}, "model": {"width": 8, "stem": "cifar"},
+    },
     "center, more classes than samples": {"loss": "center", "global_batch_size": 9, "augment": {"flip": False}},
 }  # fmt: skip
 """Two epochs; blocks of unequal sizes."""
 
 
-def settings_of(run, shards, runs, **more):
-    changes = {**RUNS[run], **more}
+def settings_of(run, shards, runs, task="q1", **more):
+    changes = {**RUNS[run], **more} if task == "q1" else more
     values = {
         "name": "run", "runs_dir": str(runs), "epochs": 2, "global_batch_size": 23, "blocks": 4,
         "exactness": "bits", "checkpoint_every": 3, "keep_checkpoints": 99,
-        **changes, "model": {"width": 8, "stem": "imagenet", **changes.get("model", {})},
+        **({"model": {"width": 8, "stem": "imagenet"}} if task == "q1" else {}), **changes,
         "data": {"shards": str(shards), "val_fraction": 0.5, "reader": "decode", **changes.get("data", {})},
     }  # fmt: skip
-    return load_recipe("q1").settings_type(**values)
+    return load_recipe(task).settings_type(**values)
 
 
 def trained(run, shards, runs, after=None, **more):
@@ -51,7 +54,7 @@ def trained(run, shards, runs, after=None, **more):
                 path.unlink()
     if world_size() > 1:
         torch.distributed.barrier()
-    fit(settings_of(run, shards, runs, **more))
+    fit(settings_of(run, shards, runs, **more), task=more.get("task", "q1"))
     if world_size() > 1:
         torch.distributed.barrier()
     rows = [json.loads(line) for line in (folder.parent / "metrics.jsonl").read_text().splitlines()]
@@ -81,13 +84,16 @@ def test_a_run_that_shrinks_and_grows_in_the_middle_of_an_epoch_does_too(shapes_
     assert on_ranks(trained, 3, "batch-hard", shapes_shards, moved, 6)[0] == expected
 
 
+@pytest.mark.parametrize("task", ["q1", str(EXAMPLES / "adamw_randaugment.py"), str(EXAMPLES / "vit_timm.py")])
 def test_a_worker_with_more_cores_computes_several_blocks_at_once_to_the_same_bits(
-    shapes_shards, tmp_path, monkeypatch
+    task, shapes_shards, tmp_path, monkeypatch
 ):
+    """Transforms that set one random state for all threads, dropouts that each pass hands its numbers, too."""
+    small = {"width": 32, "depth": 2} if "vit" in task else {}
     threads = torch.get_num_threads()
-    expected = trained("ce", shapes_shards, tmp_path / "one core")
+    expected = trained("ce", shapes_shards, tmp_path / "one core", task=task, **small)
     monkeypatch.setattr("dlops_dist.engine.exactness.threads_at_start", lambda: 3)
-    assert trained("ce", shapes_shards, tmp_path / "three cores") == expected
+    assert trained("ce", shapes_shards, tmp_path / "three cores", task=task, **small) == expected
     torch.set_num_threads(threads)
 
 
@@ -102,8 +108,14 @@ def test_by_default_blocks_have_32_samples_or_more(batch_size, blocks):
     ("changes", "said"),
     [
         ({"blocks": 24}, "blocks: 24 are more than the 23 samples of a batch"),
-        ({"model": {"norm": "sync"}}, "exactness: bits cannot be had: .*bn1 is a batch norm over all workers' samples"),
-        ({"model": {"norm": "local"}}, "exactness: bits cannot be had: .*bn1 .* results depend on --workers"),
+        (
+            {"model": {"width": 8, "norm": "sync"}},
+            "exactness: bits cannot be had: .*bn1 is a batch norm over all workers' samples",
+        ),
+        (
+            {"model": {"width": 8, "norm": "local"}},
+            "exactness: bits cannot be had: .*bn1 .* results depend on --workers",
+        ),
         ({"deterministic": False}, "exactness: bits cannot be had: --no-deterministic"),
         ({"blocks": 22}, "batch norm sees one value in each of 64 channels"),
     ],
