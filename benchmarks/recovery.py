@@ -24,7 +24,7 @@ from dlops_dist.data.shapes import write_tiny_imagenet
 from dlops_dist.data.sources import TinyImageNet
 
 COMMON = ["--epochs", "1000", "--checkpoint-every", "4", "--model.stem", "imagenet", "--model.width", "8"]
-COMMON += ["--global-batch-size", "20", "--workers", "2"]
+COMMON += ["--global-batch-size", "20", "--blocks", "2", "--workers", "2"]
 
 
 def main() -> None:

@@ -15,9 +15,11 @@ from dlops_dist.data.sources import STL10, TinyImageNet
 
 
 def group_of(nodeid):
-    """Tests that one process takes: those of a file, all that keep ranks."""
+    """Tests that one process takes: those of a file, all that keep ranks, all that need a Ray cluster."""
     file = nodeid.split("::")[0]
-    return "ranks" if file.startswith("tests/distributed/") else file
+    if file.startswith("tests/distributed/"):
+        return "ranks"
+    return "ray" if file.endswith(("test_ray.py", "test_tune.py")) else file
 
 
 class ByGroup(LoadScopeScheduling):
@@ -27,8 +29,7 @@ class ByGroup(LoadScopeScheduling):
 
 def pytest_collection_modifyitems(items):
     """The longest groups come first, so that several processes end together."""
-    longest = ["tests/integration/test_tune.py", "tests/integration/test_ray.py", "ranks"]
-    items.sort(key=lambda item: longest.index(group) if (group := group_of(item.nodeid)) in longest else len(longest))
+    items.sort(key=lambda item: {"ray": 0, "ranks": 1}.get(group_of(item.nodeid), 2))
 
 
 @pytest.hookimpl(optionalhook=True)

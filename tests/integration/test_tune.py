@@ -63,23 +63,25 @@ def table_of(output):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_killed_sweep_goes_on_to_the_same_figures_and_a_failed_trial_stops_nothing(shapes_shards, tmp_path):
     space = ["--space", "triplet.margin grid 0.5", "optimizer.lr grid 0.02 1e12"]
     arguments = [*space, "--epochs", "8", "--checkpoint-every", "3"]
-    killed, whole = tmp_path / "killed/sweep", tmp_path / "whole/sweep"
-    process = start("tune", "--data.shards", shapes_shards, "--runs-dir", killed.parent, *SETTINGS, *arguments)
-    assert wait_until(lambda: any(2 <= len(epochs) < 8 for epochs in trials(killed).values()), 250)
+    sweep = tmp_path / "sweep"
+    process = start(*command(shapes_shards, tmp_path, *arguments))
+    assert wait_until(lambda: any(2 <= len(epochs) < 8 for epochs in trials(sweep).values()), 200)
     process.kill()
     process.communicate()
-    code, output = tune(shapes_shards, killed.parent, *arguments)
+    code, output = tune(shapes_shards, tmp_path, *arguments)
     assert code == 0, output
     assert len(re.findall(r" epoch \d+/8: ", output)) <= 6, "it began anew"
     assert "failed: the loss became " in output
-    code, again = tune(shapes_shards, whole.parent, *arguments)
-    assert code == 0, again
-    assert trials(killed) == trials(whole)
-    assert {len(epochs) for epochs in trials(whole).values()} == {8, 0}
-    assert table_of(again) == table_of(output)
+    code, again = call(*command(shapes_shards, tmp_path, *arguments))
+    assert (code, "is complete" in again, table_of(again)) == (0, True, table_of(output))
+    assert {len(epochs) for epochs in trials(sweep).values()} == {8, 0}
+    code, output = call("train", "q1", "--local", "--config", sweep / "best.yaml", "--name", "whole", cwd=tmp_path)
+    assert code == 0, output
+    assert rows(tmp_path / "runs/whole") in trials(sweep).values()
 
 
 @pytest.mark.slow
@@ -102,14 +104,14 @@ def test_a_trial_whose_process_dies_or_that_needs_too_much_memory_is_recorded(sh
 @pytest.mark.slow
 def test_asha_gives_up_trials_and_a_sweep_that_it_ended_is_complete(shapes_shards, tmp_path):
     space = ["--space", "optimizer.lr grid 0.05 0.0001 0.000001", "triplet.margin grid 0.2"]
-    arguments = [*space, "--epochs", "6", "--scheduler", "asha", "--workers", "2", "--loss", "triplet"]
+    arguments = [*space, "--epochs", "6", "--scheduler", "asha", "--workers", "2", "--blocks", "2", "--loss", "triplet"]
     code, output = tune(shapes_shards, tmp_path, *arguments)
     assert code == 0, output
     assert "3 of 3 trials to train, 1 at a time, each on 2 workers" in output
     assert "given up by the scheduler" in output
     lengths = sorted(len(epochs) for epochs in trials(tmp_path / "sweep").values())
     assert lengths[0] < lengths[-1] == 6
-    code, output = tune(shapes_shards, tmp_path, *arguments)
+    code, output = call(*command(shapes_shards, tmp_path, *arguments))
     assert (code, "is complete" in output) == (0, True), output
 
 
