@@ -70,6 +70,8 @@ class _BlockBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     block_mean: Tensor
     block_var: Tensor
+    passed = False
+    """Whether a pass in training has come by."""
 
     def __init__(self, num_features: int, *arguments: Any, **options: Any) -> None:
         super().__init__(num_features, *arguments, **options)
@@ -86,6 +88,7 @@ class _BlockBatchNorm(nn.modules.batchnorm._BatchNorm):
                 f"batch norm sees one value in each of {x.shape[1]} channels, which has no variance; lower --blocks, "
                 f"raise --global-batch-size, or leave short batches out by --data.drop-last"
             )
+        self.passed = True
         return F.batch_norm(x, self.block_mean, self.block_var, self.weight, self.bias, True, 1.0, self.eps)
 
 
@@ -106,20 +109,17 @@ def block_norms(model: nn.Module) -> list[_BlockBatchNorm]:
 
 
 @torch.no_grad()
-def move_all(norms: Sequence[Any], means: Sequence[Tensor], variances: Sequence[Tensor]) -> None:
-    """`move_statistics` of those norms that are in training, by few kernels where they are alike."""
-    norms, means, variances = (
-        [x for x, norm in zip(of_norms, norms, strict=True) if norm.training and norm.track_running_stats]
-        for of_norms in (norms, means, variances)
-    )
-    momenta = {norm.momentum for norm in norms}
+def move_all(norms: Sequence[tuple[Any, Tensor, Tensor]]) -> None:
+    """`move_statistics` of those norms that are in training and in use, by few kernels where they are alike."""
+    norms = [given for given in norms if given[0].training and given[0].passed and given[0].track_running_stats]
+    momenta = {norm.momentum for norm, _, _ in norms}
     if len(momenta) != 1 or None in momenta:
-        for of_norm in zip(norms, means, variances, strict=True):
-            move_statistics(*of_norm)
+        for given in norms:
+            move_statistics(*given)
         return
-    running = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
-    torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
-    torch._foreach_lerp_(running, [*means, *variances], momenta.pop())
+    running = [running for norm, _, _ in norms for running in (norm.running_mean, norm.running_var)]
+    torch._foreach_add_([norm.num_batches_tracked for norm, _, _ in norms], 1)
+    torch._foreach_lerp_(running, [value for given in norms for value in given[1:]], momenta.pop())
 
 
 @torch.no_grad()

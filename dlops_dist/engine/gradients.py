@@ -26,6 +26,8 @@ class Gradients:
     def __init__(self, network: nn.Module, parameters: Sequence[nn.Parameter], blocks: Blocks) -> None:
         self.parameters, self._blocks = parameters, blocks
         self._norms = block_norms(network)
+        for norm in self._norms:
+            norm.passed = False  # what it is part of now may leave it out
         statistics = [x for norm in self._norms for x in (norm.block_mean, norm.block_var)]
         self._like = [x.detach() for x in (*self.parameters, *statistics)]
         self._dtype = reduce(torch.promote_types, {x.dtype for x in self._like})
@@ -71,7 +73,7 @@ class Gradients:
         for place, parameter in enumerate(self.parameters):
             parameter.grad = None if place in self._without else parts[place].to(parameter.dtype)
         statistics = parts[len(self.parameters) :]
-        move_all(self._norms, statistics[::2], statistics[1::2])
+        move_all(list(zip(self._norms, statistics[::2], statistics[1::2], strict=True)))
 
     def forget(self) -> None:
         for parameter in self.parameters:

@@ -23,7 +23,7 @@ RUNS = {
     },
     "ce, bf16": {"precision": "bf16", "augment": CHANGES},
     "batch-hard": {**TRIPLET, "triplet": {"ce_weight": 0.5}},
-    "batch-hard, micro-batches": {**TRIPLET, "micro_batch_size": 11},
+    "batch-hard, micro-batches": {**TRIPLET, "micro_batch_size": 12},
     "semi-hard": {**TRIPLET, "triplet": {"mining": "semi-hard", "average": "active"}},
     "all": {**TRIPLET, "triplet": {"mining": "all"}, "data": {"order": "uniform"}, "blocks": 6},
     "center": {
@@ -60,6 +60,37 @@ def trained(run, shards, runs, after=None, **more):
     rows = [json.loads(line) for line in (folder.parent / "metrics.jsonl").read_text().splitlines()]
     found = {path.name: path.read_bytes() for path in folder.iterdir()}
     return found | {"rows": [{k: v for k, v in row.items() if not k.endswith("_s")} for row in rows]}
+
+
+STAGED = {
+    "batch norms, of which the classifier leaves one out": {
+        "finetune": True, "model": {"norm": "batch", "dropout": 0.3}, "pretrain": {"corruption": "masking"},
+    },
+    "codes that begin nowhere in particular, by which a product may be rounded": {},
+}  # fmt: skip
+
+
+def trained_in_stages(kind, shards, runs):
+    changes = STAGED[kind]
+    settings = load_recipe("q2").settings_type(
+        name="run", runs_dir=str(runs), epochs=2, global_batch_size=22, blocks=4, exactness="bits",
+        data={"shards": str(shards), "reader": "decode"}, optimizer={"lr": 0.02}, keep_checkpoints=99,
+        finetune=changes.get("finetune", False),
+        model={"layers": (12, 9, 5), "code_layer": 9, **changes.get("model", {})},
+        pretrain={"epochs": 4, "joint_epochs": 1, "optimizer": {"lr": 0.4}, **changes.get("pretrain", {})},
+    )  # fmt: skip
+    fit(settings, task="q2")
+    if world_size() > 1:
+        torch.distributed.barrier()
+    return {path.name: path.read_bytes() for path in (Path(runs) / "run/checkpoints").iterdir()}
+
+
+@pytest.mark.parametrize("kind", STAGED)
+def test_every_stage_of_autoencoders_on_three_ranks_leaves_the_bytes_of_one_process(kind, stl_shards, tmp_path):
+    expected = trained_in_stages(kind, stl_shards, tmp_path / "one")
+    assert len(expected) == 3 * 4 + 1 + 2
+    found = on_ranks(trained_in_stages, 3, kind, stl_shards, tmp_path / "ranks")[0]
+    assert sorted(name for name in expected if found[name] != expected[name]) == []
 
 
 FEW = [("ce", 3), ("batch-hard", 4), ("center", 2)]

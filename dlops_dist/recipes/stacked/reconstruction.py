@@ -64,7 +64,7 @@ class ReconstructionLearner(Step):
     def inputs_of(self, images: Tensor) -> Tensor:
         """What the trained part sees, (N, D), of uint8 images or of kept codes."""
         if images.dtype != torch.uint8:
-            return images
+            return images.clone()  # where its rows lie may decide how their products with weights are rounded
         if self.depth:
             return self._codes.encode(images, self.depth)
         return self.flat_pixels(images)
