@@ -54,8 +54,9 @@ def main() -> None:
         verify_recipe(arguments.recipe, settings, workers, console)
     elif not arguments.bits:
         verify_steps(workers, console)
-    verify_bits(arguments.recipe, settings, console)
-    print(f"result: {', '.join(map(str, workers))} workers compute what one computes")
+    hashed = verify_bits(arguments.recipe, settings, console)
+    shown = hashed if arguments.bits else workers
+    print(f"result: {', '.join(map(str, shown))} workers compute what one computes")
 
 
 def verify_steps(workers: Sequence[int], console: Any) -> None:
@@ -124,14 +125,14 @@ def verify_recipe(name: str, arguments: Sequence[str], workers: Sequence[int], c
         raise RunError(f"{recipe.name} depends on the number of workers: {', '.join(wrong) or 'see above'}")
 
 
-def verify_bits(name: str | None, arguments: Sequence[str], console: Any) -> None:
-    """Print hashes of the weights that some steps leave, on several numbers of workers and under DDP."""
+def verify_bits(name: str | None, arguments: Sequence[str], console: Any) -> Sequence[int]:
+    """Print hashes of the weights that some steps leave, on the numbers of workers that it returns, and under DDP."""
     import tempfile
 
     from rich.table import Table
 
     from dlops_dist.config import DEFAULT
-    from dlops_dist.engine.hashes import STEPS, ours, under_ddp
+    from dlops_dist.engine.hashes import STEPS, WORKERS, ours, under_ddp
     from dlops_dist.files import temporary_folder
 
     with tempfile.TemporaryDirectory(dir=temporary_folder()) as folder, console.status("") as status:
@@ -151,6 +152,7 @@ def verify_bits(name: str | None, arguments: Sequence[str], console: Any) -> Non
     console.print(table)
     if differing:
         raise RunError(f"other bits on other numbers of workers: {', '.join(differing)}")
+    return WORKERS
 
 
 def bit_cases(name: str, arguments: Sequence[str], folder: str, losses: Sequence[str | None]) -> dict[str, Any]:

@@ -80,14 +80,11 @@ def test_a_number_of_workers_that_cannot_be_is_refused(workers, monkeypatch):
         verify.main()
 
 
-@pytest.mark.parametrize(("workers", "code"), [pytest.param("2", 0, marks=pytest.mark.slow), ("22", 2)])
-def test_as_a_command_where_temporary_files_lie_deep(workers, code, tmp_path):
+@pytest.mark.slow
+def test_as_a_command_where_temporary_files_lie_deep(tmp_path):
     folder = tmp_path / ("job-" + "0" * 80)  # a socket's path has 107 bytes
     folder.mkdir()
-    command, env = (
-        [sys.executable, "-m", "dlops_dist.verify", "--workers", workers],
-        {**os.environ, "TMPDIR": str(folder)},
-    )
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=env)
-    assert done.returncode == code, done.stderr
-    assert (done.stdout + done.stderr).splitlines()[-1].startswith("error: " if code else "result: 2 workers compute")
+    command, env = [sys.executable, "-m", "dlops_dist.verify", "--bits"], {**os.environ, "TMPDIR": str(folder)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "result: 1, 2, 3, 4 workers compute what one computes"

@@ -63,7 +63,6 @@ def table_of(output):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_killed_sweep_goes_on_to_the_same_figures_and_a_failed_trial_stops_nothing(shapes_shards, tmp_path):
     space = ["--space", "triplet.margin grid 0.5", "optimizer.lr grid 0.02 1e12"]
     arguments = [*space, "--epochs", "8", "--checkpoint-every", "3"]
