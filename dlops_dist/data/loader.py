@@ -34,6 +34,11 @@ class Batch(NamedTuple):
     host_labels: Ids
     """The labels once more, on the host, where what depends on them is found without waiting for a GPU."""
 
+    def part_of(self, part: slice, and_next: bool) -> "Batch":
+        """Those of this rank's samples that stand in a smaller part, perhaps with the sample after them."""
+        own = slice(part.start - self.part.start, part.stop - self.part.start + and_next)
+        return self._replace(images=self.images[own], ids=self.ids[own], part=part)
+
 
 class TrainingOrder:
     """The global batches of every epoch of a run: a pure function of its arguments.

@@ -98,13 +98,14 @@ def hashes_under_ddp(cases: Sequence[Case], steps: range) -> list[str]:
         optimizer = torch.optim.SGD(network.parameters(), settings.optimizer.lr)
         for step in steps:
             batch = batch_of(learner, samples, case.batch_size, step, whole=True)
-            own = rank_part(len(batch.labels), rank(), world_size())
-            part = batch._replace(images=batch.images[own], ids=batch.ids[own], part=own)
-            outputs = learner.outputs(network, learner.seen(part, 0).inputs)
+            part = learner.viewed(batch.part_of(rank_part(len(batch.labels), rank(), world_size()), learner.reads_next))
+            seen = learner.seen(part, 0)
+            outputs = learner.outputs(network, seen.inputs)
             value: Tensor | float = 0.0
             for name, weight in learner.loss.backward_weights.items():
                 loss: Any = learner.loss[name]
-                value = value + weight * loss.terms(outputs[str(loss.reads)], batch.labels[own]).mean()
+                labels = seen.targets if loss.sees == "own" else part.labels[part.part]
+                value = value + weight * loss.terms(outputs[str(loss.reads)], labels).mean()
             optimizer.zero_grad()
             torch.as_tensor(value).backward()
             optimizer.step()

@@ -92,9 +92,8 @@ class Learner(Step):
         self.reads_next = settings.augment.mixes
         self._count = compiled(count, settings, device)
 
-    def cut(self, batch: Batch) -> list[Batch]:
-        blocks = super().cut(batch)
-        return blocks if self.views == 1 else [_in_views(block, self.views) for block in blocks]
+    def viewed(self, batch: Batch) -> Batch:
+        return batch if self.views == 1 else _in_views(batch, self.views)
 
     def seen(self, batch: Batch, epoch: int) -> Seen:
         images, labels = self.augment(batch.images, batch.ids, epoch), batch.labels[batch.part]

