@@ -65,7 +65,7 @@ def table_of(output):
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on_to_the_same_figures_and_a_failed_trial_stops_nothing(shapes_shards, tmp_path):
     space = ["--space", "triplet.margin grid 0.5", "optimizer.lr grid 0.02 1e12"]
-    arguments = [*space, "--epochs", "8", "--checkpoint-every", "3"]
+    arguments = [*space, "--epochs", "8", "--checkpoint-every", "3", "--blocks", "4"]
     sweep = tmp_path / "sweep"
     process = start(*command(shapes_shards, tmp_path, *arguments))
     assert wait_until(lambda: any(2 <= len(epochs) < 8 for epochs in trials(sweep).values()), 200)
