@@ -266,7 +266,7 @@ def _rows_of_two_epochs(setup: Setup, kind) -> dict[str, object]:
 
 
 def ranks(setup: Setup):
-    """6: two ranks that share the device against one, over gloo: float64 gradients of a step, norms over both."""
+    """6: two ranks that share the device against one, over gloo: float64 gradients of a step in two blocks."""
     alone = gradients_of_rank(setup.device.type)
     both = run_ranks(gradients_of_rank, 2, setup.device.type)[-1]
     for loss in SEVERAL_RANKS:
@@ -279,7 +279,7 @@ def gradients_of_rank(kind) -> dict[str, np.ndarray]:
     setup = Setup(device, Path(), None, 0.0)
     found = {}
     for loss in SEVERAL_RANKS:
-        training = small_training(setup, LOSSES[loss], precision="float64")
+        training = small_training(setup, LOSSES[loss], precision="float64", blocks=2)
         training()
         found[loss] = flat_gradient(training.learner).numpy()
     return found
