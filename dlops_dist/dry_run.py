@@ -79,13 +79,8 @@ def size_of(learner: Any, num_classes: int) -> Size:
     moved = [t for t in learner.equal_on_all_ranks().values() if t.requires_grad or not isinstance(t, nn.Parameter)]
     read = {loss.reads for loss in learner.loss.modules() if getattr(loss, "sees", "own") == "all"}
     gathered = sum(num_classes if name == "logits" else learner.model.embedding_dim for name in read)
-    return Size(
-        sum(p.numel() for p in own),
-        sum(t.numel() for t in moved),
-        gathered,
-        own[0].element_size(),
-        learner.plan.promise,
-    )
+    numbers = sum(p.numel() for p in own), sum(t.numel() for t in moved), gathered, own[0].element_size()
+    return Size(*numbers, learner.plan.promise)
 
 
 def exchange_of(size: Size, settings: Run) -> str:

@@ -71,7 +71,7 @@ class _BlockBatchNorm(nn.modules.batchnorm._BatchNorm):
     block_mean: Tensor
     block_var: Tensor
     passed = False
-    """Whether a pass in training has come by."""
+    """Whether a pass in training has come by, on this rank with samples or without: equal on all."""
 
     def __init__(self, num_features: int, *arguments: Any, **options: Any) -> None:
         super().__init__(num_features, *arguments, **options)
@@ -81,14 +81,14 @@ class _BlockBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        if not len(x):
-            return x
+        self.passed = True
+        if not len(x):  # of which the weights have a gradient all the same, as on other ranks
+            return x if self.weight is None else x * _wide_as(self.weight, x) + _wide_as(self.bias, x)
         if x.numel() == x.shape[1]:
             raise RunError(
                 f"batch norm sees one value in each of {x.shape[1]} channels, which has no variance; lower --blocks, "
                 f"raise --global-batch-size, or leave short batches out by --data.drop-last"
             )
-        self.passed = True
         return F.batch_norm(x, self.block_mean, self.block_var, self.weight, self.bias, True, 1.0, self.eps)
 
 
@@ -171,9 +171,7 @@ def with_mean_statistics(model: nn.Module) -> dict[str, Tensor]:
 
 def _not_synchronised(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for path, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(
-            module, _SyncBatchNorm | _BlockBatchNorm
-        ):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not is_exact_norm(module):
             for name in ("running_mean", "running_var"):
                 if getattr(module, name) is not None:
                     yield f"{path}.{name}", getattr(module, name)

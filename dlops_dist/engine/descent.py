@@ -49,7 +49,7 @@ class Descent:
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]
         self._chosen, self._epochs, self._steps_per_epoch = chosen, epochs, steps_per_epoch
         give_norms_a_group(module)
-        if world_size() > 1:
+        if world_size() > 1:  # the seed gives all the same, unless their versions of torch differ
             for tensor in module.state_dict().values():
                 dist.broadcast(tensor, 0)
         self.plan = plan = planned(settings, module, device)

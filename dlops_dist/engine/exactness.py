@@ -30,8 +30,10 @@ class Plan(NamedTuple):
 
     @property
     def promise(self) -> str:
+        if self.rounding is not None:
+            return f"not to the bit: {self.rounding}"
         number = self.blocks.number
-        return f"rounding: {self.rounding}" if self.rounding else f"bits: the same on up to {number} workers"
+        return f"bits: the same on up to {number} worker{'s' * (number > 1)}"
 
 
 def default_blocks(batch_size: int) -> int:
@@ -52,15 +54,13 @@ def planned(settings: Run, network: nn.Module, device: torch.device) -> Plan:
     number = settings.blocks or default_blocks(size)
     if number > size:
         raise UserError(f"blocks: {number} are more than the {size} samples of a batch")
-    chosen, over_blocks = settings.exactness == "bits" or settings.blocks is not None, bool(block_norms(network))
     why = next(_why_rounding(settings, network), None)
-    if why is None and not chosen and (number == workers == 1 or (workers > number and not over_blocks)):
-        why = f"a batch of {size} makes {number} of {LEAST_SAMPLES} samples; --blocks {max(workers, 2)} makes more"
+    if why is None and number == workers == 1 and settings.exactness is None and settings.blocks is None:
+        why = f"a batch of {size} makes one block of {LEAST_SAMPLES} samples, by all threads; --blocks 2 makes two"
     if why is not None:
         if settings.exactness == "bits":
             raise UserError(f"exactness: bits cannot be had: {why}")
-        number = max(number, workers) if over_blocks else workers
-        return Plan(Blocks(number), 1, why)
+        return Plan(Blocks(max(number, workers) if block_norms(network) else workers), 1, why)
     if workers > number:
         raise UserError(
             f"workers: {workers} are more than the {number} block{'s' * (number > 1)} of a batch of {size}; start at "

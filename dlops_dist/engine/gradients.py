@@ -40,23 +40,25 @@ class Gradients:
         self._of_block: dict[int, Tensor] = {}
         self._sum = TreeSum(blocks, self._free)
         self._total: Tensor | None = None
-        self._without: set[int] = set()
+        self._given: set[int] = set()
+        """Places of the weights that had a gradient in some block of a step."""
 
     def add(self, block: int, gradients: Sequence[Tensor | None], statistics: Sequence[Tensor]) -> None:
-        """Add to those of a block; a weight without a gradient has none in any block. Threads may call it."""
+        """Add to those of a block. Threads may call it, each of blocks of its own."""
         begun = block in self._of_block
         if not begun:
             self._of_block[block] = self._free.pop() if self._free else self._new()
         parts = self._parts(self._of_block[block])
         given = [(part, x) for part, x in zip(parts, (*gradients, *statistics), strict=True) if x is not None]
         own, new = [part for part, _ in given], [x for _, x in given]
+        self._given.update(place for place, x in enumerate(gradients) if x is not None)
         if begun:
             torch._foreach_add_(own, new)
             return
         torch._foreach_copy_(own, new)
-        self._without = {place for place, x in enumerate(gradients) if x is None}
-        for place in self._without:
-            parts[place].zero_()
+        for part, x in zip(parts, gradients, strict=False):
+            if x is None:
+                part.zero_()
 
     def _new(self) -> Tensor:
         return torch.zeros(self._size, dtype=self._dtype, device=self._like[0].device)
@@ -71,13 +73,14 @@ class Gradients:
         self._sum = TreeSum(self._blocks, self._free)
         parts = self._parts(self._total)
         for place, parameter in enumerate(self.parameters):
-            parameter.grad = None if place in self._without else parts[place].to(parameter.dtype)
+            parameter.grad = parts[place].to(parameter.dtype) if place in self._given else None
         statistics = parts[len(self.parameters) :]
         move_all(list(zip(self._norms, statistics[::2], statistics[1::2], strict=True)))
 
     def forget(self) -> None:
         for parameter in self.parameters:
             parameter.grad = None
+        self._given.clear()
         if self._total is not None:
             self._free.append(self._total)
         self._total = None

@@ -15,6 +15,7 @@ from dlops_dist.distributed.collectives import rank, world_size
 from dlops_dist.distributed.ranks import run_ranks
 from dlops_dist.engine.learner import Learner
 from dlops_dist.engine.proof import batch_of, learner_of, samples_of
+from dlops_dist.engine.samples import Samples
 
 SHOWN = 12
 """Hexadecimal digits."""
@@ -74,9 +75,7 @@ def hashed_after(cases: Sequence[Case], steps: range, states: Sequence[bytes | N
     """On each rank."""
     found = []
     for case, state in zip(cases, states or [None] * len(cases), strict=True):
-        settings = recipe_from_source(case.name, case.source).settings_type(**case.values)
-        samples = samples_of(settings)
-        learner = learner_of(settings, samples)
+        learner, samples = _opened(case)
         if state is not None:
             learner.load_state_dict(torch.load(io.BytesIO(state), weights_only=True))
         for step in steps:
@@ -91,11 +90,9 @@ def hashes_under_ddp(cases: Sequence[Case], steps: range) -> list[str]:
     """Of a loop as it is usually written: torch's DDP, each rank's own samples alone in its losses and batch norms."""
     found = []
     for case in cases:
-        settings = recipe_from_source(case.name, case.source).settings_type(**case.values)
-        samples = samples_of(settings)
-        learner = learner_of(settings, samples)
+        learner, samples = _opened(case)
         network = DistributedDataParallel(learner.network) if world_size() > 1 else learner.network
-        optimizer = torch.optim.SGD(network.parameters(), settings.optimizer.lr)
+        optimizer = torch.optim.SGD(network.parameters(), learner.settings.optimizer.lr)
         for step in steps:
             batch = batch_of(learner, samples, case.batch_size, step, whole=True)
             part = learner.viewed(batch.part_of(rank_part(len(batch.labels), rank(), world_size()), learner.reads_next))
@@ -111,6 +108,12 @@ def hashes_under_ddp(cases: Sequence[Case], steps: range) -> list[str]:
             optimizer.step()
         found.append(_hash(learner))
     return found
+
+
+def _opened(case: Case) -> tuple[Learner, Samples]:
+    settings = recipe_from_source(case.name, case.source).settings_type(**case.values)
+    samples = samples_of(settings)
+    return learner_of(settings, samples), samples
 
 
 def _hash(learner: Learner) -> str:

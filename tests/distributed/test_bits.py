@@ -3,14 +3,18 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from kept_ranks import on_ranks
 
 from dlops_dist.config import load_recipe
+from dlops_dist.data.loader import Batch
 from dlops_dist.distributed.collectives import rank, world_size
 from dlops_dist.engine import fit
 from dlops_dist.engine.exactness import default_blocks
+from dlops_dist.engine.learner import Learner
+from dlops_dist.engine.samples import Inputs
 from dlops_dist.errors import RunError, UserError
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -168,3 +172,35 @@ def refused(shards, runs):
     with pytest.raises(UserError) as error:
         trained("ce", shards, runs, blocks=1)
     return str(error.value)
+
+
+def refused_in_stages(shards, runs):
+    settings = load_recipe("q2").settings_type(
+        name="run", runs_dir=str(runs), global_batch_size=22, data={"shards": str(shards), "reader": "decode"},
+        model={"layers": (12, 9), "code_layer": 9},
+    )  # fmt: skip
+    with pytest.raises(UserError, match="workers: 2 are more than the 1 block of a batch of 22; start at most 1"):
+        fit(settings, task="q2")
+    return list(Path(runs).glob("run/checkpoints/*"))
+
+
+def test_they_are_refused_before_the_first_stage_not_before_the_one_with_norms(stl_shards, tmp_path):
+    assert on_ranks(refused_in_stages, 2, stl_shards, tmp_path) == [[], []]
+
+
+def after_a_single_sample():
+    """Of a learner whose first step finds a block without any: the end of an epoch, gone on from there."""
+    settings = load_recipe("q1").settings_type(global_batch_size=2, blocks=2, model={"width": 8, "stem": "cifar"})
+    learner = Learner(settings, Inputs(4, (0.5,) * 3, (0.25,) * 3), 10, torch.device("cpu"))
+    images = torch.full((1, 32, 32, 3), 100, dtype=torch.uint8)
+    images[:, :16] = 200
+    ids, part = torch.arange(1), learner.blocks.share(1)
+    learner.step([Batch(images[part], ids[part], torch.ones(1).long(), part, np.ones(1, np.int64))], 0, 0)
+    return {name: value.clone() for name, value in learner.model.state_dict().items()}
+
+
+def test_a_rank_whose_block_is_empty_moves_the_norms_as_others_do():
+    (expected,) = on_ranks(after_a_single_sample, 1)
+    assert expected["bn1.num_batches_tracked"] == 1
+    for found in on_ranks(after_a_single_sample, 2):
+        assert all(torch.equal(found[name], value) for name, value in expected.items())

@@ -42,6 +42,7 @@ def settings_of(kind, shards, runs, **changes):
     """Fourteen float64 steps in five stages; 22 samples a step, which neither 3 nor 4 ranks share evenly."""
     values = {
         "name": "run", "runs_dir": str(runs), "epochs": 2, "global_batch_size": 22, "precision": "float64",
+        "exactness": "rounding",
         "data": {"shards": str(shards), "reader": "decode", "val_fraction": 0.125},
         "optimizer": {"lr": 0.02}, **KINDS[kind], **changes,
     }  # fmt: skip
