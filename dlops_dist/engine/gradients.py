@@ -112,3 +112,7 @@ def gradients_of(pairs: Sequence[tuple[Tensor, Tensor]], inputs: Sequence[Tensor
 
 def either_or_sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
+
+
+def or_zeros(gradient: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if gradient is None else gradient

@@ -16,7 +16,7 @@ from dlops_dist.distributed.objective import Objective, objective_of_blocks, upd
 from dlops_dist.distributed.tree import TreeSum
 from dlops_dist.engine.descent import Descent
 from dlops_dist.engine.epoch_sums import EpochSums
-from dlops_dist.engine.gradients import either_or_sum, gradients_of
+from dlops_dist.engine.gradients import either_or_sum, gradients_of, or_zeros
 from dlops_dist.engine.lanes import Lane
 from dlops_dist.engine.losses import Losses, figures_of
 from dlops_dist.engine.numerics import compiled
@@ -123,26 +123,24 @@ class Step(ABC):
             figures: takes more that is to be known of the step, on the device: the gradient's norm over all ranks, and
                 what the losses have to say. On one rank alone; it changes no bit.
         """
-        descent, lanes, loss = self._descent, self.lanes, self.loss
-        lanes.set_training()
+        descent, loss = self._descent, self.loss
+        self.lanes.set_training()
         descent.gradients.forget()
         cut = [self.cut(batch) for batch in micro_batches]
-        seen = [lanes.map(lambda _, block: self.seen(block, epoch), own) for own in cut]
+        seen = [self.lanes.map(lambda _, block: self.seen(block, epoch), own) for own in cut]
         lengths = [len(own[0].labels) for own in cut]
-        shares = [[_length(block) / sum(lengths) for block in own] for own in cut]
+        shares = [[(block.part.stop - block.part.start) / sum(lengths) for block in own] for own in cut]
         host_labels = np.concatenate([own[0].host_labels for own in cut])
 
         passed: list[list[_Passed]] = []
         mined = _Mined({}, {}, [()] * len(self.blocks.own))
         if loss.of_all:
-            labels = _joined([own[0].labels for own in cut])
             if len(cut) == 1:
-                passed = [self._pass(seen[0], shares[0])]
-                mined = self._mined(passed, lengths, labels, host_labels, figures)
+                passed = ahead = [self._pass(seen[0], shares[0])]
             else:
                 with torch.no_grad(), running_statistics_held(self.model):
                     ahead = [self._pass(*given) for given in zip(seen, shares, strict=True)]
-                mined = self._mined(ahead, lengths, labels, host_labels, figures)
+            mined = self._mined(ahead, _joined([own[0].labels for own in cut]), lengths, host_labels, figures)
 
         values = dict(mined.values)
         outputs: list[list[Outputs]] = []
@@ -152,26 +150,18 @@ class Step(ABC):
             objective = objective_of_blocks(terms, loss.backward_weights, self.blocks, lengths[i] / sum(lengths))
             for name, value in objective.values.items():
                 values[name] = values[name] + value if name in values else value
-            begin = sum(lengths[:i])
-            gradients = [
-                {name: x[begin + block.part.start : begin + block.part.stop] for name, x in mined.gradient.items()}
-                for block in own
-            ]
-            of_weights = mined.of_weights if i == 0 else [()] * len(own)
-            self._back_propagate(of_blocks, objective, gradients, of_weights, last=i == len(cut) - 1)
+            self._back_propagate(of_blocks, own, objective, mined, sum(lengths[:i]), last=i == len(cut) - 1)
             outputs.append([{name: x.detach() for name, x in block.outputs.items()} for block in of_blocks])
 
         descent.step(step, figures)
         ours = [{name: _joined([o[name] for o in parts]) for name in parts[0]} for parts in zip(*outputs, strict=True)]
         own_labels = [_joined([b.labels[b.part] for b in blocks]) for blocks in zip(*cut, strict=True)]
-        sizes = [sum(of_rank) for of_rank in zip(*map(self._sizes, lengths), strict=True)]
-        for moved in loss.moved:
-            update_state(moved, [outputs[moved.reads] for outputs in ours], own_labels, sizes, self.blocks)
+        losses = torch.stack([values[name] for name in loss.weights])
+        self.sums.add_losses(losses, [len(labels) for labels in own_labels], loss.defined(host_labels))
+        self._move_losses(ours, own_labels, lengths)
         if figures is not None:
             every = {name: _joined([outputs[name] for outputs in ours]) for name in ours[0]}
             figures |= figures_of(loss.of_own.values(), every, _joined(own_labels), host_labels)
-        losses = torch.stack([values[name] for name in loss.weights])
-        self.sums.add_losses(losses, [len(labels) for labels in own_labels], loss.defined(host_labels))
         self.stepped(step, ours, own_labels)
         return (losses * self._weights).sum()
 
@@ -196,36 +186,37 @@ class Step(ABC):
         return self.lanes.map(passed, list(zip(seen, shares, strict=True)))
 
     def _back_propagate(
-        self, of_blocks: Sequence[_Passed], objective: Objective, gradients: Sequence[Outputs],
-        of_weights: Sequence[Sequence[Tensor | None]], last: bool,
+        self, passed: Sequence[_Passed], own: Sequence[Batch], objective: Objective, mined: _Mined, begin: int,
+        last: bool,
     ) -> None:  # fmt: skip
         """Add to each block's gradients what a micro-batch gives, as many blocks at once as there are lanes.
 
         Args:
-            gradients: of each block's outputs, known already.
-            of_weights: those of the losses' weights, known already, too.
+            begin: of the micro-batch, among the step's samples.
+            last: whether no other follows, and the blocks' gradients are whole.
         """
-        sums, lanes = self._descent.gradients, self.lanes
-        number = len(of_weights[0])
+        sums, number = self._descent.gradients, len(self.lanes)
+        of_weights = len(mined.of_weights[0]) if begin == 0 else 0
 
         def back_propagated(_: Lane, place: int) -> None:
-            block = of_blocks[place]
+            block, part = passed[place], slice(begin + own[place].part.start, begin + own[place].part.stop)
             pairs = [(terms.sum, objective.scales[name]) for name, terms in block.terms.items()]
-            pairs += [(block.outputs[name], gradient) for name, gradient in gradients[place].items()]
+            pairs += [(block.outputs[name], gradient[part]) for name, gradient in mined.gradient.items()]
             found = gradients_of(pairs, sums.parameters)
-            if number:
-                found[-number:] = [either_or_sum(*g) for g in zip(found[-number:], of_weights[place], strict=True)]
+            if of_weights:
+                known = zip(found[-of_weights:], mined.of_weights[place], strict=True)
+                found[-of_weights:] = [either_or_sum(*both) for both in known]
             sums.add(self.blocks.own[place], found, block.statistics)
 
-        for start in range(0, len(of_blocks), len(lanes)):
-            places = range(start, min(start + len(lanes), len(of_blocks)))
-            lanes.map(back_propagated, places)
+        for start in range(0, len(passed), number):
+            places = range(start, min(start + number, len(passed)))
+            self.lanes.map(back_propagated, places)
             if last:
                 for place in places:
                     sums.finish(self.blocks.own[place])
 
     def _mined(
-        self, passed: Sequence[Sequence[_Passed]], lengths: Sequence[int], labels: Tensor, host_labels: np.ndarray,
+        self, passed: Sequence[Sequence[_Passed]], labels: Tensor, lengths: Sequence[int], host_labels: np.ndarray,
         figures: dict[str, Tensor] | None,
     ) -> _Mined:  # fmt: skip
         """The losses of all samples, over all micro-batches, as gradients that each can back-propagate on its own.
@@ -259,7 +250,7 @@ class Step(ABC):
         added = TreeSum(blocks)
         for block, own in zip(blocks.own, gradients, strict=True):
             of_outputs = zip(own, everyone.values(), strict=False)
-            added.add(block, torch.cat([_or_zeros(g, x).flatten() for g, x in of_outputs]))
+            added.add(block, torch.cat([or_zeros(g, x).flatten() for g, x in of_outputs]))
         total = added.total().split([x.numel() for x in everyone.values()])
         if figures is not None:
             figures |= figures_of(loss.of_all.values(), everyone, labels, host_labels)
@@ -268,6 +259,12 @@ class Step(ABC):
             {name: gradient.view_as(x) for (name, x), gradient in zip(everyone.items(), total, strict=True)},
             [own[len(everyone) :] for own in gradients],
         )
+
+    def _move_losses(self, ours: Sequence[Outputs], labels: Sequence[Tensor], lengths: Sequence[int]) -> None:
+        """The state that a loss keeps of the whole batch, its centres say."""
+        sizes = [sum(of_rank) for of_rank in zip(*map(self._sizes, lengths), strict=True)]
+        for moved in self.loss.moved:
+            update_state(moved, [outputs[moved.reads] for outputs in ours], labels, sizes, self.blocks)
 
     def _sizes(self, num_samples: int) -> list[int]:
         """How many samples of a (micro-)batch each rank has; a sample's views are on one."""
@@ -302,11 +299,3 @@ class Step(ABC):
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
-
-
-def _length(block: Batch) -> int:
-    return block.part.stop - block.part.start
-
-
-def _or_zeros(gradient: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if gradient is None else gradient
