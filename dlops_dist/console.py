@@ -9,7 +9,7 @@ from rich.console import Console as RichConsole
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from dlops_dist.engine.events import EpochEnded, Event, Started, Stepped, Told, Warned
+from dlops_dist.events import EpochEnded, Event, Started, Stepped, Told, Warned
 from dlops_dist.figures import SHORT, TITLES, own_figures, told
 
 PLAIN_EVERY_S = 10.0

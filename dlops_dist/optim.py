@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from inspect import unwrap
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,11 @@ class SGD(torch.optim.Optimizer):
     Works on all parameters of a device and type at once. The same bits as torch.optim.SGD(foreach=True), and
     each loads the other's state dict.
     """
+
+    # torch wraps these so that torch.compile leaves them alone, and imports all of it to do so: seconds in each process
+    add_param_group = unwrap(torch.optim.Optimizer.add_param_group)
+    state_dict = unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = unwrap(torch.optim.Optimizer.load_state_dict)
 
     def __init__(
         self,

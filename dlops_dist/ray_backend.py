@@ -6,16 +6,15 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, wait
 from contextlib import closing, suppress
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from dlops_dist.config import Run, load_recipe, recipe_from_source
 from dlops_dist.console import Console
-from dlops_dist.engine.events import Event, Warned
 from dlops_dist.engine.run_folder import CONFIG, RunFolder
 from dlops_dist.errors import RunError, UserError, first_line
+from dlops_dist.events import Begun, Event, Failed, Placed, Warned
 from dlops_dist.files import Folder, temporary_folder
 from dlops_dist.ray_cluster import check_nodes, cluster, resources_for
 from dlops_dist.trackers import trackers_of
@@ -28,29 +27,6 @@ FEWER_TIMEOUT_S = 900
 """How long workers whose node was lost wait for another: without a limit, for ever."""
 LEAVE_S = 10
 """How long a controller has to start that is to be killed, and the thread that waits for it to notice."""
-
-
-@dataclass(frozen=True)
-class Failed:
-    """A worker met a mistake or a failed run that a restart would only meet again."""
-
-    error: UserError | RunError
-
-
-@dataclass(frozen=True)
-class Begun:
-    """Ray's controller of the workers has started."""
-
-    controller: Any
-    """Its actor: whoever waits for the trainer waits for this."""
-
-
-@dataclass(frozen=True)
-class Placed:
-    """A group of workers has begun, or begun again, on what was set aside for it."""
-
-    placement_group: str
-    """Its id."""
 
 
 def train_on_ray(task: str, settings: Run, console: Console) -> None:

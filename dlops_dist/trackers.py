@@ -15,8 +15,8 @@ from pydantic import ValidationError
 
 from dlops_dist.config import Run
 from dlops_dist.config.run import wandb_of_environment
-from dlops_dist.engine.events import EpochEnded, Event, Finished, Listener, Logged, Started
 from dlops_dist.errors import UserError, first_line
+from dlops_dist.events import EpochEnded, Event, Finished, Listener, Logged, Started
 from dlops_dist.files import Folder
 
 PROJECT = "dlops_dist"

@@ -18,7 +18,6 @@ from dlops_dist.data.shards import Split, read_manifest
 from dlops_dist.distributed.agreement import describe_divergence
 from dlops_dist.distributed.collectives import of_all_ranks, rank, world_size
 from dlops_dist.engine.device import default_device, memory_errors_explained, use
-from dlops_dist.engine.events import EpochEnded, Event, Finished, Listener, Logged, Started, Stepped, Told, Warned
 from dlops_dist.engine.exactness import use_threads
 from dlops_dist.engine.learner import Learner
 from dlops_dist.engine.numerics import set_numerics
@@ -32,6 +31,7 @@ from dlops_dist.engine.step import Step
 from dlops_dist.engine.step_log import StepLog
 from dlops_dist.engine.warm_start import fitting_weights
 from dlops_dist.errors import RunError, UserError
+from dlops_dist.events import EpochEnded, Event, Finished, Listener, Logged, Started, Stepped, Told, Warned
 
 TELL_EVERY_S = 1.0
 CHECK_EVERY = {"cpu": 1, "cuda": 20}

@@ -68,5 +68,8 @@ def set_numerics(settings: Run, device: torch.device) -> None:
         torch.backends.cudnn.allow_tf32 = False  # these names, as torch's compiler reads them
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.benchmark = not settings.deterministic
-    torch.use_deterministic_algorithms(settings.deterministic)
+    if compiles(settings, device):
+        torch.use_deterministic_algorithms(settings.deterministic)  # tells the compiler too, for which it imports it
+    else:
+        torch.set_deterministic_debug_mode("error" if settings.deterministic else "default")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a kernel each time

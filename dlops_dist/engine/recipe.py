@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from dlops_dist.config import Run
 from dlops_dist.config.recipe_file import place_of
@@ -80,7 +81,7 @@ def made(settings: Run, inputs: Inputs, dry: bool = False) -> Recipe:
     """
     code = code_of(settings)
     if dry and settings.source is None:
-        with torch.device("meta"):
+        with torch.device("meta"), _Undrawn():
             return code.recipe(settings, inputs)  # type: ignore[no-any-return]
     with torch.random.fork_rng(devices=[]), mistakes_placed(settings):
         torch.default_generator.manual_seed(settings.seed)
@@ -89,6 +90,13 @@ def made(settings: Run, inputs: Inputs, dry: bool = False) -> Recipe:
         if settings.source is not None:  # ours are tested
             _check(_called(settings), recipe, inputs)
     return replace(recipe, inexact=tuple(notes))  # type: ignore[no-any-return]
+
+
+class _Undrawn(TorchFunctionMode):
+    """No random numbers are drawn for weights without memory: torch would import its compiler to do so."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if function in (Tensor.normal_, Tensor.uniform_) else function(*args, **(kwargs or {}))
 
 
 @contextmanager

@@ -20,12 +20,12 @@ from dlops_dist.data.order import blocks
 from dlops_dist.data.shards import Split, read_manifest
 from dlops_dist.distributed.collectives import rank
 from dlops_dist.engine import evaluation, fit, prepare
-from dlops_dist.engine.events import Started
 from dlops_dist.engine.fit import _Fit
 from dlops_dist.engine.learner import Learner
 from dlops_dist.engine.run_folder import RunFolder
 from dlops_dist.engine.samples import Inputs
 from dlops_dist.errors import RunError
+from dlops_dist.events import Started
 from dlops_dist.recipes.q1 import Settings as Q1
 
 LOSSES = {

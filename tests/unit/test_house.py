@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "dlops_dist"
 LAYERS = [
     {"errors"},
-    {"files", "figures"},
+    {"files", "figures", "events"},
     {"config", "command_line", "models", "losses", "optim", "metrics", "data"},
     {"distributed", "draw"},
     {"engine"},

@@ -13,11 +13,11 @@ from dlops_dist import report
 from dlops_dist.config import result_settings
 from dlops_dist.data.shards import read_manifest
 from dlops_dist.engine import fit, prepare
-from dlops_dist.engine.events import Started, Warned
 from dlops_dist.engine.rows import best_row
 from dlops_dist.engine.run_folder import RunFolder
 from dlops_dist.errors import RunError
 from dlops_dist.evaluate import evaluate_run
+from dlops_dist.events import Started, Warned
 from dlops_dist.recipes.q1 import Settings as Q1
 from dlops_dist.recipes.q2 import Settings as Q2
 from dlops_dist.sweep.folder import SweepFolder

@@ -12,11 +12,11 @@ from states import same_checkpoint
 from dlops_dist.data.loader import read_ahead
 from dlops_dist.data.shards import Split, read_manifest
 from dlops_dist.engine import fit
-from dlops_dist.engine.events import Logged
 from dlops_dist.engine.learner import Learner
 from dlops_dist.engine.run_folder import STEPS, RunFolder
 from dlops_dist.engine.samples import Inputs
 from dlops_dist.engine.step_log import StepLog, memory
+from dlops_dist.events import Logged
 from dlops_dist.losses import CenterLoss, TripletLoss
 from dlops_dist.recipes.q1 import Settings as Q1
 from dlops_dist.recipes.q2 import Settings as Q2

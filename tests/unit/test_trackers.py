@@ -12,9 +12,9 @@ import wandb
 from dlops_dist import draw, report, trackers, train, tune
 from dlops_dist.command_line import read_settings
 from dlops_dist.config import sweep_type
-from dlops_dist.engine.events import EpochEnded, Finished, Logged, Started
 from dlops_dist.engine.run_folder import RunFolder
 from dlops_dist.errors import UserError
+from dlops_dist.events import EpochEnded, Finished, Logged, Started
 from dlops_dist.ray_backend import wandb_environment
 from dlops_dist.recipes.q1 import Settings as Q1
 from dlops_dist.sweep.folder import SweepFolder

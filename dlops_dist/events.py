@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from dlops_dist.errors import RunError, UserError
+
 
 @dataclass(frozen=True)
 class Started:
@@ -70,6 +72,29 @@ class Warned:
 @dataclass(frozen=True)
 class Finished:
     """The run is complete."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A worker met a mistake or a failed run that a restart would only meet again."""
+
+    error: UserError | RunError
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Ray's controller of the workers has started."""
+
+    controller: Any
+    """Its actor: whoever waits for the trainer waits for this."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A group of workers has begun, or begun again, on what was set aside for it."""
+
+    placement_group: str
+    """Its id."""
 
 
 Event = Started | Stepped | Logged | EpochEnded | Told | Warned | Finished
