@@ -105,8 +105,14 @@ def _trainer(
     events: Any,
 ) -> Any:  # fmt: skip
     """What Ray trains by: how many workers, with what, how often they are started again, how long waited for."""
+    import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
+
+    # else what cleans up after a run asks the last cluster that was started on its machine, dead or a stranger's
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
 
     least = settings.min_workers
     start_timeout_s = START_TIMEOUT_S if least is None else ELASTIC_START_TIMEOUT_S

@@ -41,7 +41,8 @@ def cluster(say: Callable[[str], None]) -> Iterator[None]:
     os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
     if os.environ.get(TRAIN_V2, "1").lower() not in ("1", "true"):
         raise UserError(f"{TRAIN_V2}={os.environ[TRAIN_V2]}: this trains by Ray Train V2; unset it")
-    address = os.environ.get("RAY_ADDRESS") or "local"
+    given = os.environ.get("RAY_ADDRESS")
+    address = given or "local"
     if address == "local":
         say("starting Ray on this machine")
         _start()
@@ -54,6 +55,8 @@ def cluster(say: Callable[[str], None]) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+        os.environ.pop("RAY_ADDRESS", None)
+        os.environ.update({"RAY_ADDRESS": given} if given is not None else {})
 
 
 def _start() -> None:

@@ -89,7 +89,10 @@ def trained_in_stages(kind, shards, runs):
     return {path.name: path.read_bytes() for path in (Path(runs) / "run/checkpoints").iterdir()}
 
 
-@pytest.mark.parametrize("kind", STAGED)
+NORMS, CODES = STAGED
+
+
+@pytest.mark.parametrize("kind", [pytest.param(NORMS, marks=pytest.mark.slow), CODES])
 def test_every_stage_of_autoencoders_on_three_ranks_leaves_the_bytes_of_one_process(kind, stl_shards, tmp_path):
     expected = trained_in_stages(kind, stl_shards, tmp_path / "one")
     assert len(expected) == 3 * 4 + 1 + 2
@@ -119,7 +122,10 @@ def test_a_run_that_shrinks_and_grows_in_the_middle_of_an_epoch_does_too(shapes_
     assert on_ranks(trained, 3, "batch-hard", shapes_shards, moved, 6)[0] == expected
 
 
-@pytest.mark.parametrize("task", ["q1", str(EXAMPLES / "adamw_randaugment.py"), str(EXAMPLES / "vit_timm.py")])
+@pytest.mark.parametrize(
+    "task",
+    ["q1", str(EXAMPLES / "vit_timm.py"), pytest.param(str(EXAMPLES / "adamw_randaugment.py"), marks=pytest.mark.slow)],
+)
 def test_a_worker_with_more_cores_computes_several_blocks_at_once_to_the_same_bits(
     task, shapes_shards, tmp_path, monkeypatch
 ):

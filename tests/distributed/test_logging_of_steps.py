@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from kept_ranks import on_ranks
-from states import nearly, same_state, tensors
+from states import same_state, tensors
 
 from dlops_dist.distributed.collectives import rank
 from dlops_dist.engine import fit
@@ -13,7 +13,8 @@ from dlops_dist.recipes.q1 import Settings as Q1
 
 LOSSES = {
     "triplet, micro-batches": {
-        "loss": "triplet", "triplet": {"mining": "all"}, "micro_batch_size": 10, "optimizer": {"lr": 0.002},
+        "loss": "triplet", "triplet": {"mining": "all", "margin": 0.05}, "micro_batch_size": 10,
+        "optimizer": {"lr": 0.002},
     },
     "center, clipped": {"loss": "center", "optimizer": {"lr": 0.02, "clip_norm": 0.5}},
 }  # fmt: skip
@@ -22,9 +23,8 @@ LOSSES = {
 def train(loss, every, shards, runs):
     """The last checkpoint and the rows of steps, on rank 0."""
     settings = Q1(
-        name="run", runs_dir=str(runs), epochs=1, global_batch_size=20, precision="float64", log_every=every,
-        wandb="off", data={"shards": str(shards), "reader": "decode"},
-        model={"width": 8, "stem": "imagenet", "norm": "sync"}, **LOSSES[loss],
+        name="run", runs_dir=str(runs), epochs=1, global_batch_size=20, blocks=2, log_every=every, wandb="off",
+        data={"shards": str(shards), "reader": "decode"}, model={"width": 8, "stem": "imagenet"}, **LOSSES[loss],
     )  # fmt: skip
     fit(settings)
     if rank():
@@ -41,14 +41,13 @@ def train_all(every, shards, runs):
 
 def test_ranks_log_what_one_process_logs_and_change_no_bit_by_it(shapes_shards, tmp_path):
     one = train_all(3, shapes_shards, tmp_path / "one")
-    logged, *_ = on_ranks(train_all, 2, 3, shapes_shards, tmp_path / "logged", timeout_s=200)
-    silent, *_ = on_ranks(train_all, 2, 0, shapes_shards, tmp_path / "silent", timeout_s=200)
+    silent = train_all(0, shapes_shards, tmp_path / "silent")
+    logged, _ = on_ranks(train_all, 2, 3, shapes_shards, tmp_path / "logged")
     for loss in LOSSES:
         state, rows = logged[loss]
         assert same_state(state, silent[loss][0]), loss
         assert [row["step"] for row in rows] == [3, 6, 9, 12]
-        for ours, theirs in zip(rows, one[loss][1], strict=True):
-            assert ours == nearly(theirs), loss
+        assert rows == one[loss][1]
     assert {"loss", "lr", "gradient_norm", "active_triplets"} < logged["triplet, micro-batches"][1][0].keys()
     assert any(0 < row["active_triplets"] < 1 for row in logged["triplet, micro-batches"][1])
     assert logged["center, clipped"][1][-1]["center_spread"] > 0

@@ -37,6 +37,7 @@ def hash_few(monkeypatch):
         monkeypatch.setattr(hashes, name, value)
 
 
+@pytest.mark.slow
 def test_ours_agree_and_the_usual_formulations_do_not(verified, capsys):
     verified()
     output = capsys.readouterr().out
@@ -67,6 +68,7 @@ def test_other_bits_are_a_failure(monkeypatch):
         verify.main()
 
 
+@pytest.mark.slow
 def test_more_than_promised_is_a_failure(verified, monkeypatch):
     monkeypatch.setattr(verify, "ONE_STEP", 0.0)
     with pytest.raises(RunError, match=r"more than promised: cross-entropy, .*report"):

@@ -151,6 +151,7 @@ def test_what_is_inexact_is_named(fault, verified, capsys):
     assert words in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seen", ["mixed images", "two views"])
 def test_whatever_a_recipe_sees_has_hashes_beside_those_of_ddp(seen, verify_file, verified, monkeypatch, capsys):
     """As a loop under DDP would see it."""

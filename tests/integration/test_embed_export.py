@@ -142,7 +142,8 @@ def by_torch(path, images):
     return torch.export.load(path, extra_files=texts).module()(images), texts
 
 
-@pytest.mark.parametrize("name", ["q1", *(pytest.param(n, marks=pytest.mark.slow) for n in ("q2", "drops", "arcface"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["q1", "q2", "drops", "arcface"])
 def test_an_exported_function_computes_what_the_model_computes(name, request, own, tmp_path):
     recipe = []
     if name in ("q1", "q2"):

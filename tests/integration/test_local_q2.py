@@ -5,7 +5,10 @@ import signal
 
 import pytest
 import torch
-from command import CACHE, call, rows, run, start, wait_until
+from command import CACHE, call, rows, start, wait_until
+
+from dlops_dist.engine import fit
+from dlops_dist.recipes.q2 import Settings as Q2
 
 SMALL = [
     *("--data.cache-dir", CACHE, "--global-batch-size", "20", "--epochs", "2", "--model.layers", "24", "16", "12"),
@@ -24,7 +27,7 @@ def smoke(tmp_path_factory):
     code, output = call("train", "q2", "--smoke", "--folds", "--epochs", "1", "--runs-dir", folder, "--name", "folds")
     assert code == 0, output
     assert "top-1 of 10 folds: mean " in output.splitlines()[-1]
-    code, output = run("train", "q2", "--smoke", "--runs-dir", folder, "--name", "run")
+    code, output = call("train", "q2", "--smoke", "--runs-dir", folder, "--name", "run")
     assert code == 0, output
     return folder, output
 
@@ -86,6 +89,7 @@ def test_the_same_command_again_says_that_the_run_is_complete(smoke):
     assert rows(smoke[0] / "run") == before
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_the_middle_of_the_second_layer_goes_on_to_the_same_bits(stl_shards, tmp_path):
     arguments = ["--pretrain.epochs", "8", "--checkpoint-every", "2", "--finetune", "--model.norm", "batch"]
     code, output = train(stl_shards, tmp_path / "whole", *arguments)
@@ -145,15 +149,10 @@ def test_folds_where_there_are_none_are_refused(shapes_shards, tmp_path):
 
 
 def test_a_run_without_a_classifier_yet_cannot_be_evaluated(stl_shards, tmp_path):
-    process = start(
-        "train", "q2", "--local", "--data.shards", stl_shards, "--runs-dir", tmp_path, *SMALL,
-        "--pretrain.epochs", "5000", "--checkpoint-every", "1",
-    )  # fmt: skip
-    try:
-        assert wait_until(lambda: list(tmp_path.glob("run/checkpoints/step-*.pt")), 60)
-    finally:
-        process.kill()
-        process.communicate()
+    settings = Q2(runs_dir=str(tmp_path), name="run", data={"shards": str(stl_shards)}, global_batch_size=20)
+    stop = iter([False, True])  # asked before an epoch, and after its first step
+    with pytest.raises(KeyboardInterrupt):
+        fit(settings, task="q2", stop=lambda: next(stop))
     code, output = call("evaluate", tmp_path / "run")
     assert (code, len(output.splitlines())) == (2, 1), output
     assert "no classifier yet" in output

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from command import TINY, call, rows, run
+from command import TINY, call, rows
 from PIL import Image
 
 import dlops_dist
@@ -73,7 +73,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_classified(trained, tmp_pa
     (tmp_path / "bad.jpg").write_bytes(b"no image")
     (tmp_path / "large.png").write_bytes(first.read_bytes())
     Image.open(first).resize((90, 60)).save(tmp_path / "large.png")
-    code, output = run("predict", trained / "run", tmp_path)
+    code, output = call("predict", trained / "run", tmp_path)
     assert code == 1, output
     assert f"warning: {tmp_path}/bad.jpg: no image: it begins with" in output
     assert output.splitlines()[-1] == "failed: 1 of 3 images could not be read"

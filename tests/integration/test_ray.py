@@ -1,4 +1,4 @@
-"""Under a real Ray cluster on this machine: train, refuse, submit, be killed."""
+"""Under a real Ray on this machine, which a run starts for itself or finds: train, refuse, submit, be killed."""
 
 import os
 import shutil
@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from contextlib import contextmanager, suppress
@@ -111,10 +112,18 @@ def assert_is_that_of_one_process(run_folder, *command):
     assert (ours.name, ours.read_bytes()) == (theirs.name, theirs.read_bytes())
 
 
-def test_ray_workers_compute_what_one_process_computes(cluster, shapes_shards, tmp_path):
+def test_workers_of_a_ray_of_their_own_compute_what_one_process_computes_and_ask_no_stranger(shapes_shards, tmp_path):
+    """Where the last cluster that was started here is not theirs, and says nothing."""
     arguments = ["train", "q1", "--data.shards", shapes_shards, *SETTINGS, "--loss", "triplet"]
     arguments += ["--optimizer.lr", "0.002"]
-    assert_two_workers_are_as_one(arguments, "result: q1 triplet after 2 epochs: test loss ", cluster, tmp_path)
+    with socket.create_server(("", 0)) as stranger, tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "ray").mkdir()
+        (Path(folder) / "ray/ray_current_cluster").write_text(f"127.0.0.1:{stranger.getsockname()[1]}")
+        environment = {"RAY_TMPDIR": folder}
+        assert_two_workers_are_as_one(arguments, "result: q1 triplet after 2 epochs: test loss ", environment, tmp_path)
+        stranger.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            stranger.accept()
 
 
 @pytest.mark.slow
@@ -154,6 +163,7 @@ def test_ray_workers_embed_to_the_bytes_of_one_process(cluster, shapes_shards, t
     assert found[1:] == found[:1] * 2
 
 
+@pytest.mark.slow
 def test_the_dashboard_listens_on_the_loopback_and_asks_for_the_token(cluster):
     address = cluster["RAY_API_SERVER_ADDRESS"]
     port = int(address.rpartition(":")[2])
@@ -167,6 +177,7 @@ def test_the_dashboard_listens_on_the_loopback_and_asks_for_the_token(cluster):
         assert answer.status == 200
 
 
+@pytest.mark.slow
 def test_more_workers_than_the_cluster_has_is_one_line(cluster, shapes_shards, tmp_path):
     code, output = train(shapes_shards, tmp_path, "--workers", "5", env=cluster)
     assert code == 2
@@ -328,6 +339,7 @@ def test_a_job_may_bring_the_code_along_but_not_the_data(cluster, shapes_shards,
         assert "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_what_still_calls_ray_after_we_left_neither_joins_nor_starts_a_cluster(cluster):
     """As the thread that waits for the trainer does after a Ctrl-C."""
     script = """
