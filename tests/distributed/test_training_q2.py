@@ -87,10 +87,13 @@ CASES = list(product((2, 3, 4), KINDS, STAGES, BATCHES))
 FEW = covering((2, 3, 4), list(KINDS), STAGES, list(BATCHES))
 
 
+OTHERS = [case for case in CASES if case not in FEW]
+LATER = [(ranks, cases) for ranks, cases in product((2, 3, 4), (FEW, OTHERS)) if (ranks, cases) != (3, FEW)]
+
+
 @pytest.mark.parametrize(
-    "cases", [FEW, pytest.param([c for c in CASES if c not in FEW], marks=pytest.mark.slow)], ids=["few", "others"]
+    ("ranks", "cases"), [(3, FEW), *(pytest.param(*case, marks=pytest.mark.slow) for case in LATER)]
 )
-@pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_one_step_of_each_stage_on_any_number_of_ranks_is_that_of_one_process(ranks, cases, stl_shards):
     """Few: of kind, stage, batch and number of ranks, each value meets each of another."""
     cases = [case[1:] for case in cases if case[0] == ranks]

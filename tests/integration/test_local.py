@@ -162,7 +162,7 @@ def test_a_name_with_other_settings_or_data_is_refused(runs, shapes_shards, tmp_
     assert code == 2
     assert "seed 0 there, 7 here" in output
     other = tmp_path / "other"
-    assert call("shard", "shapes", "--classes", "5", "--limit", "50", "--out", other)[0] == 0
+    assert call("shard", "shapes", "--classes", "5", "--limit", "50", "--workers", "1", "--out", other)[0] == 0
     code, output = train(other / "shapes", runs, *two_epochs("ce"))
     assert code == 2, output
     assert "dataset" in output
@@ -172,6 +172,7 @@ def test_a_name_with_other_settings_or_data_is_refused(runs, shapes_shards, tmp_
     assert rows(runs / "ce") == before
 
 
+@pytest.mark.slow
 def test_a_second_process_of_a_run_is_refused(shapes_shards, tmp_path):
     arguments = ("--epochs", "30", "--name", "run")
     first = start("train", "q1", "--local", "--data.shards", shapes_shards, "--runs-dir", tmp_path, *TINY, *arguments)

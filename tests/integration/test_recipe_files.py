@@ -258,6 +258,7 @@ def test_what_a_recipe_raises_while_it_is_trained_is_one_line_with_its_place(sma
     assert "small.py:12: ZeroDivisionError: division by zero" in output.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_module_is_a_recipe_by_its_name(small, shapes_shards, tmp_path):
     (tmp_path / "mine").mkdir()
     small.rename(tmp_path / "mine/wide.py")

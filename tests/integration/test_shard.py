@@ -147,8 +147,20 @@ def sharers(process):
     return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
 
 
-@pytest.mark.parametrize("whom", ["one that shares the work", "all, by Ctrl-C"])
-@pytest.mark.parametrize("when", [pytest.param("starting", marks=pytest.mark.slow), "packing"])
+@pytest.mark.parametrize(
+    ("when", "whom"),
+    [
+        ("packing", "all, by Ctrl-C"),
+        *(
+            pytest.param(when, whom, marks=pytest.mark.slow)
+            for when, whom in (
+                ("packing", "one that shares the work"),
+                ("starting", "one that shares the work"),
+                ("starting", "all, by Ctrl-C"),
+            )
+        ),
+    ],
+)
 def test_a_packing_that_loses_its_processes_says_so_and_goes_on(when, whom, packing, undisturbed, tmp_path):
     out = tmp_path / "tiny-imagenet"
     process = start(*packing, "--out", tmp_path, "--workers", "2", start_new_session=True)
