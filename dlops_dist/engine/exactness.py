@@ -45,12 +45,12 @@ def default_blocks(batch_size: int) -> int:
 
 
 def planned(settings: Run, network: nn.Module, device: torch.device) -> Plan:
-    """How the steps of a network are computed.
+    """How the steps of a network are computed; on the device "meta", how they would be.
 
     Raises:
         UserError: there are more workers than blocks, or bits are asked for that cannot be had.
     """
-    size, workers = settings.global_batch_size, world_size()
+    size, workers = settings.global_batch_size, workers_of(settings) if device.type == "meta" else world_size()
     number = settings.blocks or default_blocks(size)
     if number > size:
         raise UserError(f"blocks: {number} are more than the {size} samples of a batch")
@@ -70,6 +70,11 @@ def planned(settings: Run, network: nn.Module, device: torch.device) -> Plan:
     several = device.type == "cpu" and not compiles(settings, device)
     threads = threads_at_start() // settings.threads_per_block if several else 1
     return Plan(blocks, max(1, min(threads, len(blocks.own))))
+
+
+def workers_of(settings: Run) -> int:
+    """Those that a run is to have, as far as its settings say."""
+    return 1 if settings.local else settings.workers or 1
 
 
 def use_threads(settings: Run, plan: Plan, device: torch.device) -> None:

@@ -1,12 +1,13 @@
 """A run before it begins: where it lies, what it is made of, and whether that fits together."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from dlops_dist.config import Run, check_task, default_name, stem_of
 from dlops_dist.data.shards import REMOTE, read_manifest
+from dlops_dist.engine.exactness import workers_of
 from dlops_dist.engine.recipe import code_of, made, mistakes_placed
 from dlops_dist.engine.run_folder import RunFolder
 from dlops_dist.engine.samples import Samples
@@ -21,17 +22,19 @@ def prepare(task: str, settings: Run) -> Run:
     settings = located(task, settings)
     shards = Path(settings.data.shards)
     stages = stages_of(settings, Samples(shards, read_manifest(shards), settings), torch.device("meta"))
-    if settings.freeze or settings.init_from is not None:
-        _check_beginning(settings, stages[-1])
+    if settings.freeze or settings.init_from is not None or workers_of(settings) > 1:
+        _check_beginning(settings, stages)
     return settings
 
 
-def _check_beginning(settings: Run, stage: Stage) -> None:
-    """Refuse parts to freeze that are not there, and weights that do not fit, where they are still to be begun with."""
+def _check_beginning(settings: Run, stages: Sequence[Stage]) -> None:
+    """Refuse parts to freeze that are not there, more workers than blocks, and weights that do not fit, where they are
+    still to be begun with.
+    """
     with mistakes_placed(settings):
-        model = stage.learner().model
+        models = [stage.learner().model for stage in stages]
     if settings.init_from is not None and not RunFolder.of(settings).checkpoints.steps():
-        fitting_weights(settings.init_from, model, lambda _: None)
+        fitting_weights(settings.init_from, models[-1], lambda _: None)
 
 
 def located(task: str, settings: Run) -> Run:

@@ -130,6 +130,10 @@ MISTAKES = {
     "not a number": (["--epochs", "many"], ["epochs: 'many'", "integer"]),
     "not a choice": (["--loss", "cosine"], ["cosine", "triplet"]),
     "batch too large": (["--global-batch-size", "5000"], ["global_batch_size", "5000", "240"]),
+    "more workers than blocks": (
+        ["--no-local", "--workers", "5", "--blocks", "4"],
+        ["workers: 5", "4 blocks", "at most 4"],
+    ),
     "no P x K": (["--loss", "triplet", "--global-batch-size", "23"], ["data.samples_per_class", "23"]),
     "name with a path": (["--name", "../escape"], ["name", "../escape"]),
     "no config": (["--config", "missing.yaml"], ["missing.yaml"]),

@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,17 @@ def test_imports_point_one_way(path):
     depth = next(i for i, layer in enumerate(LAYERS) if part in layer)
     allowed = {part}.union(*LAYERS[: depth + (part not in PURE)])
     assert imported(path)[0] <= allowed
+
+
+def test_no_two_files_need_each_other():
+    """Not even in a function."""
+    names = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    needed = {}
+    for name, path in names.items():
+        imports = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        found = {part for node in imports for a in node.names for part in (node.module, f"{node.module}.{a.name}")}
+        needed[name] = found & names.keys()
+    list(TopologicalSorter(needed).static_order())
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))

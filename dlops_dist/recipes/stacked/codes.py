@@ -14,7 +14,7 @@ from dlops_dist.distributed.collectives import gather, rank, world_size
 from dlops_dist.engine.numerics import precision_of
 from dlops_dist.engine.samples import Inputs
 from dlops_dist.models.autoencoder import StackedAutoencoder
-from dlops_dist.recipes.q2 import Settings
+from dlops_dist.recipes.stacked.settings import Stack
 
 BLOCK = 256
 """Samples that are encoded together: fixed, so that no bit of a code depends on the number of ranks."""
@@ -47,7 +47,7 @@ class Codes:
     """
 
     def __init__(
-        self, settings: Settings, inputs: Inputs, stack: StackedAutoencoder, pixels: Mapping[str, Reader],
+        self, settings: Stack, inputs: Inputs, stack: StackedAutoencoder, pixels: Mapping[str, Reader],
         device: torch.device, tell: Callable[[str], None],
     ) -> None:  # fmt: skip
         self._settings, self._stack, self._pixels = settings, stack, pixels

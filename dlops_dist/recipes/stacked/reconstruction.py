@@ -20,8 +20,8 @@ from dlops_dist.engine.samples import Inputs
 from dlops_dist.engine.step import Outputs, Seen, Step
 from dlops_dist.losses import ReconstructionLoss
 from dlops_dist.models.autoencoder import StackedAutoencoder
-from dlops_dist.recipes.q2 import Settings
 from dlops_dist.recipes.stacked.codes import Codes, FlatPixels
+from dlops_dist.recipes.stacked.settings import Stack
 
 
 class ReconstructionLearner(Step):
@@ -36,7 +36,7 @@ class ReconstructionLearner(Step):
     """
 
     def __init__(
-        self, settings: Settings, inputs: Inputs, stack: StackedAutoencoder, codes: Codes, layer: int | None,
+        self, settings: Stack, inputs: Inputs, stack: StackedAutoencoder, codes: Codes, layer: int | None,
         steps_per_epoch: int, device: torch.device,
     ) -> None:  # fmt: skip
         self.dtype, self.autocast = precision_of(settings, device)

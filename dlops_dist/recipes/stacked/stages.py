@@ -21,18 +21,16 @@ from dlops_dist.engine.stages import Stage, judged, named
 from dlops_dist.errors import UserError
 from dlops_dist.losses import CrossEntropyLoss
 from dlops_dist.models.autoencoder import StackedAutoencoder, StackedAutoencoderClassifier
-from dlops_dist.recipes.q2 import Settings
 from dlops_dist.recipes.stacked.codes import Codes
 from dlops_dist.recipes.stacked.reconstruction import ReconstructionLearner
+from dlops_dist.recipes.stacked.settings import Stack
 
 MEASURED = 1024
 """Samples whose mean square stands for that of all."""
 NORMS = {"none": None, "batch": BlockBatchNorm1d, "sync": SyncBatchNorm1d, "layer": nn.LayerNorm}
 
 
-def stacked_stages(
-    settings: Settings, samples: Samples, device: torch.device, tell: Callable[[str], None]
-) -> list[Stage]:
+def stacked_stages(settings: Stack, samples: Samples, device: torch.device, tell: Callable[[str], None]) -> list[Stage]:
     shared = Shared(settings, samples, device, tell)
     layers = len(settings.model.layers)
     stages = [reconstruction(shared, f"layer {i + 1}", i, settings.pretrain.epochs) for i in range(layers)]
@@ -52,7 +50,7 @@ def stacked_stages(
 class Shared:
     """What the stages of a run hand on: the stack that is trained layer by layer, and codes of its samples."""
 
-    def __init__(self, settings: Settings, samples: Samples, device: torch.device, tell: Callable[[str], None]) -> None:
+    def __init__(self, settings: Stack, samples: Samples, device: torch.device, tell: Callable[[str], None]) -> None:
         self.settings, self.samples, self.device, self._tell = settings, samples, device, tell
         num_train, num_unlabeled = len(samples.train), len(samples.unlabeled or ())
         self.ids = np.concatenate([samples.ids, num_train + np.arange(num_unlabeled)])
@@ -146,7 +144,7 @@ def classification(shared: Shared, name: str, ids: Ids, is_last: bool = True) ->
     )  # fmt: skip
 
 
-def build_stack(settings: Settings, inputs: Inputs) -> StackedAutoencoder:
+def build_stack(settings: Stack, inputs: Inputs) -> StackedAutoencoder:
     """The initial weights are a function of the seed alone."""
     chosen, (height, width) = settings.model, inputs.image_size
     with torch.random.fork_rng(devices=[]):
@@ -154,7 +152,7 @@ def build_stack(settings: Settings, inputs: Inputs) -> StackedAutoencoder:
         return StackedAutoencoder(height * width * 3, chosen.layers, NORMS[chosen.norm], chosen.tied)
 
 
-def classifier(settings: Settings, inputs: Inputs, stack: StackedAutoencoder) -> Recipe:
+def classifier(settings: Stack, inputs: Inputs, stack: StackedAutoencoder) -> Recipe:
     """A new head on copies of the encoders."""
     chosen = settings.model
     over = SyncBatchNorm1d if chosen.norm == "sync" else BlockBatchNorm1d
