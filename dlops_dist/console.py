@@ -18,8 +18,8 @@ PLAIN_EVERY_S = 10.0
 class Lines:
     """Lines of text, and on a terminal something live below them. Use it as a context."""
 
-    def __init__(self) -> None:
-        self.out = RichConsole(highlight=False, soft_wrap=True)
+    def __init__(self, quiet: bool = False) -> None:
+        self.out = RichConsole(highlight=False, soft_wrap=True, quiet=quiet)
         self.live: Progress | Live | None = None
 
     def __enter__(self) -> Self:
@@ -42,12 +42,12 @@ class Console(Lines):
 
     live: Progress | None
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, quiet: bool = False) -> None:
+        super().__init__(quiet)
         self._task = TaskID(0)
         self._epochs = 0
         self._last_line = 0.0
-        if self.out.is_terminal:
+        if self.out.is_terminal and not quiet:
             columns = ("[bold]{task.description}", "{task.completed:.0f}/{task.total:.0f}", "{task.fields[figures]}")
             texts = [TextColumn(column) for column in columns]
             self.live = Progress(texts[0], BarColumn(), *texts[1:], TimeRemainingColumn(), console=self.out)

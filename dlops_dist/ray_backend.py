@@ -3,7 +3,7 @@
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from concurrent.futures import Future, wait
 from contextlib import closing, suppress
 from itertools import islice
@@ -19,12 +19,8 @@ from dlops_dist.files import Folder, temporary_folder
 from dlops_dist.ray_cluster import check_nodes, cluster, resources_for
 from dlops_dist.trackers import trackers_of
 
-MAX_RESTARTS = 3
-COLLECTIVE_TIMEOUT_S = 300
 START_TIMEOUT_S, ELASTIC_START_TIMEOUT_S = 60, 25
 """How long Ray waits for all workers; for fewer, where that is allowed, it waits less. (15 s was slower.)"""
-FEWER_TIMEOUT_S = 900
-"""How long workers whose node was lost wait for another: without a limit, for ever."""
 LEAVE_S = 10
 """How long a controller has to start that is to be killed, and the thread that waits for it to notice."""
 
@@ -97,7 +93,9 @@ def train_group(
     try:
         ended.result()
     except ray.train.TrainingFailedError as error:
-        raise RunError(_shortened(error)) from error
+        failures = getattr(error, "worker_failures", {})
+        why = _last_line(next(iter(failures.values()), error))
+        raise RunError(f"{why} (after {settings.max_restarts} restarts)") from error
 
 
 def _trainer(
@@ -123,32 +121,87 @@ def _trainer(
         train_loop_config={
             "task": task, "source": load_recipe(task).source, "settings": settings.model_dump(), "events": events,
         },
-        torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
+        torch_config=TorchConfig(timeout_s=settings.collective_timeout),
         scaling_config=ScalingConfig(
             num_workers=num_workers if least is None else (least, num_workers),  # type: ignore[arg-type]
             use_gpu="GPU" in resources, resources_per_worker=resources,
         ),
         run_config=RunConfig(
-            name=settings.name, storage_path=str(storage / ".ray"), callbacks=[_teller(events)],
+            name=settings.name, storage_path=str(storage / ".ray"), callbacks=[_teller(events, settings)],
             failure_config=FailureConfig(
-                max_failures=MAX_RESTARTS,
-                controller_failure_limit=FEWER_TIMEOUT_S // start_timeout_s,  # type: ignore[call-arg]
+                max_failures=settings.max_restarts,
+                controller_failure_limit=settings.node_wait // start_timeout_s,  # type: ignore[call-arg]
             ),
             worker_runtime_env={"env_vars": environment},  # type: ignore[call-arg]
         ),
     )  # fmt: skip
 
 
-def _teller(events: Any) -> Any:
-    """Tells who controls the workers."""
+def _teller(events: Any, settings: Run) -> Any:
+    """Tells who controls the workers, which of them are lost, and what is waited for."""
     import ray
-    from ray.train.v2._internal.execution.callback import ControllerCallback
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
+    from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+    from ray.train.v2._internal.execution.controller.state import RestartingState
 
-    class Teller(ControllerCallback):
+    why = {WorkerHealthCheckFailedError: "died", WorkerHealthCheckTimeoutError: "does not answer"}
+
+    run = str(RunFolder.of(settings))
+    limit, wait_s = settings.max_restarts, settings.node_wait if settings.min_workers is None else None
+
+    class Teller(ControllerCallback, WorkerGroupCallback):
+        def __init__(self) -> None:
+            self.places: list[Any] = []
+            self.restarts = 0
+
         def after_controller_start(self, train_run_context: Any) -> None:
             events.actor.put_nowait.remote(Begun(ray.get_runtime_context().current_actor))
+            if wait_s is None:
+                _take_over(run, f"train-{train_run_context.run_id}")
+
+        def after_worker_group_start(self, worker_group: Any) -> None:
+            self.places = [worker.metadata for worker in worker_group.get_workers()]
+
+        def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+            if not isinstance(current_state, RestartingState):
+                return
+            self.restarts += 1
+            failures = getattr(current_state.training_failed_error, "worker_failures", {})
+            lost = {rank: why[type(error)] for rank, error in failures.items() if type(error) in why}
+            lost = lost or {rank: f"failed: {_last_line(error)}" for rank, error in list(failures.items())[:1]}
+            there = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+            told = {f"worker {rank} on node {self.places[rank].hostname}": lost[rank] for rank in sorted(lost)}
+            gone = {self.places[rank].hostname for rank in lost if self.places[rank].node_id not in there}
+            events.actor.put_nowait.remote(Warned(_loss(told, gone, self.restarts, limit, wait_s)))
 
     return Teller()
+
+
+def _take_over(run: str, requester: str) -> None:
+    """Let go of the nodes that the run's last controller asked for: Ray keeps them for it for three minutes, even where
+    it was ended with its driver.
+    """
+    from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
+    from ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client import (
+        TrainAutoscalingCoordinatorClient,
+    )
+
+    key = f"dlops_dist {run}"
+    if (last := _internal_kv_get(key)) is not None:
+        TrainAutoscalingCoordinatorClient(last.decode()).cancel_resource_request()
+    _internal_kv_put(key, requester)
+
+
+def _loss(lost: Mapping[str, str], gone: Collection[str], restart: int, limit: int, wait_s: int | None) -> str:
+    """What is said of workers that are lost, and of the nodes that are gone with them, if they are waited for."""
+    what = ", ".join(f"{worker} {why}" for worker, why in lost.items()) or "the workers are lost"
+    text = f"{what}; all go on from the last checkpoint, restart {restart} of {limit}"
+    if gone and wait_s is not None:
+        text += (
+            f", once there is a node in place of {', '.join(sorted(gone))}: they wait {wait_s} s for it; "
+            f"with --min-workers, the others would go on alone"
+        )
+    return text
 
 
 def _begun(asked: Any) -> Any:
@@ -249,8 +302,6 @@ def map_on_ray(
             raise RunError(f"a Ray worker died, and again in its place: {first_line(error)}") from error
 
 
-def _shortened(error: Exception) -> str:
-    """The last line of the first worker's traceback, which names the exception."""
-    failures = getattr(error, "worker_failures", {})
-    text = str(next(iter(failures.values()), error)).strip()
-    return f"{text.splitlines()[-1]} (after {MAX_RESTARTS} restarts)"
+def _last_line(error: Exception) -> str:
+    """Of a worker's traceback: it names the exception."""
+    return str(error).strip().splitlines()[-1]

@@ -6,6 +6,7 @@
     python -m dlops_dist.train q1 --dry-run                what would be run: settings, data, steps, memory
     python -m dlops_dist.train q2 --finetune               the stacked autoencoder, its classifier fine-tuned end to end
     python -m dlops_dist.train my.py --local               your own model and losses (docs/extending.md)
+    torchrun --standalone --nproc-per-node 4 -m dlops_dist.train q1    on processes of torchrun instead of Ray's
 
 The same command again goes on where it stopped. `RECIPE --help` lists every setting.
 """
@@ -16,13 +17,14 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from dlops_dist.command_line import read_command_line
 from dlops_dist.config import SHIPPED, Run, stem_of
 from dlops_dist.errors import OneLineParser, exit_code_of
+from dlops_dist.torchrun import first_rank_first, joined, started_by_torchrun
 
 
 def main() -> None:
@@ -34,29 +36,41 @@ def main() -> None:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         ).parse_args()
         return
-    settings, origins, dry_run = read_command_line(task, arguments)
+    with joined():
+        train(task, arguments)
 
-    from dlops_dist.console import Console
-    from dlops_dist.smoke import with_smoke_shards
-    from dlops_dist.trackers import check_trackers
 
-    check_trackers(settings)
-    if dry_run:
-        from dlops_dist.dry_run import describe
+def train(task: str, arguments: list[str]) -> None:
+    """Do what a command line asks for; of several processes that do, the first one tells."""
+    with first_rank_first():
+        settings, origins, dry_run = read_command_line(task, arguments)
 
-        print(*describe(task, settings, origins), sep="\n")
-        return
-    if settings.smoke:
-        settings = with_smoke_shards(task, settings)
-    with Console() as console:
+        from dlops_dist.console import Console
+        from dlops_dist.distributed.collectives import rank
+        from dlops_dist.smoke import with_smoke_shards
+        from dlops_dist.trackers import check_trackers
+
+        if started_by_torchrun():
+            settings = settings.model_copy(update={"local": True})
+        check_trackers(settings)
+        if settings.smoke and not dry_run:
+            settings = with_smoke_shards(task, settings)
+    with Console(quiet=rank() > 0) as console:
+        if dry_run:
+            from dlops_dist.dry_run import describe
+
+            for line in describe(task, settings, origins):
+                console.say(line)
+            return
         rows = run(task, settings, console)
-    what = " ".join(filter(None, (stem_of(task), settings.variant)))
-    print(f"result: {what} after {rows[-1]['epoch']} epochs{result_figures(rows, settings.choose_by)}")
+        what = " ".join(filter(None, (stem_of(task), settings.variant)))
+        console.say(f"result: {what} after {rows[-1]['epoch']} epochs{result_figures(rows, settings.choose_by)}")
 
 
 def run(task: str, settings: Run, console: Any) -> list[dict[str, Any]]:
-    """Train here or on Ray. Returns the rows of metrics."""
+    """Train here, as one of several processes perhaps, or on Ray. Returns the rows of metrics."""
     from dlops_dist.data.shards import read_manifest
+    from dlops_dist.distributed.collectives import rank, world_size
     from dlops_dist.engine import fit, prepare
     from dlops_dist.engine.run_folder import RunFolder
 
@@ -66,11 +80,15 @@ def run(task: str, settings: Run, console: Any) -> list[dict[str, Any]]:
         refuse_uploaded_folder(settings)
     if settings.name is not None:
         os.environ.pop("WANDB_NAME", None)  # W&B reads it: here, and in the workers
-    settings = prepare(task, settings)
+    with first_rank_first():
+        settings = prepare(task, settings)
     folder = RunFolder.of(settings)
-    with folder.locked():
-        folder.create(task, settings)
-        if folder.finished_row(settings, read_manifest(Path(settings.data.shards)), console.warn) is not None:
+    with nullcontext() if rank() else folder.locked():
+        with first_rank_first():
+            if not rank():
+                folder.create(task, settings)
+            finished = folder.finished_row(settings, read_manifest(Path(settings.data.shards)), console.warn)
+        if finished is not None:
             console.say(f"run {folder} is complete; another --name trains anew")
         elif settings.local:
             from dlops_dist.data.memory import keep_freed_memory
@@ -78,7 +96,7 @@ def run(task: str, settings: Run, console: Any) -> list[dict[str, Any]]:
 
             keep_freed_memory()
             listeners = [console, *trackers_of(settings, console.warn)]
-            with stop_signals(console.say) as stop:
+            with nullcontext(lambda: False) if world_size() > 1 else stop_signals(console.say) as stop:
                 fit(settings, task=task, listeners=listeners, stop=stop)
         else:
             from dlops_dist.ray_backend import train_on_ray

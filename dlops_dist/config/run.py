@@ -47,6 +47,12 @@ class Run(Section):
     min_workers: int | None = Field(None, ge=1)
     """Go on with as few Ray workers as this where nodes are lost, and with all again once they are back; by default
     wait for as many."""
+    max_restarts: int = Field(3, ge=0)
+    """How often all Ray workers are started again, from the last checkpoint, after one of them was lost."""
+    node_wait: int = Field(900, ge=0)
+    """Seconds that Ray workers wait for a node in place of one that is lost."""
+    collective_timeout: int = Field(300, ge=1)
+    """Seconds after which a worker that hears nothing of the others gives up."""
     wandb: Literal["online", "offline", "off"] = Field(default_factory=wandb_of_environment)
     """Log to Weights & Biases; offline needs neither key nor network. By default as WANDB_MODE says, else off."""
     tensorboard: bool = False
@@ -147,8 +153,8 @@ LATER: dict[str, Any] = {
 }  # fmt: skip
 """Settings that earlier versions did not have, and their defaults, with which a run is what it was without them."""
 MAY_CHANGE = frozenset({
-    "config", "name", "runs_dir", "local", "smoke", "workers", "min_workers", "wandb", "tensorboard",
-    "log_every", "inexact",
+    "config", "name", "runs_dir", "local", "smoke", "workers", "min_workers", "max_restarts", "node_wait",
+    "collective_timeout", "wandb", "tensorboard", "log_every", "inexact",
     "checkpoint_every", "keep_checkpoints",
     "data.shards", "data.reader", "data.cache_dir", "data.threads", "data.prefetch",
     "num_samples", "seeds", "concurrency", "scheduler",

@@ -73,8 +73,8 @@ def planned(settings: Run, network: nn.Module, device: torch.device) -> Plan:
 
 
 def workers_of(settings: Run) -> int:
-    """Those that a run is to have, as far as its settings say."""
-    return 1 if settings.local else settings.workers or 1
+    """Those that a run has, or is to have, as far as its settings say."""
+    return max(world_size(), 1 if settings.local else settings.workers or 1)
 
 
 def use_threads(settings: Run, plan: Plan, device: torch.device) -> None:

@@ -50,10 +50,8 @@ SMALL = {
     "everything": {"epochs": 2, "augment": {"mixup": 0.2, "cutmix": 1.0}, "ema_decay": 0.9},
 }
 STEPS = [("vit_timm", 2, 22), ("mixup", 3, 11)]
-MORE = [
-    ("proxy_anchor_pml", 3, 22), ("arcface", 2, 11), ("supcon", 4, 11), ("vit_timm", 3, 8), ("mixup", 4, 22),
-    ("adamw_randaugment", 3, 22), ("open_set_retrieval", 4, 22), ("resnet50_torchvision", 3, 22),
-]  # fmt: skip
+MORE = [("arcface", 2, 11), ("supcon", 4, 11), ("vit_timm", 3, 8), ("open_set_retrieval", 4, 22)]
+"""`verify` takes a step of every example in one piece, by `test_each_example_is_exact`."""
 
 
 @pytest.mark.parametrize(
@@ -96,7 +94,7 @@ def rows_of_resumed_runs(example, shards, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("example", ["proxy_anchor_pml", "vit_timm", "mixup", "supcon", "adamw_randaugment"])
+@pytest.mark.parametrize("example", ["vit_timm", "adamw_randaugment"])
 def test_a_resume_changes_no_bit_and_ranks_train_as_one_process(example, shapes_shards, tmp_path):
     rows_of_resumed_runs(EXAMPLES / f"{example}.py", shapes_shards, tmp_path)
 

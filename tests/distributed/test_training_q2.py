@@ -181,7 +181,7 @@ WHOLE = "batch norm, noise, dropout"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "ranks"), [(WHOLE, 4), (WHOLE, 2), ("tied, masked", 2)])
+@pytest.mark.parametrize(("kind", "ranks"), [(WHOLE, 4), ("tied, masked", 2)])
 def test_a_whole_run_on_any_number_of_ranks_is_that_of_one_process(kind, ranks, stl_shards, tmp_path):
     expected = trained(kind, stl_shards, tmp_path / "1")
     assert expected[0]["step"] == 26
@@ -256,7 +256,7 @@ def resumed(shards, runs, precision="float64"):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "stops"), [(3, (7, 21)), (2, (3, 12, 23)), (4, (9, 16))])
+@pytest.mark.parametrize(("ranks", "stops"), [(3, (7, 12, 21))])
 def test_a_run_that_stops_in_any_stage_goes_on_to_the_same_bits_on_as_many_ranks(ranks, stops, stl_shards, tmp_path):
     whole = on_ranks(resumed, ranks, stl_shards, tmp_path / "whole", "float32")[0]
     for after in stops:

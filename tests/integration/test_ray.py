@@ -1,6 +1,7 @@
 """Under a real Ray on this machine, which a run starts for itself or finds: train, refuse, submit, be killed."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -137,15 +138,6 @@ def test_a_users_recipe_on_ray_workers_computes_what_one_process_computes(cluste
 
 
 @pytest.mark.slow
-def test_q2_on_ray_workers_computes_what_one_process_computes(cluster, stl_shards, tmp_path):
-    arguments = ["train", "q2", "--data.shards", stl_shards, "--data.cache-dir", CACHE, "--blocks", "4"]
-    arguments += ["--name", "run", "--global-batch-size", "22", "--epochs", "2", "--model.layers", "12", "9", "5"]
-    arguments += ["--model.code-layer", "9", "--pretrain.epochs", "1", "--pretrain.optimizer.lr", "0.2", "--finetune"]
-    assert_two_workers_are_as_one(arguments, "result: q2 finetuned after 5 epochs: test loss ", cluster, tmp_path)
-    assert (tmp_path / "ray/run/report/confusion.png").is_file()
-
-
-@pytest.mark.slow
 def test_ray_workers_embed_to_the_bytes_of_one_process(cluster, shapes_shards, tmp_path):
     recipe = tmp_path / "mine.py"
     recipe.write_bytes((ROOT / "examples/arcface.py").read_bytes())
@@ -153,14 +145,14 @@ def test_ray_workers_embed_to_the_bytes_of_one_process(cluster, shapes_shards, t
     code, output = call("train", recipe, *arguments, "--local", "--epochs", "1", "--global-batch-size", "60")
     assert code == 0, output
     found = []
-    for workers in ((), ("--workers", "1"), ("--workers", "2")):
+    for workers in ((), ("--workers", "2")):
         out = tmp_path / f"{len(found)}.parquet"
         embed = "embed", "run", shapes_shards, "--out", out, "--recipe", "mine.py", *workers
         code, output = run(*embed, env=cluster, cwd=tmp_path)
         assert code == 0, output
         assert output.splitlines()[-1] == f"{out}: embeddings of 300 samples"
         found.append(out.read_bytes())
-    assert found[1:] == found[:1] * 2
+    assert found[1] == found[0]
 
 
 @pytest.mark.slow
@@ -225,19 +217,12 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_a_line_and_no_restart(clust
 
 
 @pytest.mark.slow
-def test_a_killed_worker_changes_no_bit_of_the_result(cluster, shapes_shards, tmp_path):
-    arguments = ["--loss", "triplet", "--optimizer.lr", "0.002", "--ema-decay", "0.95"]
-    arguments += ["--workers", "3", "--epochs", "12", "--checkpoint-every", "4"]
-    command = ["train", "q1", "--data.shards", shapes_shards, *SETTINGS, *arguments]
-    killed_and_whole(command, 2, 12, cluster, tmp_path)
-
-
-@pytest.mark.slow
 def test_a_killed_worker_of_q2_changes_no_bit_of_the_result(cluster, stl_shards, tmp_path):
     command = ["train", "q2", "--data.shards", stl_shards, "--data.cache-dir", CACHE, "--name", "run", "--workers", "3"]
     command += ["--global-batch-size", "22", "--blocks", "4", "--epochs", "2", "--model.layers", "12", "9", "5"]
-    command += ["--model.code-layer", "9", "--pretrain.epochs", "20", "--checkpoint-every", "2"]
-    killed_and_whole(command, 25, 62, cluster, tmp_path)
+    command += ["--model.code-layer", "9", "--pretrain.epochs", "8", "--finetune", "--checkpoint-every", "2"]
+    killed_and_whole(command, 4, 26, cluster, tmp_path)
+    assert (tmp_path / "killed/run/report/confusion.png").is_file()
 
 
 def killed_and_whole(command, after, epochs, cluster, tmp_path):
@@ -250,6 +235,10 @@ def killed_and_whole(command, after, epochs, cluster, tmp_path):
     assert len(metrics.read_text().splitlines()) < epochs, "it finished before it was stopped"
     output, _ = process.communicate(timeout=180)
     assert process.returncode == 0, output
+    (told,) = [line for line in output.splitlines() if line.startswith("warning: worker ")]
+    assert re.fullmatch(
+        r"warning: worker \d on node \S+ died; all go on from the last checkpoint, restart 1 of 3", told
+    )
     assert " from step " in output
     assert_is_that_of_one_process(tmp_path / "killed/run", *command)
 
@@ -257,7 +246,7 @@ def killed_and_whole(command, after, epochs, cluster, tmp_path):
 @pytest.mark.slow
 def test_a_lost_node_leaves_the_others_to_go_on_to_the_same_result(shapes_shards, tmp_path):
     """Workers 1 to 2: the second node is killed in the middle, the first goes on alone, on the same samples."""
-    arguments = ["--loss", "center", "--epochs", "20", "--checkpoint-every", "4"]
+    arguments = ["--loss", "center", "--epochs", "12", "--checkpoint-every", "4"]
     with head_node(tmp_path, 1) as cluster, node(cluster, "--address", cluster["RAY_ADDRESS"], "--num-cpus", 1) as lost:
         assert wait_until(lambda: nodes_alive(cluster) == 2, 90)
         elastic = [*arguments, "--workers", "2", "--min-workers", "1", "--runs-dir", tmp_path / "lost"]
@@ -314,23 +303,15 @@ def training(shards, runs, *arguments):
 
 
 @pytest.mark.slow
-def test_a_submitted_job_trains_and_its_exit_code_is_true(cluster, shapes_shards, tmp_path):
-    command = training(shapes_shards, tmp_path)
-    code, output = job(cluster, "submit", "--", *command)
-    assert code == 0, output
-    assert "result: q1 center after 2 epochs" in output
-    assert len(rows(tmp_path / "run")) == 2
-    code, output = job(cluster, "submit", "--", *command, "--seed", "3")
-    assert code != 0
-    assert "choose another --name" in output
-
-
-@pytest.mark.slow
-def test_a_job_may_bring_the_code_along_but_not_the_data(cluster, shapes_shards, tmp_path):
+def test_a_job_may_bring_the_code_along_but_not_the_data_and_its_exit_code_is_true(cluster, shapes_shards, tmp_path):
     working_copy = ("submit", "--working-dir", ROOT)
     code, output = job(cluster, *working_copy, "--", *training(shapes_shards, tmp_path))
     assert code == 0, output
+    assert "result: q1 center after 2 epochs" in output
     assert len(rows(tmp_path / "run")) == 2
+    code, output = job(cluster, "submit", "--", *training(shapes_shards, tmp_path, "--seed", "3"))
+    assert code != 0
+    assert "choose another --name" in output
     for wrong, place in (("runs_dir", (shapes_shards, "runs")), ("data.shards", ("shards/any", tmp_path))):
         code, output = job(cluster, *working_copy, "--", *training(*place))
         assert code != 0
@@ -376,7 +357,7 @@ def test_ctrl_c_while_ray_starts_what_is_needed_is_one_line(after, cluster, shap
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["ray job stop", "Ctrl-C"])
 def test_a_stopped_job_or_command_goes_on_to_the_same_bits(how, cluster, shapes_shards, tmp_path):
-    arguments = ["--epochs", "12", "--checkpoint-every", "4"]
+    arguments = ["--epochs", "9", "--checkpoint-every", "4"]
     metrics = tmp_path / "stopped/run/metrics.jsonl"
     if how == "Ctrl-C":
         process = start("train", *training(shapes_shards, tmp_path / "stopped", *arguments)[3:], env=cluster)
@@ -395,7 +376,7 @@ def test_a_stopped_job_or_command_goes_on_to_the_same_bits(how, cluster, shapes_
         code, output = job(cluster, "stop", tmp_path.name)
         assert code == 0, output
         assert "STOPPED" in job(cluster, "status", tmp_path.name)[1].upper()
-    assert len(metrics.read_text().splitlines()) < 12, "it finished before it was stopped"
+    assert len(metrics.read_text().splitlines()) < 9, "it finished before it was stopped"
     again = training(shapes_shards, tmp_path / "stopped", *arguments)[3:]
     code, output = run("train", *again, env=cluster, timeout_s=180)
     assert code == 0, output

@@ -125,7 +125,7 @@ def is_empty(group):
 def test_a_packing_that_is_killed_again_and_again_ends_with_the_same_bytes(packing, undisturbed, tmp_path):
     """Of 380 shards, at most some ten more are done at each kill: each falls into the packing."""
     out, rng, seen = tmp_path / "tiny-imagenet", np.random.default_rng(), [0]
-    for _ in range(16):
+    for _ in range(8):
         process = start(*packing, "--out", tmp_path, "--workers", "2", start_new_session=True)
         wanted = seen[-1] + int(rng.integers(0, 10))
         assert wait_until(lambda wanted=wanted: finished(out) >= wanted, 30, every_s=0.001)

@@ -22,7 +22,7 @@ LAYERS = [
     {"preflight"},
     {"ray_cluster"},
     {"ray_backend"},
-    {"ray_tuner"},
+    {"ray_tuner", "torchrun"},
     {"train", "dry_run", "evaluate", "report", "verify", "tune", "predict", "embed", "export"},
 ]
 """Each may import from those before it, and from its own."""
