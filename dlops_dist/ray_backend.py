@@ -14,7 +14,7 @@ from dlops_dist.config import Run, load_recipe, recipe_from_source
 from dlops_dist.console import Console
 from dlops_dist.engine.run_folder import CONFIG, RunFolder
 from dlops_dist.errors import RunError, UserError, first_line
-from dlops_dist.events import Begun, Event, Failed, Placed, Warned
+from dlops_dist.events import Begun, Event, Failed, Listener, Placed, Warned
 from dlops_dist.files import Folder, temporary_folder
 from dlops_dist.ray_cluster import check_nodes, cluster, resources_for
 from dlops_dist.trackers import trackers_of
@@ -246,24 +246,30 @@ def wandb_environment(settings: Run) -> dict[str, str]:
 
 def _train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     import ray
-    import torch
     from ray.train.torch import get_device
-
-    from dlops_dist.data.memory import keep_freed_memory
-    from dlops_dist.engine import fit
 
     recipe, events = recipe_from_source(config["task"], config["source"]), config["events"]
     settings = recipe.settings_type(**config["settings"])
     if ray.train.get_context().get_world_rank() == 0:
         events.put_nowait(Placed(str(ray.get_runtime_context().get_placement_group_id())))
-    torch.set_num_threads(num_threads(os.environ.get("OMP_NUM_THREADS", "")))
-    keep_freed_memory()
-    listeners = [events.put_nowait, *trackers_of(settings, lambda text: events.put_nowait(Warned(text)))]
     try:
-        return fit(settings, task=config["task"], device=get_device(), listeners=listeners)  # type: ignore[arg-type]
+        return fit_here(config["task"], settings, events.put_nowait, get_device())
     except (UserError, RunError) as error:
         events.put_nowait(Failed(error))
         raise
+
+
+def fit_here(task: str, settings: Run, listener: Listener, device: Any = None) -> dict[str, Any]:
+    """Train in this process of Ray's, with the threads that it is given. Returns the last row of metrics."""
+    import torch
+
+    from dlops_dist.data.memory import keep_freed_memory
+    from dlops_dist.engine import fit
+
+    torch.set_num_threads(num_threads(os.environ.get("OMP_NUM_THREADS", "")))
+    keep_freed_memory()
+    listeners = [listener, *trackers_of(settings, lambda text: listener(Warned(text)))]
+    return fit(settings, task=task, device=device, listeners=listeners)
 
 
 def num_threads(omp_num_threads: str) -> int:

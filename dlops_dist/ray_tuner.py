@@ -1,4 +1,4 @@
-"""Runs the trials of a sweep by Ray Tune, each of them a Ray Train run."""
+"""Runs the trials of a sweep by Ray Tune: each in one process, or on a group of workers of its own."""
 
 import logging
 import os
@@ -12,21 +12,21 @@ from typing import Any
 from dlops_dist.config import Run, Sweep, load_recipe, recipe_from_source
 from dlops_dist.engine.run_folder import RunFolder
 from dlops_dist.errors import RunError, UserError
-from dlops_dist.events import EpochEnded, Placed, Warned
-from dlops_dist.ray_backend import train_group, wandb_environment
+from dlops_dist.events import EpochEnded, Event, Placed, Warned
+from dlops_dist.ray_backend import fit_here, train_group, wandb_environment
 from dlops_dist.ray_cluster import check_nodes, cluster, resources_for
 from dlops_dist.sweep.board import Board
 from dlops_dist.sweep.folder import ENDED, SWEEP, SweepFolder, gain_of, is_compared, note_end
 
 QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_worker_maximum_startup_concurrency": "8",  # a trial is some five processes, at which Ray wonders on few cores
+    "RAY_worker_maximum_startup_concurrency": "8",  # more processes than Ray expects on few cores
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # not each report has a gain
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends a sweep as it ends a run
 }
 DRIVER = {"CPU": 0, "node:__internal_head__": 0.001}
-"""What a trial's own process takes: a CPU of its own would be one that its workers wait for, for ever."""
+"""What the process takes that waits for a trial's workers: a CPU would be one that they wait for, for ever."""
 
 
 def train_trials(folder: SweepFolder, known: Sequence[Run], board: Board) -> None:
@@ -62,7 +62,7 @@ def train_trials(folder: SweepFolder, known: Sequence[Run], board: Board) -> Non
             resources=resources, environment=wandb_environment(sweep),
         )  # fmt: skip
         tune.Tuner(
-            tune.with_resources(driver, DRIVER),
+            tune.with_resources(driver, DRIVER if num_workers > 1 else resources),
             tune_config=tune.TuneConfig(
                 search_alg=_queue(chain(unfinished, folder.suggested_trials() if unknown else ())),
                 num_samples=num_trials, max_concurrent_trials=at_once, scheduler=_scheduler(sweep),
@@ -129,27 +129,39 @@ def _drive(
     config: dict[str, Any], task: str, source: bytes, num_workers: int, resources: dict[str, float],
     environment: dict[str, str],
 ) -> None:  # fmt: skip
-    """A trial: train its run on a group of workers of its own, and tell Tune of each epoch, without test figures."""
+    """A trial: train its run, in this process or on a group of workers of its own, and tell Tune of each epoch, without
+    test figures.
+    """
     from ray import tune
 
     settings = recipe_from_source(task, source).settings_type(**config["settings"])
     path = Path(settings.runs_dir) / str(settings.name)
     folder = RunFolder(path)
-    warnings: list[str] = []
+    epoch, warnings = 0, []
+
+    def tell(event: Event | Placed) -> None:
+        nonlocal epoch, warnings
+        match event:
+            case Placed():
+                tune.report({"epoch": epoch, "placement_group": event.placement_group})
+            case Warned():
+                warnings.append(event.text)
+            case EpochEnded() if is_compared(settings, event.row):
+                epoch += 1
+                tune.report({"epoch": epoch, "gain": gain_of(settings, event.row), "warnings": warnings})
+                warnings = []
+
     try:
         with folder.locked():
             (path / ENDED).unlink(missing_ok=True)
             epoch = sum(is_compared(settings, row) for row in folder.rows())
-            with closing(train_group(task, settings, num_workers, resources, environment)) as events:
-                for event in events:
-                    if isinstance(event, Placed):
-                        tune.report({"epoch": epoch, "placement_group": event.placement_group})
-                    if isinstance(event, Warned):
-                        warnings.append(event.text)
-                    if isinstance(event, EpochEnded) and is_compared(settings, event.row):
-                        epoch += 1
-                        tune.report({"epoch": epoch, "gain": gain_of(settings, event.row), "warnings": warnings})
-                        warnings = []
+            if num_workers == 1:
+                os.environ.update(environment)
+                fit_here(task, settings, tell)
+            else:
+                with closing(train_group(task, settings, num_workers, resources, environment)) as events:
+                    for event in events:
+                        tell(event)
             if warnings:
                 tune.report({"epoch": epoch, "warnings": warnings})
     except (UserError, RunError) as error:

@@ -179,7 +179,7 @@ def test_a_users_recipe_is_searched_by_a_figure_of_his_choice(shapes_shards, tmp
 @pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--workers", "99"], ["workers: ", "99"]),
-    (["--concurrency", "50", "--workers", "2"], ["concurrency: 50", "--concurrency"]),
+    (["--concurrency", "50", "--workers", "2", "--blocks", "2"], ["concurrency: 50", "--concurrency"]),
 ])  # fmt: skip
 def test_too_small_a_machine_is_one_line(arguments, words, shapes_shards, tmp_path):
     code, output = tune(shapes_shards, tmp_path, *arguments)
