@@ -6,7 +6,7 @@
     python -m dlops_dist.train q1 --dry-run                what would be run: settings, data, steps, memory
     python -m dlops_dist.train q2 --finetune               the stacked autoencoder, its classifier fine-tuned end to end
     python -m dlops_dist.train my.py --local               your own model and losses (docs/extending.md)
-    torchrun --standalone --nproc-per-node 4 -m dlops_dist.train q1    on processes of torchrun instead of Ray's
+    torchrun --nproc-per-node 4 -m dlops_dist.train q1     on processes of torchrun instead of Ray's
 
 The same command again goes on where it stopped. `RECIPE --help` lists every setting.
 """
