@@ -306,7 +306,7 @@ def files(folder):
 def test_a_dry_run_tells_what_would_be_run_and_leaves_nothing(shapes_shards, tmp_path):
     (tmp_path / "my.yaml").write_text("loss: triplet\nseed: 3\n")
     before = files(tmp_path)
-    arguments = ("--config", tmp_path / "my.yaml", "--no-local", "--workers", "2", "--name", "run")
+    arguments = ("--config", tmp_path / "my.yaml", "--no-local", "--workers", "2", "--blocks", "2", "--name", "run")
     code, output = train(shapes_shards, tmp_path / "runs", *arguments, "--dry-run")
     assert code == 0, output
     lines = {line.split()[0]: line for line in output.splitlines()}

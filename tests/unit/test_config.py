@@ -443,6 +443,7 @@ def test_nesterov_without_momentum_names_the_three_settings(other, user_error):
 # what identifies a run
 
 MAY_DIFFER = {
+    "max_restarts": 0, "node_wait": 60, "collective_timeout": 60,
     "config": "other.yaml", "name": "other", "runs_dir": "elsewhere", "local": True, "smoke": True, "workers": 7,
     "wandb": "offline", "tensorboard": True, "log_every": 7, "min_workers": 1, "inexact": True,
     "checkpoint_every": 5, "keep_checkpoints": 3,
