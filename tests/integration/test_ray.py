@@ -171,7 +171,7 @@ def test_the_dashboard_listens_on_the_loopback_and_asks_for_the_token(cluster):
 
 @pytest.mark.slow
 def test_more_workers_than_the_cluster_has_is_one_line(cluster, shapes_shards, tmp_path):
-    code, output = train(shapes_shards, tmp_path, "--workers", "5", env=cluster)
+    code, output = train(shapes_shards, tmp_path, "--workers", "5", "--blocks", "5", env=cluster)
     assert code == 2
     assert output.splitlines()[-1].startswith("error: workers: 5 is more than the 3 CPUs")
 
