@@ -19,7 +19,7 @@ class Lines:
     """Lines of text, and on a terminal something live below them. Use it as a context."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self.out = RichConsole(highlight=False, soft_wrap=True, quiet=quiet)
+        self.out = RichConsole(highlight=False, emoji=False, soft_wrap=True, quiet=quiet)
         self.live: Progress | Live | None = None
 
     def __enter__(self) -> Self:

@@ -145,7 +145,6 @@ def _teller(events: Any, settings: Run) -> Any:
     from ray.train.v2._internal.execution.controller.state import RestartingState
 
     why = {WorkerHealthCheckFailedError: "died", WorkerHealthCheckTimeoutError: "does not answer"}
-
     run = str(RunFolder.of(settings))
     limit, wait_s = settings.max_restarts, settings.node_wait if settings.min_workers is None else None
 

@@ -55,8 +55,10 @@ def cluster(say: Callable[[str], None]) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-        os.environ.pop("RAY_ADDRESS", None)
-        os.environ.update({"RAY_ADDRESS": given} if given is not None else {})
+        if given is None:
+            os.environ.pop("RAY_ADDRESS", None)
+        else:
+            os.environ["RAY_ADDRESS"] = given
 
 
 def _start() -> None:

@@ -132,6 +132,7 @@ def _drive(
     """A trial: train its run, in this process or on a group of workers of its own, and tell Tune of each epoch, without
     test figures.
     """
+    import torch
     from ray import tune
 
     settings = recipe_from_source(task, source).settings_type(**config["settings"])
@@ -157,7 +158,7 @@ def _drive(
             epoch = sum(is_compared(settings, row) for row in folder.rows())
             if num_workers == 1:
                 os.environ.update(environment)
-                fit_here(task, settings, tell)
+                fit_here(task, settings, tell, None if "GPU" in resources else torch.device("cpu"))
             else:
                 with closing(train_group(task, settings, num_workers, resources, environment)) as events:
                     for event in events:

@@ -15,7 +15,7 @@ from ray._private import services
 from dlops_dist import files
 from dlops_dist.engine import fit
 from dlops_dist.files import LONGEST_SOCKET, leave_room_for_sockets, temporary_folder
-from dlops_dist.ray_backend import num_threads
+from dlops_dist.ray_backend import _loss, num_threads
 from dlops_dist.ray_cluster import address_of_head, cluster
 from dlops_dist.recipes.q1 import Settings as Q1
 from dlops_dist.train import main as train
@@ -216,3 +216,11 @@ def test_a_url_that_cannot_be_written_to_is_one_line(shapes_shards, monkeypatch,
     settings = Q1(runs_dir="memory://bucket/runs", name="run", data={"shards": str(shapes_shards)}, model={"width": 8})
     with user_error("runs_dir: memory://bucket/runs/run cannot be written to (AccessDenied: no)"):
         fit(settings)
+
+
+def test_a_lost_worker_is_told_and_its_lost_node_where_that_is_waited_for():
+    lost = {"worker 1 on node b": "died"}
+    told = "worker 1 on node b died; all go on from the last checkpoint, restart 2 of 3"
+    assert _loss(lost, [], 2, 3, 900) == _loss(lost, ["b"], 2, 3, None) == told
+    waiting = _loss(lost, ["b"], 2, 3, 900)
+    assert waiting.startswith(f"{told}, once there is a node in place of b: they wait 900 s for it; with --min-workers")
