@@ -98,6 +98,19 @@ class Folder:
     def write_text(self, name: str, text: str) -> None:
         self.write(name, lambda file: file.write(text.encode()))
 
+    def create(self, name: str, text: str) -> bool:
+        """Make a file, where there is none of the name yet; else False."""
+        try:
+            if self._files is None:
+                with (Path(self._place) / name).open("x") as file:
+                    file.write(text)
+            else:
+                self._files.makedirs(self._root, exist_ok=True)
+                self._files.pipe_file(f"{self._root}/{name}", text.encode(), mode="create")
+        except FileExistsError:
+            return False
+        return True
+
     def append(self, name: str, text: str) -> None:
         """Add to the end of a file; a process that is killed meanwhile may leave a part of the text."""
         if self._files is None:

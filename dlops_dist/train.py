@@ -13,17 +13,15 @@ The same command again goes on where it stopped. `RECIPE --help` lists every set
 
 import argparse
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from dlops_dist.command_line import read_command_line
 from dlops_dist.config import SHIPPED, Run, stem_of
 from dlops_dist.errors import OneLineParser, exit_code_of
+from dlops_dist.signals import stop_signals
 from dlops_dist.torchrun import first_rank_first, joined, started_by_torchrun
 
 
@@ -70,7 +68,7 @@ def train(task: str, arguments: list[str]) -> None:
 def run(task: str, settings: Run, console: Any) -> list[dict[str, Any]]:
     """Train here, as one of several processes perhaps, or on Ray. Returns the rows of metrics."""
     from dlops_dist.data.shards import read_manifest
-    from dlops_dist.distributed.collectives import rank, world_size
+    from dlops_dist.distributed.collectives import rank
     from dlops_dist.engine import fit, prepare
     from dlops_dist.engine.run_folder import RunFolder
 
@@ -83,7 +81,7 @@ def run(task: str, settings: Run, console: Any) -> list[dict[str, Any]]:
     with first_rank_first():
         settings = prepare(task, settings)
     folder = RunFolder.of(settings)
-    with nullcontext() if rank() else folder.locked():
+    with nullcontext() if rank() else folder.locked(console.say):
         with first_rank_first():
             if not rank():
                 folder.create(task, settings)
@@ -96,35 +94,13 @@ def run(task: str, settings: Run, console: Any) -> list[dict[str, Any]]:
 
             keep_freed_memory()
             listeners = [console, *trackers_of(settings, console.warn)]
-            with nullcontext(lambda: False) if world_size() > 1 else stop_signals(console.say) as stop:
+            with stop_signals(console.say) as stop:
                 fit(settings, task=task, listeners=listeners, stop=stop)
         else:
             from dlops_dist.ray_backend import train_on_ray
 
             train_on_ray(task, settings, console)
         return folder.rows()
-
-
-@contextmanager
-def stop_signals(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
-    """Take the first Ctrl-C or SIGTERM as a wish to stop once the step is saved, the second as one to stop at once.
-
-    Yields whether there is such a wish.
-    """
-    wished = threading.Event()
-
-    def wish(*_: object) -> None:
-        if wished.is_set():
-            raise KeyboardInterrupt
-        wished.set()
-        say("stopping as soon as the step is saved; once more stops at once")
-
-    before = {number: signal.signal(number, wish) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield wished.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def result_figures(rows: list[dict[str, Any]], choose_by: str) -> str:

@@ -26,7 +26,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Folder, kept: int) -> None:
-        self._folder, self._kept = folder, kept
+        self._folder, self.kept = folder, kept
         self._writer: ThreadPoolExecutor | None = None
         self._writing: Future[None] | None = None
         self._copy: Any = None
@@ -106,7 +106,7 @@ class Checkpoints:
     def _write(self, step: int, state: dict[str, Any], also_kept: int | None) -> None:
         self._folder.write(_file(step), lambda file: torch.save(state, file))
         earlier = [s for s in self.steps() if s < step]
-        for old in earlier[: max(0, len(earlier) + 1 - self._kept)]:
+        for old in earlier[: max(0, len(earlier) + 1 - self.kept)]:
             if old != also_kept:
                 self._folder.delete(_file(old))
 

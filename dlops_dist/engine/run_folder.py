@@ -2,8 +2,9 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import takewhile
 from pathlib import Path, PurePath
 from typing import Any
@@ -15,13 +16,16 @@ from dlops_dist.config import SHIPPED, Run, common_settings, is_loaded, load_rec
 from dlops_dist.config.yaml_file import parse_yaml
 from dlops_dist.data.shards import Manifest, read_manifest
 from dlops_dist.engine.checkpoints import ANEW, Checkpoints
+from dlops_dist.engine.lease import lease, owner, taken_over, unwritable
 from dlops_dist.engine.resume import hindrance, refuse_other_settings
 from dlops_dist.engine.rows import best_row, is_out_of_patience, parsed, rows_before, text_of, timeless
-from dlops_dist.errors import RunError, UserError, first_line
+from dlops_dist.errors import RunError, UserError
 from dlops_dist.files import Folder, locked, make_writable
 
 FORMAT = 3
 CONFIG, METRICS, STEPS = "config.yaml", "metrics.jsonl", "steps.jsonl"
+STATE_SIZE = 3
+"""A checkpoint is so many times its weights at most: momenta and an average come with them."""
 CPU = torch.device("cpu")
 
 
@@ -38,6 +42,7 @@ class RunFolder:
         self.checkpoints = Checkpoints(self.folder / "checkpoints", kept)
         self._trained: list[dict[str, Any]] = []
         """Rows of the run that is being trained here: those of its checkpoint, and what followed."""
+        self._owner: str | None = None
 
     @classmethod
     def of(cls, settings: Run) -> "RunFolder":
@@ -74,20 +79,38 @@ class RunFolder:
             self._check(state, settings, read_manifest(Path(settings.data.shards)).id)
         try:
             self.folder.write(CONFIG, lambda file: file.write(text))
-        except Exception as error:  # each kind of storage has its own
-            why = getattr(error, "strerror", None) or first_line(error)
-            raise UserError(f"runs_dir: {self} cannot be written to ({why}); choose another --runs-dir") from None
+        except Exception as error:
+            raise unwritable(self.folder, error) from None
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other processes of this machine from training the same run. At a URL nothing can."""
+    def locked(self, tell: Callable[[str], None] = lambda text: None) -> Iterator[None]:
+        """Keep other processes, of this machine and of others, from training the same run."""
+        path = self.folder.local
+        if path is not None:
+            make_writable(path, "runs_dir", "choose another --runs-dir")
+        with nullcontext() if path is None else locked(path, "trained"), lease(self.folder, tell):
+            yield
+
+    def check_room(self, weights: int) -> None:
+        """Refuse a disk that will be full after some checkpoints of so many bytes of weights."""
         path = self.folder.local
         if path is None:
-            yield
             return
-        make_writable(path, "runs_dir", "choose another --runs-dir")
-        with locked(path, "trained"):
-            yield
+        needed = weights * STATE_SIZE * (self.checkpoints.kept + 2)  # the best, and one being written
+        free = shutil.disk_usage(path).free
+        if free < needed:
+            raise UserError(
+                f"runs_dir: {path} has {free / 1e9:.2f} GB free, its checkpoints need {needed / 1e9:.2f} GB; make "
+                f"room, or choose another --runs-dir"
+            )
+
+    def note_owner(self) -> None:
+        """Write for whoever owns the run now, and for nobody else."""
+        self._owner = owner(self.folder)
+
+    def _check_owner(self) -> None:
+        if owner(self.folder) != self._owner:
+            raise RunError(taken_over(self.folder))
 
     def settings(self) -> tuple[str, Run]:
         """Recipe and settings that the run was trained with last; of a user's that this process has not been pointed
@@ -170,16 +193,19 @@ class RunFolder:
 
     def add_steps(self, rows: Sequence[dict[str, Any]]) -> None:
         """Rows of steps that were logged, after those that are there."""
+        self._check_owner()
         self.folder.append(STEPS, text_of(rows))
 
     def add_row(self, row: dict[str, Any]) -> None:
         """That of an epoch whose checkpoint follows; the checkpoint before is safe by then."""
         self.checkpoints.wait()
+        self._check_owner()
         self._trained.append(row)
         self.folder.write_text(METRICS, text_of(self._trained))
 
     def save(self, settings: Run, state: dict[str, Any]) -> None:
         """Write the checkpoint of state["step"], beside the steps that follow."""
+        self._check_owner()
         content = {
             "format": FORMAT, "settings": result_settings(settings), "threads": torch.get_num_threads(),
             "rows": text_of(timeless(self._trained)), **state,

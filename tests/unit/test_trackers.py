@@ -12,6 +12,7 @@ import wandb
 from dlops_dist import draw, report, trackers, train, tune
 from dlops_dist.command_line import read_settings
 from dlops_dist.config import sweep_type
+from dlops_dist.console import Console
 from dlops_dist.engine.run_folder import RunFolder
 from dlops_dist.errors import UserError
 from dlops_dist.events import EpochEnded, Finished, Logged, Started
@@ -159,7 +160,7 @@ def test_a_name_that_is_given_wins_over_wandbs_variable(given, monkeypatch, shap
     monkeypatch.setattr(RunFolder, "create", begun)
     settings = {"name": given, "runs_dir": "runs", "data": {"shards": str(shapes_shards), "val_fraction": 0.25}}
     with pytest.raises(UserError, match="begun"):
-        train.run("q1", Q1(local=True, **settings), None)
+        train.run("q1", Q1(local=True, **settings), Console(quiet=True))
     assert os.environ.get("WANDB_NAME") == (None if given else "theirs")
     monkeypatch.setattr(SweepFolder, "known_trials", begun)
     with pytest.raises(UserError, match="begun"):
