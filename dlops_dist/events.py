@@ -76,9 +76,9 @@ class Finished:
 
 @dataclass(frozen=True)
 class Failed:
-    """A worker met a mistake or a failed run that a restart would only meet again."""
+    """A worker met a mistake, or a failed run, that a restart would only meet again; or has stopped as it was asked."""
 
-    error: UserError | RunError
+    error: UserError | RunError | KeyboardInterrupt
 
 
 @dataclass(frozen=True)

@@ -2,25 +2,31 @@
 
 import os
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, wait
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from dlops_dist.config import Run, load_recipe, recipe_from_source
 from dlops_dist.console import Console
 from dlops_dist.engine.run_folder import CONFIG, RunFolder
 from dlops_dist.errors import RunError, UserError, first_line
-from dlops_dist.events import Begun, Event, Failed, Listener, Placed, Warned
+from dlops_dist.events import Begun, Event, Failed, Listener, Placed, Started, Warned
 from dlops_dist.files import Folder, temporary_folder
 from dlops_dist.ray_cluster import check_nodes, cluster, resources_for
+from dlops_dist.ray_telling import SIGTERM_SAVED, SIGTERMED, WITH_IT, last_line, teller
+from dlops_dist.signals import stop_signals
 from dlops_dist.trackers import trackers_of
 
 START_TIMEOUT_S, ELASTIC_START_TIMEOUT_S = 60, 25
 """How long Ray waits for all workers; for fewer, where that is allowed, it waits less. (15 s was slower.)"""
+WISH_EVERY_S = 0.5
+"""Between looks at whether the workers are to stop."""
 LEAVE_S = 10
 """How long a controller has to start that is to be killed, and the thread that waits for it to notice."""
 
@@ -33,16 +39,23 @@ def train_on_ray(task: str, settings: Run, console: Console) -> None:
             raise UserError(f"min_workers: {settings.min_workers} is more than the {num_workers} workers")
         check_nodes(settings.data.shards, str(RunFolder.of(settings)), CONFIG)
         console.say(f"starting {num_workers} Ray worker{'s' * (num_workers > 1)} with {resources} each")
-        environment = wandb_environment(settings)
-        with closing(train_group(task, settings, num_workers, resources, environment)) as events:
-            for event in events:
+        with ExitStack() as stack:
+            asked_to_stop: list[Callable[[], bool]] = []
+            group = train_group(
+                task, settings, num_workers, resources, wandb_environment(settings),
+                stop=lambda: any(asked() for asked in asked_to_stop),
+            )  # fmt: skip
+            for event in stack.enter_context(closing(group)):
+                if isinstance(event, Started) and not asked_to_stop:  # before that, there is nothing to save
+                    asked_to_stop.append(stack.enter_context(stop_signals(console.say)))
                 if not isinstance(event, Placed):
                     console(event)
 
 
 def train_group(
-    task: str, settings: Run, num_workers: int, resources: dict[str, float], environment: dict[str, str]
-) -> Generator[Event | Placed]:
+    task: str, settings: Run, num_workers: int, resources: dict[str, float], environment: dict[str, str],
+    stop: Callable[[], bool] = lambda: False,
+) -> Generator[Event | Placed]:  # fmt: skip
     """Train a prepared run on a group of workers, and yield what rank 0 tells.
 
     Each worker calls `fit`, which goes on from the run's last checkpoint: so does a group that Ray restarts.
@@ -50,19 +63,23 @@ def train_group(
     Args:
         resources: of each worker.
         environment: of each worker, beside its node's.
+        stop: asked all the time whether the workers are to save the step and stop.
 
     Raises:
+        KeyboardInterrupt: they have.
         UserError, RunError: that of a worker, at once, as a restart would only meet it again; or the group died once
             more than it may be restarted.
     """
     import ray
     from ray.exceptions import RayError
+    from ray.experimental.internal_kv import _internal_kv_put
     from ray.util.queue import Queue
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     events: Any = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})  # it outlives the other nodes
-    ended = _in_background(_trainer(task, settings, num_workers, resources, environment, events).fit)
+    wish = f"dlops_dist stop {uuid4().hex}"
+    ended = _in_background(_trainer(task, settings, num_workers, resources, environment, events, wish).fit)
     left = threading.Event()
 
     def tell_the_end(_: object) -> None:  # after all that the workers told; to nobody once we have left
@@ -73,7 +90,13 @@ def train_group(
     controller = None
     asked = events.actor.get.remote()  # an event that an interrupt keeps from us can still be had
     try:
-        while (event := ray.get(asked)) is not None:
+        while True:
+            if stop():
+                _internal_kv_put(wish, b"")
+            if not ray.wait([asked], timeout=WISH_EVERY_S)[0]:
+                continue
+            if (event := ray.get(asked)) is None:
+                break
             asked = events.actor.get.remote()
             if isinstance(event, Failed):
                 raise event.error
@@ -94,13 +117,13 @@ def train_group(
         ended.result()
     except ray.train.TrainingFailedError as error:
         failures = getattr(error, "worker_failures", {})
-        why = _last_line(next(iter(failures.values()), error))
+        why = last_line(next(iter(failures.values()), error))
         raise RunError(f"{why} (after {settings.max_restarts} restarts)") from error
 
 
 def _trainer(
     task: str, settings: Run, num_workers: int, resources: dict[str, float], environment: dict[str, str],
-    events: Any,
+    events: Any, wish: str,
 ) -> Any:  # fmt: skip
     """What Ray trains by: how many workers, with what, how often they are started again, how long waited for."""
     import ray
@@ -120,6 +143,7 @@ def _trainer(
         _train_on_worker,  # type: ignore[arg-type]
         train_loop_config={
             "task": task, "source": load_recipe(task).source, "settings": settings.model_dump(), "events": events,
+            "wish": wish,
         },
         torch_config=TorchConfig(timeout_s=settings.collective_timeout),
         scaling_config=ScalingConfig(
@@ -127,7 +151,7 @@ def _trainer(
             use_gpu="GPU" in resources, resources_per_worker=resources,
         ),
         run_config=RunConfig(
-            name=settings.name, storage_path=str(storage / ".ray"), callbacks=[_teller(events, settings)],
+            name=settings.name, storage_path=str(storage / ".ray"), callbacks=[teller(events, settings)],
             failure_config=FailureConfig(
                 max_failures=settings.max_restarts,
                 controller_failure_limit=settings.node_wait // start_timeout_s,  # type: ignore[call-arg]
@@ -135,72 +159,6 @@ def _trainer(
             worker_runtime_env={"env_vars": environment},  # type: ignore[call-arg]
         ),
     )  # fmt: skip
-
-
-def _teller(events: Any, settings: Run) -> Any:
-    """Tells who controls the workers, which of them are lost, and what is waited for."""
-    import ray
-    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
-    from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
-    from ray.train.v2._internal.execution.controller.state import RestartingState
-
-    why = {WorkerHealthCheckFailedError: "died", WorkerHealthCheckTimeoutError: "does not answer"}
-    run = str(RunFolder.of(settings))
-    limit, wait_s = settings.max_restarts, settings.node_wait if settings.min_workers is None else None
-
-    class Teller(ControllerCallback, WorkerGroupCallback):
-        def __init__(self) -> None:
-            self.places: list[Any] = []
-            self.restarts = 0
-
-        def after_controller_start(self, train_run_context: Any) -> None:
-            events.actor.put_nowait.remote(Begun(ray.get_runtime_context().current_actor))
-            if wait_s is None:
-                _take_over(run, f"train-{train_run_context.run_id}")
-
-        def after_worker_group_start(self, worker_group: Any) -> None:
-            self.places = [worker.metadata for worker in worker_group.get_workers()]
-
-        def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
-            if not isinstance(current_state, RestartingState):
-                return
-            self.restarts += 1
-            failures = getattr(current_state.training_failed_error, "worker_failures", {})
-            lost = {rank: why[type(error)] for rank, error in failures.items() if type(error) in why}
-            lost = lost or {rank: f"failed: {_last_line(error)}" for rank, error in list(failures.items())[:1]}
-            there = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-            told = {f"worker {rank} on node {self.places[rank].hostname}": lost[rank] for rank in sorted(lost)}
-            gone = {self.places[rank].hostname for rank in lost if self.places[rank].node_id not in there}
-            events.actor.put_nowait.remote(Warned(_loss(told, gone, self.restarts, limit, wait_s)))
-
-    return Teller()
-
-
-def _take_over(run: str, requester: str) -> None:
-    """Let go of the nodes that the run's last controller asked for: Ray keeps them for it for three minutes, even where
-    it was ended with its driver.
-    """
-    from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
-    from ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client import (
-        TrainAutoscalingCoordinatorClient,
-    )
-
-    key = f"dlops_dist {run}"
-    if (last := _internal_kv_get(key)) is not None:
-        TrainAutoscalingCoordinatorClient(last.decode()).cancel_resource_request()
-    _internal_kv_put(key, requester)
-
-
-def _loss(lost: Mapping[str, str], gone: Collection[str], restart: int, limit: int, wait_s: int | None) -> str:
-    """What is said of workers that are lost, and of the nodes that are gone with them, if they are waited for."""
-    what = ", ".join(f"{worker} {why}" for worker, why in lost.items()) or "the workers are lost"
-    text = f"{what}; all go on from the last checkpoint, restart {restart} of {limit}"
-    if gone and wait_s is not None:
-        text += (
-            f", once there is a node in place of {', '.join(sorted(gone))}: they wait {wait_s} s for it; "
-            f"with --min-workers, the others would go on alone"
-        )
-    return text
 
 
 def _begun(asked: Any) -> Any:
@@ -247,18 +205,65 @@ def _train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     import ray
     from ray.train.torch import get_device
 
+    from dlops_dist.distributed.collectives import world_size
+
     recipe, events = recipe_from_source(config["task"], config["source"]), config["events"]
     settings = recipe.settings_type(**config["settings"])
-    if ray.train.get_context().get_world_rank() == 0:
+    is_first, workers = ray.train.get_context().get_world_rank() == 0, world_size()
+    if is_first:
         events.put_nowait(Placed(str(ray.get_runtime_context().get_placement_group_id())))
+    asked_to_stop = _asked_to_stop(config["wish"]) if is_first else lambda: False
     try:
-        return fit_here(config["task"], settings, events.put_nowait, get_device())
+        stop, save = lambda: SIGTERMED.is_set() or asked_to_stop(), _once(_is_preempted)
+        return fit_here(config["task"], settings, events.put_nowait, get_device(), stop, save)
     except (UserError, RunError) as error:
-        events.put_nowait(Failed(error))
+        if world_size() == workers:  # Ray takes a group apart while it trains, and nothing is a sum then
+            events.put_nowait(Failed(error))
         raise
+    except KeyboardInterrupt as error:
+        if asked_to_stop():
+            events.put_nowait(Failed(error))
+        raise RuntimeError(f"{SIGTERM_SAVED if SIGTERMED.is_set() else WITH_IT}") from None
 
 
-def fit_here(task: str, settings: Run, listener: Listener, device: Any = None) -> dict[str, Any]:
+def _asked_to_stop(wish: str) -> Callable[[], bool]:
+    """Whether whoever started the workers wishes them to stop, looked up now and then."""
+    from ray.experimental.internal_kv import _internal_kv_exists
+
+    looked, found = 0.0, False
+
+    def asked_to_stop() -> bool:
+        nonlocal looked, found
+        if not found and time.monotonic() - looked > WISH_EVERY_S:
+            found, looked = bool(_internal_kv_exists(wish)), time.monotonic()
+        return found
+
+    return asked_to_stop
+
+
+def _is_preempted() -> bool:
+    """Whether Ray has told this worker that a node of the run is going to be taken away."""
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    return get_train_context().preemption_context.preemption_info is not None
+
+
+def _once(wish: Callable[[], bool]) -> Callable[[], bool]:
+    """A wish that is told once."""
+    told = False
+
+    def of_once() -> bool:
+        nonlocal told
+        before, told = told, told or wish()
+        return told and not before
+
+    return of_once
+
+
+def fit_here(
+    task: str, settings: Run, listener: Listener, device: Any = None, stop: Callable[[], bool] = lambda: False,
+    save: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:  # fmt: skip
     """Train in this process of Ray's, with the threads that it is given. Returns the last row of metrics."""
     import torch
 
@@ -268,7 +273,7 @@ def fit_here(task: str, settings: Run, listener: Listener, device: Any = None) -
     torch.set_num_threads(num_threads(os.environ.get("OMP_NUM_THREADS", "")))
     keep_freed_memory()
     listeners = [listener, *trackers_of(settings, lambda text: listener(Warned(text)))]
-    return fit(settings, task=task, device=device, listeners=listeners)
+    return fit(settings, task=task, device=device, listeners=listeners, stop=stop, save=save)
 
 
 def num_threads(omp_num_threads: str) -> int:
@@ -305,8 +310,3 @@ def map_on_ray(
             raise (error.cause if known else error) from None
         except ray.exceptions.RayError as error:
             raise RunError(f"a Ray worker died, and again in its place: {first_line(error)}") from error
-
-
-def _last_line(error: Exception) -> str:
-    """Of a worker's traceback: it names the exception."""
-    return str(error).strip().splitlines()[-1]

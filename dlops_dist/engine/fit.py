@@ -1,7 +1,6 @@
 """A run from its first step, or the last checkpoint, to its last."""
 
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -30,21 +29,19 @@ from dlops_dist.engine.stages import Span, Stage, collapse, named, spans_of
 from dlops_dist.engine.step import Step
 from dlops_dist.engine.step_log import StepLog
 from dlops_dist.engine.warm_start import fitting_weights
-from dlops_dist.errors import RunError, UserError
+from dlops_dist.errors import RunError
 from dlops_dist.events import EpochEnded, Event, Finished, Listener, Logged, Started, Stepped, Told, Warned
 
 TELL_EVERY_S = 1.0
 CHECK_EVERY = {"cpu": 1, "cuda": 20}
 """Steps between looks at the loss, which make a GPU wait."""
-STATE_SIZE = 3
-"""A checkpoint is so many times its weights at most: momenta and an average come with them."""
 COMPARE_RANKS_EVERY = 100
 """Steps between looks at whether all ranks hold the same weights, besides those at each checkpoint."""
 
 
 def fit(
     settings: Run, *, task: str = DEFAULT, device: torch.device | None = None, listeners: Sequence[Listener] = (),
-    stop: Callable[[], bool] = lambda: False,
+    stop: Callable[[], bool] = lambda: False, save: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:  # fmt: skip
     """Train to the end, from the last checkpoint of the run where there is one.
 
@@ -56,7 +53,9 @@ def fit(
         task: the recipe that they are for: q1, q2, a path, or the name of a module.
         device: of this worker; by default its GPU (torchrun's LOCAL_RANK says which), else the CPU.
         listeners: called on rank 0 with each event.
-        stop: asked before each step whether to save and stop; by one process alone, others cannot know of it.
+        stop: asked before each step whether to save and stop; of several workers every few steps on a GPU, and the wish
+            of one is that of all.
+        save: asked likewise whether to save, and go on.
 
     Returns:
         The last row of metrics.
@@ -72,19 +71,22 @@ def fit(
     if device.type == "cuda" and settings.data.reader in ("auto", "device"):
         advice += ", or --data.reader decoded"
     with memory_errors_explained(device, advice), failures_placed(settings):
-        run = _Fit(settings, device, listeners, stop)
+        run = _Fit(settings, device, listeners, stop, save)
         if rank() == 0:
             run.folder.create(task, settings)
+            run.folder.note_owner()
         return run.run()
 
 
 class _Fit:
     def __init__(
-        self, settings: Run, device: torch.device, listeners: Sequence[Listener] = (),
-        stop: Callable[[], bool] = lambda: False,
+        self, settings: Run, device: torch.device, listeners: Sequence[Listener],
+        stop: Callable[[], bool] = lambda: False, save: Callable[[], bool] = lambda: False,
     ) -> None:  # fmt: skip
         set_numerics(settings, device)
-        self.settings, self.device, self.listeners, self._stop = settings, device, listeners, stop
+        self.settings, self.device, self.listeners = settings, device, listeners
+        self._wishes = stop, save
+        self._workers = world_size()
         self.folder = RunFolder.of(settings)
         shards = Path(settings.data.shards)
         self.manifest = read_manifest(shards)
@@ -113,7 +115,7 @@ class _Fit:
         first = next(i for i, span in enumerate(self.spans) if step <= span.end_step)
         self._enter(first, state)
         if rank() == 0:
-            self._check_room()
+            self.folder.check_room(sum(p.numel() * p.element_size() for p in self.learner.model.parameters()))
             self.folder.restore_rows(state, warn=lambda text: self._tell(Warned(text)))
         self._tell(self._started(step))
         self.rows = rows_before(state)
@@ -163,7 +165,7 @@ class _Fit:
 
     def _epoch(self, epoch: int, first: int) -> dict[str, Any]:
         """Train an epoch from its `first` step on, evaluate, save. Returns its row of metrics."""
-        if self._stop():
+        if self._wished(0)[0]:
             self._end_here()
         started = time.monotonic()
         self._train_epoch(epoch, first)
@@ -172,6 +174,7 @@ class _Fit:
         self.rows.append(row)
         images = (self.span.steps_per_epoch - first) * self.settings.global_batch_size
         row |= {"epoch_s": time.monotonic() - started, "train_images_per_s": images / trained_s}
+        self._check_together()
         if rank() == 0:
             self.folder.add_row(row)
         self._tell(EpochEnded(row))
@@ -193,8 +196,8 @@ class _Fit:
                 self._check_finite(loss, epoch, step)
             if step % COMPARE_RANKS_EVERY == 0:
                 self._check_ranks_agree(step)
-            every, stop = self.settings.checkpoint_every, self._stop()
-            if (stop or (every and step % every == 0)) and step_in_epoch < per_epoch:
+            every, (stop, save) = self.settings.checkpoint_every, self._wished(step)
+            if (stop or save or (every and step % every == 0)) and step_in_epoch < per_epoch:
                 self._check_finite(loss, epoch, step)
                 self._save(step)
                 if stop:
@@ -206,9 +209,17 @@ class _Fit:
                 self._tell(Stepped(epoch + 1, step, step_in_epoch, per_epoch, loss.item(), top1, rate))
                 told, told_step = now, step_in_epoch
 
+    def _wished(self, step: int) -> list[bool]:
+        """Whether any worker is to stop, and to save, as all know at the same steps."""
+        if world_size() > 1 and step % CHECK_EVERY[self.device.type]:
+            return [False, False]
+        own = [wish() for wish in self._wishes]
+        return own if world_size() == 1 else of_all_ranks(torch.tensor(own, device=self.device)).any(dim=0).tolist()
+
     def _end_here(self) -> NoReturn:
         """Where all that was trained is in a checkpoint."""
         self.folder.checkpoints.wait()
+        of_all_ranks(torch.zeros(1, device=self.device))  # the others stay until it is written
         raise KeyboardInterrupt
 
     def _batches(self, epoch: int, first: int) -> Iterator[list[Batch]]:
@@ -237,6 +248,7 @@ class _Fit:
         return {} if self.stage.name is None else {"stage": self.stage.name}
 
     def _check_finite(self, loss: torch.Tensor, epoch: int, step: int) -> None:
+        self._check_together()
         value, rows = self.log.fetch(loss)
         if rows:
             self.folder.add_steps(rows)
@@ -256,23 +268,15 @@ class _Fit:
                 f"the same command goes on from the last checkpoint, where all were equal"
             )
 
-    def _check_room(self) -> None:
-        """Refuse a disk that will be full after some checkpoints."""
-        path = self.folder.folder.local
-        if path is None:
-            return
-        weights = sum(p.numel() * p.element_size() for p in self.learner.model.parameters())
-        needed = weights * STATE_SIZE * (self.settings.keep_checkpoints + 2)  # the best, and one being written
-        free = shutil.disk_usage(path).free
-        if free < needed:
-            raise UserError(
-                f"runs_dir: {path} has {free / 1e9:.2f} GB free, its checkpoints need {needed / 1e9:.2f} GB; make "
-                f"room, or choose another --runs-dir"
-            )
+    def _check_together(self) -> None:
+        """Stop a worker whose group was taken apart while it trained, before it writes what it then took for sums."""
+        if world_size() != self._workers:
+            raise RuntimeError("the group of workers was taken apart")
 
     def _save(self, step: int) -> None:
         self._check_ranks_agree(step)
         state = self.learner.state_dict()  # every rank takes part in its sums
+        self._check_together()
         if rank() == 0:
             position = {"step": step, "epoch": self.span.epoch_of(step), "dataset_id": self.manifest.id}
             position["classes"] = list(self.manifest.classes)

@@ -2,6 +2,7 @@
 
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from dlops_dist.distributed.ranks import run_ranks
 from dlops_dist.distributed.tree import Blocks
 from dlops_dist.errors import RunError
 from dlops_dist.losses import CenterLoss, CrossEntropyLoss, Terms
+from dlops_dist.torchrun import meeting
 
 PARTS = {2: [3, 5], 3: [4, 0, 1], 4: [0, 2, 7, 1]}
 KINDS = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool]
@@ -251,3 +253,20 @@ def test_running_statistics_move_by_the_momentum_as_torchs_do(momentum):
     for mean, variance in on_ranks(statistics_after, 2, momentum, batches):
         torch.testing.assert_close(mean, torchs.running_mean, rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(variance, torchs.running_var, rtol=1e-12, atol=1e-14)
+
+
+def test_processes_meet_those_that_were_started_with_them_in_a_store_that_others_have_used():
+    """Also where one is late, or an earlier one of its rank was there but has gone."""
+    store = torch.distributed.HashStore()
+    with ThreadPoolExecutor(4) as pool:
+        names = []
+        for late in (None, 2, 0):
+            if late is not None:
+                store.set("here/1", "one that died before it met the others")
+            found = [pool.submit(meeting, store, rank, 3) for rank in range(3) if rank != late]
+            if late is not None:
+                wait(found, 0.3)
+                found.append(pool.submit(meeting, store, late, 3))
+            (name,) = {future.result(timeout=20) for future in found}
+            names.append(name)
+    assert len(set(names)) == 3

@@ -19,6 +19,7 @@ from dlops_dist.data.loader import read_ahead
 from dlops_dist.data.order import blocks
 from dlops_dist.data.shards import Split, read_manifest
 from dlops_dist.distributed.collectives import rank
+from dlops_dist.distributed.ranks import run_ranks
 from dlops_dist.engine import evaluation, fit, prepare
 from dlops_dist.engine.fit import _Fit
 from dlops_dist.engine.learner import Learner
@@ -322,6 +323,29 @@ def resumed_in_float64(shards, runs):
     fit(settings_of("center", shards, runs, checkpoint_every=3))
     torch.distributed.barrier()
     return torch.load(max((Path(runs) / "run/checkpoints").iterdir()), weights_only=True)
+
+
+def taken_apart(shards, runs):
+    """What a run says whose group is gone at its fourth step, as Ray takes apart that of a lost worker's others."""
+    asked = []
+
+    def stop():
+        asked.append(None)
+        if len(asked) == 4:
+            torch.distributed.destroy_process_group()
+        return False
+
+    settings = settings_of("center", shards, runs, checkpoint_every=1)
+    try:
+        fit(settings, stop=stop)
+    except Exception as error:
+        return str(error)
+
+
+def test_a_worker_whose_group_is_taken_apart_writes_nothing_more(shapes_shards, tmp_path):
+    said = run_ranks(taken_apart, 2, shapes_shards, tmp_path)
+    assert said == ["the group of workers was taken apart"] * 2
+    assert max((tmp_path / "run/checkpoints").iterdir()).name == "step-000000002.pt"
 
 
 def diverging(shards, runs):

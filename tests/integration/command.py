@@ -40,13 +40,13 @@ TINY = [
 ]
 
 
-def start(*arguments, **options):
+def start(*arguments, within=(), **options):
     """A command of the project, under way; its output on one pipe."""
     module = [str(ROOT / "launch/shard.py")] if arguments[0] == "shard" else ["-m", f"dlops_dist.{arguments[0]}"]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "WANDB_"))}
     environment |= {"OMP_NUM_THREADS": "1", **options.pop("env", {})}
     return subprocess.Popen(
-        [sys.executable, *module, *map(str, arguments[1:])],
+        [*within, sys.executable, *module, *map(str, arguments[1:])],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
         **options,
     )  # fmt: skip

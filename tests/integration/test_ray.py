@@ -1,5 +1,6 @@
 """Under a real Ray on this machine, which a run starts for itself or finds: train, refuse, submit, be killed."""
 
+import json
 import os
 import re
 import shutil
@@ -10,15 +11,15 @@ import sys
 import tempfile
 import urllib.error
 import urllib.request
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 import pytest
 from command import CACHE, ROOT, TINY, call, rows, run, start, wait_until
+from ray_nodes import RAY, free_port, head_node, kill_all, node, nodes_alive, two_hosts
 
 SETTINGS = [*TINY, "--blocks", "4", "--exactness", "bits", "--epochs", "2", "--name", "run"]
-RAY = Path(sys.executable).parent / "ray"
+STEPS_PER_EPOCH = 12
 
 
 @pytest.fixture(scope="module")
@@ -26,64 +27,6 @@ def cluster(tmp_path_factory):
     """Environment in which commands reach a cluster of 3 CPUs that was started for these tests."""
     with head_node(tmp_path_factory.mktemp("ray"), 3) as environment:
         yield environment
-
-
-@contextmanager
-def head_node(folder, cpus):
-    """Environment in which commands reach a cluster that asks for a token."""
-    ports = [free_port() for _ in range(3)]
-    token = folder / "token"
-    token.write_text("0123456789abcdef" * 4)
-    mode = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
-    options = ["--head", "--port", ports[0], "--dashboard-port", ports[1], "--dashboard-agent-listen-port", ports[2]]
-    with node(mode, *options, "--num-cpus", cpus) as process:
-        assert wait_until(lambda: process.poll() is not None or listens(ports[1]), 120)
-        assert process.poll() is None, "ray start ended"
-        dashboard = {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports[1]}"}
-        yield {**mode, **dashboard, "RAY_ADDRESS": f"127.0.0.1:{ports[0]}"}
-
-
-@contextmanager
-def node(environment, *options, within=()):
-    """A node of a cluster, under way; in the end it is killed with all that it started."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | environment
-    clean.pop("RAY_ADDRESS", None)
-    process = subprocess.Popen(
-        [*within, RAY, "start", "--block", "--disable-usage-stats", *map(str, options)],
-        env=clean, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    try:
-        yield process
-    finally:
-        kill_all(process)
-
-
-def kill_all(process):
-    if process.poll() is None:
-        for started in reversed([process, *psutil.Process(process.pid).children(recursive=True)]):
-            with suppress(psutil.NoSuchProcess):  # it ended meanwhile
-                started.kill()
-        process.wait(timeout=30)
-
-
-def nodes_alive(cluster):
-    """How many nodes the cluster has."""
-    script = "import ray; ray.init(logging_level='ERROR'); print('alive', sum(n['Alive'] for n in ray.nodes()))"
-    done = subprocess.run(
-        [sys.executable, "-c", script], env={**os.environ, **cluster}, capture_output=True, text=True, check=True
-    )
-    return int(done.stdout.split("alive ")[1].split()[0])
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def listens(port):
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def train(shards, runs, *arguments, env):
@@ -248,7 +191,7 @@ def test_a_lost_node_leaves_the_others_to_go_on_to_the_same_result(shapes_shards
     """Workers 1 to 2: the second node is killed in the middle, the first goes on alone, on the same samples."""
     arguments = ["--loss", "center", "--epochs", "12", "--checkpoint-every", "4"]
     with head_node(tmp_path, 1) as cluster, node(cluster, "--address", cluster["RAY_ADDRESS"], "--num-cpus", 1) as lost:
-        assert wait_until(lambda: nodes_alive(cluster) == 2, 90)
+        assert wait_until(lambda: len(nodes_alive(cluster)) == 2, 90)
         elastic = [*arguments, "--workers", "2", "--min-workers", "1", "--runs-dir", tmp_path / "lost"]
         process = start("train", "q1", "--data.shards", shapes_shards, *SETTINGS, *elastic, env=cluster)
         metrics = tmp_path / "lost/run/metrics.jsonl"
@@ -256,6 +199,54 @@ def test_a_lost_node_leaves_the_others_to_go_on_to_the_same_result(shapes_shards
         kill_all(lost)
         output, _ = process.communicate(timeout=280)
     assert process.returncode == 0, output
+    first, second = [line for line in output.splitlines() if " training and " in line]
+    assert "2 workers on cpu" in first
+    assert "1 worker on cpu" in second
+    assert " from step " in second
+    command = ["train", "q1", "--data.shards", shapes_shards, *SETTINGS, *arguments]
+    assert_is_that_of_one_process(tmp_path / "lost/run", *command)
+
+
+@pytest.mark.root
+def test_hosts_whose_names_are_loopbacks_meet_and_a_host_that_is_taken_away_is_told_of_and_leaves_no_bit(
+    shapes_shards, tmp_path
+):
+    """The hosts' names are this machine's, and stand for no address that the other can reach."""
+    arguments = ["--loss", "center", "--epochs", "14", "--log-every", "1"]
+    hide = ("sh", "-c", f'mount --bind {tmp_path}/hosts /etc/hosts && exec "$0" "$@"')
+    (tmp_path / "hosts").write_text(f"127.0.0.1 localhost {socket.gethostname()}\n")
+    with (
+        two_hosts() as ((here, address), (there, other)),
+        head_node(tmp_path, 1, (*here, *hide), address) as cluster,
+        node(cluster, "--address", cluster["RAY_ADDRESS"], "--num-cpus", 1, "--node-ip-address", other,
+             within=(*there, *hide)) as lost,
+    ):  # fmt: skip
+        assert wait_until(lambda: len(nodes_alive(cluster, here)) == 2, 90)
+        elastic = [*arguments, "--workers", "2", "--min-workers", "1", "--runs-dir", tmp_path / "lost"]
+        process = start(
+            "train", "q1", "--data.shards", shapes_shards, *SETTINGS, *elastic, env=cluster, within=(*here, *hide)
+        )
+        assert wait_until(lambda: last_step(tmp_path / "lost/run") >= 15, 120)
+        notice = [
+            "drain-node",
+            "--address",
+            cluster["RAY_ADDRESS"],
+            "--node-id",
+            dict(nodes_alive(cluster, here))[other],
+        ]
+        notice += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+        notice += ["--deadline-remaining-seconds", "6"]
+        subprocess.run([*here, RAY, *notice], env={**os.environ, **cluster}, check=True)
+        assert wait_until(lambda: len(nodes_alive(cluster, here)) == 1, 60)
+        kill_all(lost)
+        output, _ = process.communicate(timeout=280)
+    assert process.returncode == 0, output
+    told = [line for line in output.splitlines() if line.startswith("warning: ")]
+    name = socket.gethostname()
+    assert told == [
+        f"warning: node {name} is going to be taken away; the step is saved",
+        f"warning: node {name} is taken away; all go on from the last checkpoint",
+    ], output
     first, second = [line for line in output.splitlines() if " training and " in line]
     assert "2 workers on cpu" in first
     assert "1 worker on cpu" in second
@@ -275,9 +266,9 @@ def test_a_node_that_sees_other_files_is_refused_before_the_run_begins(cluster, 
     hide += [f"mount -t tmpfs none {folder}" for folder in (shapes_shards, tmp_path / "runs")]
     within = ["unshare", "--mount", "sh", "-c", " && ".join([*hide, 'exec "$0" "$@"'])]
     with node(cluster, "--address", cluster["RAY_ADDRESS"], "--num-cpus", 1, within=within):
-        assert wait_until(lambda: nodes_alive(cluster) == 2, 90)
+        assert wait_until(lambda: len(nodes_alive(cluster)) == 2, 90)
         code, output = train(shapes_shards, tmp_path / "runs", "--workers", "2", env=cluster)
-    assert wait_until(lambda: nodes_alive(cluster) == 1, 90)
+    assert wait_until(lambda: len(nodes_alive(cluster)) == 1, 90)
     assert code == 2, output
     shards, runs, version = output.splitlines()[-3:]
     assert shards.startswith(f"error: data.shards: {shapes_shards} are not there on node ")
@@ -355,30 +346,44 @@ def test_ctrl_c_while_ray_starts_what_is_needed_is_one_line(after, cluster, shap
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["ray job stop", "Ctrl-C"])
-def test_a_stopped_job_or_command_goes_on_to_the_same_bits(how, cluster, shapes_shards, tmp_path):
-    arguments = ["--epochs", "9", "--checkpoint-every", "4"]
-    metrics = tmp_path / "stopped/run/metrics.jsonl"
-    if how == "Ctrl-C":
-        process = start("train", *training(shapes_shards, tmp_path / "stopped", *arguments)[3:], env=cluster)
-    else:
-        command = training(shapes_shards, tmp_path / "stopped", *arguments)
-        code, output = job(cluster, "submit", "--no-wait", "--submission-id", tmp_path.name, "--", *command)
-        assert code == 0, output
-    assert wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 2, 120)
-    if how == "Ctrl-C":
-        process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=60)
-        assert process.returncode == 130, output
-        assert output.splitlines()[-1].startswith("interrupted; the same command goes on")
-        assert "Traceback" not in output
-    else:
-        code, output = job(cluster, "stop", tmp_path.name)
-        assert code == 0, output
-        assert "STOPPED" in job(cluster, "status", tmp_path.name)[1].upper()
-    assert len(metrics.read_text().splitlines()) < 9, "it finished before it was stopped"
-    again = training(shapes_shards, tmp_path / "stopped", *arguments)[3:]
-    code, output = run("train", *again, env=cluster, timeout_s=180)
+def test_a_stopped_job_and_a_stopped_command_go_on_to_the_same_bits(cluster, shapes_shards, tmp_path):
+    """No step is taken twice."""
+    command = training(shapes_shards, tmp_path / "stopped", "--epochs", "9", "--log-every", "1")
+    folder = tmp_path / "stopped/run"
+    code, output = job(cluster, "submit", "--no-wait", "--submission-id", tmp_path.name, "--", *command)
     assert code == 0, output
-    assert " from step " in output
-    assert_is_that_of_one_process(tmp_path / "stopped/run", "train", *again)
+    assert wait_until(lambda: last_step(folder) >= 15, 120)
+    code, output = job(cluster, "stop", tmp_path.name)
+    assert code == 0, output
+    assert "STOPPED" in job(cluster, "status", tmp_path.name)[1].upper()
+    first = stopped_at(folder)
+
+    process = start("train", *command[3:], env=cluster)
+    assert wait_until(lambda: last_step(folder) >= first + 15, 120)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "stopping as soon as the step is saved; once more stops at once" in output.splitlines()
+    assert output.splitlines()[-1] == "interrupted; the same command goes on where it can"
+    assert f" from step {first}" in output
+    assert "Traceback" not in output
+    second = stopped_at(folder)
+
+    code, output = run("train", *command[3:], env=cluster, timeout_s=180)
+    assert code == 0, output
+    assert f" from step {second}" in output
+    assert_is_that_of_one_process(folder, "train", *command[3:])
+
+
+def last_step(folder):
+    """That was taken and logged."""
+    file = folder / "steps.jsonl"
+    return json.loads(file.read_text().splitlines()[-1])["step"] if file.exists() else 0
+
+
+def stopped_at(folder):
+    """The last step, which is saved."""
+    step = last_step(folder)
+    assert max((folder / "checkpoints").iterdir()).name == f"step-{step:09d}.pt"
+    assert step < 9 * STEPS_PER_EPOCH, "it finished before it was stopped"
+    return step

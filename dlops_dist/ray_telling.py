@@ -1,0 +1,121 @@
+"""What is told of a run's Ray workers: who controls them, which are lost, what is waited for."""
+
+import signal
+import threading
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from dlops_dist.config import Run
+from dlops_dist.distributed.interfaces import use_interface_of
+from dlops_dist.engine.run_folder import RunFolder
+from dlops_dist.events import Begun, Warned
+
+SIGTERMED = threading.Event()
+"""Whether this worker has got the signal."""
+SIGTERM_SAVED, WITH_IT = "ended by SIGTERM, once the step was saved", "ended with another"
+"""What a worker says that ends early."""
+
+
+def begin(address: str) -> None:
+    """What a worker does first, in its main thread: meet the others at its node's address, end with its step saved."""
+    use_interface_of(address)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def note(*_: object) -> None:
+        SIGTERMED.set()
+        signal.signal(signal.SIGTERM, before)  # another one ends it at once
+
+    signal.signal(signal.SIGTERM, note)
+
+
+def teller(events: Any, settings: Run) -> Any:
+    """Tells who controls the workers, which of them are lost, and what is waited for."""
+    import ray
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
+    from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+    from ray.train.v2._internal.execution.controller.state import PreemptingState, RestartingState
+    from ray.train.v2.api.exceptions import PreemptionError
+
+    why = {WorkerHealthCheckFailedError: "died", WorkerHealthCheckTimeoutError: "does not answer"}
+    run = str(RunFolder.of(settings))
+    limit, wait_s = settings.max_restarts, settings.node_wait if settings.min_workers is None else None
+
+    class Teller(ControllerCallback, WorkerGroupCallback):
+        def __init__(self) -> None:
+            self.places: list[Any] = []
+            self.restarts = 0
+
+        def after_controller_start(self, train_run_context: Any) -> None:
+            events.actor.put_nowait.remote(Begun(ray.get_runtime_context().current_actor))
+            if wait_s is None:
+                _take_over(run, f"train-{train_run_context.run_id}")
+
+        def before_init_train_context(self, workers: Any) -> dict[str, list[Any]]:
+            ray.get([worker.execute_async(begin, worker.metadata.node_ip) for worker in workers])
+            return {}
+
+        def after_worker_group_start(self, worker_group: Any) -> None:
+            self.places = [worker.metadata for worker in worker_group.get_workers()]
+
+        def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+            if isinstance(current_state, PreemptingState) and not isinstance(previous_state, PreemptingState):
+                self.warn(f"{self.taken(current_state.preemption_info)} is going to be taken away; the step is saved")
+            elif isinstance(current_state, RestartingState):
+                self.warn(self.restarted(current_state.training_failed_error))
+
+        def warn(self, text: str) -> None:
+            events.actor.put_nowait.remote(Warned(text))
+
+        def taken(self, preempted: Any) -> str:
+            names = sorted({self.places[rank].hostname for rank in preempted.preempted_ranks})
+            return f"node {', '.join(names)}"
+
+        def restarted(self, error: Any) -> str:
+            if isinstance(error, PreemptionError):
+                return f"{self.taken(error.preemption_info)} is taken away; all go on from the last checkpoint"
+            self.restarts += 1
+            failures = getattr(error, "worker_failures", {})
+            lost = {rank: why[type(failed)] for rank, failed in failures.items() if type(failed) in why}
+            if not lost:
+                said = {rank: last_line(failed).removeprefix("RuntimeError: ") for rank, failed in failures.items()}
+                causes = {rank: text for rank, text in said.items() if text != WITH_IT} or said
+                rank, text = next(iter(causes.items()), (0, ""))
+                lost = {rank: text if text == SIGTERM_SAVED else f"failed: {text}"} if causes else {}
+            there = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+            told = {f"worker {rank} on node {self.places[rank].hostname}": lost[rank] for rank in sorted(lost)}
+            gone = {self.places[rank].hostname for rank in lost if self.places[rank].node_id not in there}
+            return _loss(told, gone, self.restarts, limit, wait_s)
+
+    return Teller()
+
+
+def _take_over(run: str, requester: str) -> None:
+    """Let go of the nodes that the run's last controller asked for: Ray keeps them for it for three minutes, even where
+    it was ended with its driver.
+    """
+    from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
+    from ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client import (
+        TrainAutoscalingCoordinatorClient,
+    )
+
+    key = f"dlops_dist {run}"
+    if (last := _internal_kv_get(key)) is not None:
+        TrainAutoscalingCoordinatorClient(last.decode()).cancel_resource_request()
+    _internal_kv_put(key, requester)
+
+
+def _loss(lost: Mapping[str, str], gone: Collection[str], restart: int, limit: int, wait_s: int | None) -> str:
+    """What is said of workers that are lost, and of the nodes that are gone with them, if they are waited for."""
+    what = ", ".join(f"{worker} {why}" for worker, why in lost.items()) or "the workers are lost"
+    text = f"{what}; all go on from the last checkpoint, restart {restart} of {limit}"
+    if gone and wait_s is not None:
+        text += (
+            f", once there is a node in place of {', '.join(sorted(gone))}: they wait {wait_s} s for it; "
+            f"with --min-workers, the others would go on alone"
+        )
+    return text
+
+
+def last_line(error: Exception) -> str:
+    """Of a worker's traceback: it names the exception."""
+    return str(error).strip().splitlines()[-1]

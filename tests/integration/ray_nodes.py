@@ -1,0 +1,96 @@
+"""Nodes of a Ray cluster on this machine, or on hosts that share nothing with it but its files."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+from command import wait_until
+
+RAY = Path(sys.executable).parent / "ray"
+
+
+@contextmanager
+def head_node(folder, cpus, within=(), address="127.0.0.1"):
+    """Environment in which commands reach a cluster that asks for a token."""
+    ports = [free_port() for _ in range(3)]
+    token = folder / "token"
+    token.write_text("0123456789abcdef" * 4)
+    mode = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
+    options = ["--head", "--port", ports[0], "--dashboard-port", ports[1], "--dashboard-agent-listen-port", ports[2]]
+    options += ["--node-ip-address", address]
+    with node(mode, *options, "--num-cpus", cpus, within=within) as process:
+        assert wait_until(lambda: process.poll() is not None or listens(ports[1], within), 120)
+        assert process.poll() is None, "ray start ended"
+        dashboard = {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports[1]}"}
+        yield {**mode, **dashboard, "RAY_ADDRESS": f"{address}:{ports[0]}"}
+
+
+@contextmanager
+def node(environment, *options, within=()):
+    """A node of a cluster, under way; in the end it is killed with all that it started."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | environment
+    clean.pop("RAY_ADDRESS", None)
+    process = subprocess.Popen(
+        [*within, RAY, "start", "--block", "--disable-usage-stats", *map(str, options)],
+        env=clean, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        kill_all(process)
+
+
+def kill_all(process):
+    if process.poll() is None:
+        for started in reversed([process, *psutil.Process(process.pid).children(recursive=True)]):
+            with suppress(psutil.NoSuchProcess):  # it ended meanwhile
+                started.kill()
+        process.wait(timeout=30)
+
+
+def nodes_alive(cluster, within=()):
+    """{address: id} of the nodes that the cluster has."""
+    script = "import json, ray; ray.init(logging_level='ERROR'); nodes = [n for n in ray.nodes() if n['Alive']]; "
+    script += "print('alive', json.dumps([(n['NodeManagerAddress'], n['NodeID']) for n in nodes]))"
+    command = [*within, sys.executable, "-c", script]
+    done = subprocess.run(command, env={**os.environ, **cluster}, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.split("alive ")[1].splitlines()[0])
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def listens(port, within=()):
+    script = f"import socket; socket.create_connection(('127.0.0.1', {port}))"
+    return subprocess.run([*within, sys.executable, "-c", script], capture_output=True, check=False).returncode == 0
+
+
+@contextmanager
+def two_hosts():
+    """(prefix of a command, address) of each of two hosts: namespaces with a network between them. Needs root."""
+    names = [f"dlops{os.getpid()}-{number}" for number in (1, 2)]
+    addresses = ["10.77.0.1", "10.77.0.2"]
+    try:
+        for name in names:
+            ip("netns", "add", name)
+            ip("-n", name, "link", "set", "lo", "up")
+        ip("link", "add", "v1", "netns", names[0], "type", "veth", "peer", "name", "v2", "netns", names[1])
+        for name, link, address in zip(names, ("v1", "v2"), addresses, strict=True):
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", link)
+            ip("-n", name, "link", "set", link, "up")
+        yield [(("ip", "netns", "exec", name), address) for name, address in zip(names, addresses, strict=True)]
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False)
+
+
+def ip(*arguments):
+    subprocess.run(["ip", *arguments], check=True)
