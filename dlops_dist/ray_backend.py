@@ -19,12 +19,14 @@ from dlops_dist.errors import RunError, UserError, first_line
 from dlops_dist.events import Begun, Event, Failed, Listener, Placed, Started, Warned
 from dlops_dist.files import Folder, temporary_folder
 from dlops_dist.ray_cluster import check_nodes, cluster, resources_for
-from dlops_dist.ray_telling import SIGTERM_SAVED, SIGTERMED, WITH_IT, last_line, teller
+from dlops_dist.ray_telling import SIGTERM_SAVED, SIGTERMED, WITH_IT, last_line, teller, wishes_to_save
 from dlops_dist.signals import stop_signals
 from dlops_dist.trackers import trackers_of
 
 START_TIMEOUT_S, ELASTIC_START_TIMEOUT_S = 60, 25
 """How long Ray waits for all workers; for fewer, where that is allowed, it waits less. (15 s was slower.)"""
+GROW_S = 20
+"""Between looks at whether the cluster has room for more workers again."""
 WISH_EVERY_S = 0.5
 """Between looks at whether the workers are to stop."""
 LEAVE_S = 10
@@ -149,6 +151,7 @@ def _trainer(
         scaling_config=ScalingConfig(
             num_workers=num_workers if least is None else (least, num_workers),  # type: ignore[arg-type]
             use_gpu="GPU" in resources, resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=GROW_S,  # type: ignore[call-arg]
         ),
         run_config=RunConfig(
             name=settings.name, storage_path=str(storage / ".ray"), callbacks=[teller(events, settings)],
@@ -214,8 +217,10 @@ def _train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
         events.put_nowait(Placed(str(ray.get_runtime_context().get_placement_group_id())))
     asked_to_stop = _asked_to_stop(config["wish"]) if is_first else lambda: False
     try:
-        stop, save = lambda: SIGTERMED.is_set() or asked_to_stop(), _once(_is_preempted)
-        return fit_here(config["task"], settings, events.put_nowait, get_device(), stop, save)
+        return fit_here(
+            config["task"], settings, events.put_nowait, get_device(),
+            stop=lambda: SIGTERMED.is_set() or asked_to_stop(), save=wishes_to_save(),
+        )  # fmt: skip
     except (UserError, RunError) as error:
         if world_size() == workers:  # Ray takes a group apart while it trains, and nothing is a sum then
             events.put_nowait(Failed(error))
@@ -239,25 +244,6 @@ def _asked_to_stop(wish: str) -> Callable[[], bool]:
         return found
 
     return asked_to_stop
-
-
-def _is_preempted() -> bool:
-    """Whether Ray has told this worker that a node of the run is going to be taken away."""
-    from ray.train.v2._internal.execution.context import get_train_context
-
-    return get_train_context().preemption_context.preemption_info is not None
-
-
-def _once(wish: Callable[[], bool]) -> Callable[[], bool]:
-    """A wish that is told once."""
-    told = False
-
-    def of_once() -> bool:
-        nonlocal told
-        before, told = told, told or wish()
-        return told and not before
-
-    return of_once
 
 
 def fit_here(

@@ -2,7 +2,8 @@
 
 import signal
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from typing import Any
 
 from dlops_dist.config import Run
@@ -12,6 +13,10 @@ from dlops_dist.events import Begun, Warned
 
 SIGTERMED = threading.Event()
 """Whether this worker has got the signal."""
+TO_SAVE, SAVED = threading.Event(), threading.Event()
+"""Whether this worker is to save the step, and has."""
+SAVE_S = 30
+"""How long it may take."""
 SIGTERM_SAVED, WITH_IT = "ended by SIGTERM, once the step was saved", "ended with another"
 """What a worker says that ends early."""
 
@@ -28,12 +33,39 @@ def begin(address: str) -> None:
     signal.signal(signal.SIGTERM, note)
 
 
+def save_now(limit_s: float) -> bool:
+    """Let the step be saved while training goes on in another thread. Returns whether it was, in time."""
+    SAVED.clear()
+    TO_SAVE.set()
+    return SAVED.wait(limit_s)
+
+
+def wishes_to_save() -> Callable[[], bool]:
+    """Tells whoever trains, who asks at each step, when to save; asked again, all of it is written."""
+    told = False
+
+    def is_to_save() -> bool:
+        nonlocal told
+        if told:
+            TO_SAVE.clear()
+            SAVED.set()
+        told = not told and TO_SAVE.is_set()
+        return told
+
+    return is_to_save
+
+
 def teller(events: Any, settings: Run) -> Any:
     """Tells who controls the workers, which of them are lost, and what is waited for."""
     import ray
     from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
     from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
-    from ray.train.v2._internal.execution.controller.state import PreemptingState, RestartingState
+    from ray.train.v2._internal.execution.controller.state import (
+        PreemptingState,
+        ResizingState,
+        RestartingState,
+        RunningState,
+    )
     from ray.train.v2.api.exceptions import PreemptionError
 
     why = {WorkerHealthCheckFailedError: "died", WorkerHealthCheckTimeoutError: "does not answer"}
@@ -43,6 +75,7 @@ def teller(events: Any, settings: Run) -> Any:
     class Teller(ControllerCallback, WorkerGroupCallback):
         def __init__(self) -> None:
             self.places: list[Any] = []
+            self.first: Any = None
             self.restarts = 0
 
         def after_controller_start(self, train_run_context: Any) -> None:
@@ -55,16 +88,29 @@ def teller(events: Any, settings: Run) -> Any:
             return {}
 
         def after_worker_group_start(self, worker_group: Any) -> None:
-            self.places = [worker.metadata for worker in worker_group.get_workers()]
+            workers = worker_group.get_workers()
+            self.first, self.places = workers[0], [worker.metadata for worker in workers]
 
         def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
-            if isinstance(current_state, PreemptingState) and not isinstance(previous_state, PreemptingState):
-                self.warn(f"{self.taken(current_state.preemption_info)} is going to be taken away; the step is saved")
-            elif isinstance(current_state, RestartingState):
+            if isinstance(current_state, RestartingState):
                 self.warn(self.restarted(current_state.training_failed_error))
+            if not isinstance(previous_state, RunningState):
+                return
+            if isinstance(current_state, PreemptingState):
+                what = f"{self.taken(current_state.preemption_info)} is going to be taken away"
+            elif isinstance(current_state, ResizingState):
+                what = "the cluster has room for another number of workers"
+            else:
+                return
+            self.warn(f"{what}; {'the step is saved' if self.saved() else 'the step could not be saved in time'}")
 
         def warn(self, text: str) -> None:
             events.actor.put_nowait.remote(Warned(text))
+
+        def saved(self) -> bool:
+            with suppress(ray.exceptions.RayError):
+                return bool(ray.get(self.first.execute_async(save_now, SAVE_S), timeout=2 * SAVE_S))
+            return False
 
         def taken(self, preempted: Any) -> str:
             names = sorted({self.places[rank].hostname for rank in preempted.preempted_ranks})

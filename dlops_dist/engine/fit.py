@@ -200,6 +200,8 @@ class _Fit:
             if (stop or save or (every and step % every == 0)) and step_in_epoch < per_epoch:
                 self._check_finite(loss, epoch, step)
                 self._save(step)
+                if save:
+                    self.folder.checkpoints.wait()
                 if stop:
                     self._end_here()
             now = time.monotonic()

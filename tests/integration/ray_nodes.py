@@ -74,19 +74,40 @@ def listens(port, within=()):
 
 
 @contextmanager
-def two_hosts():
-    """(prefix of a command, address) of each of two hosts: namespaces with a network between them. Needs root."""
-    names = [f"dlops{os.getpid()}-{number}" for number in (1, 2)]
-    addresses = ["10.77.0.1", "10.77.0.2"]
+def hosts(folder, number):
+    """(prefix of a command, address) of each of so many hosts: namespaces with a network between them. Needs root.
+
+    All have this machine's name, which stands for no address that the others can reach.
+    """
+    (folder / "hosts").write_text(f"127.0.0.1 localhost {socket.gethostname()}\n")
+    named = ("sh", "-c", f'mount --bind {folder}/hosts /etc/hosts && exec "$0" "$@"')
+    names = [f"dlops{os.getpid()}-{place}" for place in range(number)]
+    first, places = names[0], range(1, number)
     try:
         for name in names:
             ip("netns", "add", name)
             ip("-n", name, "link", "set", "lo", "up")
-        ip("link", "add", "v1", "netns", names[0], "type", "veth", "peer", "name", "v2", "netns", names[1])
-        for name, link, address in zip(names, ("v1", "v2"), addresses, strict=True):
-            ip("-n", name, "addr", "add", f"{address}/24", "dev", link)
-            ip("-n", name, "link", "set", link, "up")
-        yield [(("ip", "netns", "exec", name), address) for name, address in zip(names, addresses, strict=True)]
+        ip("-n", first, "link", "add", "bridge", "type", "bridge")
+        for place in places:
+            ip(
+                "link",
+                "add",
+                f"to{place}",
+                "netns",
+                first,
+                "type",
+                "veth",
+                "peer",
+                "name",
+                "net",
+                "netns",
+                names[place],
+            )
+            ip("-n", first, "link", "set", f"to{place}", "master", "bridge", "up")
+        for place, device in enumerate(["bridge", *("net" for _ in places)]):
+            ip("-n", names[place], "addr", "add", f"10.77.0.{place + 1}/24", "dev", device)
+            ip("-n", names[place], "link", "set", device, "up")
+        yield [(("ip", "netns", "exec", name, *named), f"10.77.0.{place + 1}") for place, name in enumerate(names)]
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], check=False)

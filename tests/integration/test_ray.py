@@ -9,14 +9,16 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import urllib.error
 import urllib.request
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
 import pytest
 from command import CACHE, ROOT, TINY, call, rows, run, start, wait_until
-from ray_nodes import RAY, free_port, head_node, kill_all, node, nodes_alive, two_hosts
+from ray_nodes import RAY, free_port, head_node, hosts, kill_all, node, nodes_alive
 
 SETTINGS = [*TINY, "--blocks", "4", "--exactness", "bits", "--epochs", "2", "--name", "run"]
 STEPS_PER_EPOCH = 12
@@ -186,73 +188,65 @@ def killed_and_whole(command, after, epochs, cluster, tmp_path):
     assert_is_that_of_one_process(tmp_path / "killed/run", *command)
 
 
-@pytest.mark.slow
-def test_a_lost_node_leaves_the_others_to_go_on_to_the_same_result(shapes_shards, tmp_path):
-    """Workers 1 to 2: the second node is killed in the middle, the first goes on alone, on the same samples."""
-    arguments = ["--loss", "center", "--epochs", "12", "--checkpoint-every", "4"]
-    with head_node(tmp_path, 1) as cluster, node(cluster, "--address", cluster["RAY_ADDRESS"], "--num-cpus", 1) as lost:
-        assert wait_until(lambda: len(nodes_alive(cluster)) == 2, 90)
-        elastic = [*arguments, "--workers", "2", "--min-workers", "1", "--runs-dir", tmp_path / "lost"]
-        process = start("train", "q1", "--data.shards", shapes_shards, *SETTINGS, *elastic, env=cluster)
-        metrics = tmp_path / "lost/run/metrics.jsonl"
-        assert wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 2, 120)
-        kill_all(lost)
-        output, _ = process.communicate(timeout=280)
-    assert process.returncode == 0, output
-    first, second = [line for line in output.splitlines() if " training and " in line]
-    assert "2 workers on cpu" in first
-    assert "1 worker on cpu" in second
-    assert " from step " in second
-    command = ["train", "q1", "--data.shards", shapes_shards, *SETTINGS, *arguments]
-    assert_is_that_of_one_process(tmp_path / "lost/run", *command)
-
-
 @pytest.mark.root
-def test_hosts_whose_names_are_loopbacks_meet_and_a_host_that_is_taken_away_is_told_of_and_leaves_no_bit(
-    shapes_shards, tmp_path
-):
-    """The hosts' names are this machine's, and stand for no address that the other can reach."""
-    arguments = ["--loss", "center", "--epochs", "14", "--log-every", "1"]
-    hide = ("sh", "-c", f'mount --bind {tmp_path}/hosts /etc/hosts && exec "$0" "$@"')
-    (tmp_path / "hosts").write_text(f"127.0.0.1 localhost {socket.gethostname()}\n")
-    with (
-        two_hosts() as ((here, address), (there, other)),
-        head_node(tmp_path, 1, (*here, *hide), address) as cluster,
-        node(cluster, "--address", cluster["RAY_ADDRESS"], "--num-cpus", 1, "--node-ip-address", other,
-             within=(*there, *hide)) as lost,
-    ):  # fmt: skip
-        assert wait_until(lambda: len(nodes_alive(cluster, here)) == 2, 90)
-        elastic = [*arguments, "--workers", "2", "--min-workers", "1", "--runs-dir", tmp_path / "lost"]
-        process = start(
-            "train", "q1", "--data.shards", shapes_shards, *SETTINGS, *elastic, env=cluster, within=(*here, *hide)
-        )
-        assert wait_until(lambda: last_step(tmp_path / "lost/run") >= 15, 120)
-        notice = [
-            "drain-node",
-            "--address",
-            cluster["RAY_ADDRESS"],
-            "--node-id",
-            dict(nodes_alive(cluster, here))[other],
-        ]
-        notice += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
-        notice += ["--deadline-remaining-seconds", "6"]
-        subprocess.run([*here, RAY, *notice], env={**os.environ, **cluster}, check=True)
-        assert wait_until(lambda: len(nodes_alive(cluster, here)) == 1, 60)
+def test_nodes_that_are_lost_or_come_back_or_are_taken_away_change_no_bit(shapes_shards, tmp_path):
+    """On hosts whose names are this machine's, and stand for no address that the other can reach."""
+    arguments = ["--loss", "center", "--epochs", "50", "--log-every", "1"]
+    with hosts(tmp_path, 3) as ((here, address), *others), ExitStack() as nodes:
+        cluster = nodes.enter_context(head_node(tmp_path, 1, here, address))
+
+        def one_more(host):
+            within, address = host
+            options = ["--address", cluster["RAY_ADDRESS"], "--num-cpus", 1, "--node-ip-address", address]
+            return nodes.enter_context(node(cluster, *options, within=within))
+
+        lost, taken = map(one_more, others)
+        assert wait_until(lambda: len(nodes_alive(cluster, here)) == 3, 90)
+        elastic = [*arguments, "--workers", "3", "--min-workers", "1", "--runs-dir", tmp_path / "moved"]
+        command = ["train", "q1", "--data.shards", shapes_shards, *SETTINGS]
+        process = start(*command, *elastic, env=cluster, within=here)
+        told = lines_of(process)
+        assert wait_until(lambda: last_step(tmp_path / "moved/run") >= 3, 120)
         kill_all(lost)
-        output, _ = process.communicate(timeout=280)
-    assert process.returncode == 0, output
-    told = [line for line in output.splitlines() if line.startswith("warning: ")]
+        assert begins(told, 3, 2)
+        one_more(others[0])
+        assert begins(told, 3, 2, 3)
+        notice = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+        taken_id = dict(nodes_alive(cluster, here))[others[1][1]]
+        notice += ["--deadline-remaining-seconds", "6", "--address", cluster["RAY_ADDRESS"], "--node-id", taken_id]
+        subprocess.run([*here, RAY, "drain-node", *notice], env={**os.environ, **cluster}, check=True)
+        assert begins(told, 3, 2, 3, 2)
+        kill_all(taken)
+        process.wait(timeout=280)
+    assert process.returncode == 0, told
     name = socket.gethostname()
-    assert told == [
+    died, *warnings = [line for line in told if line.startswith("warning: ")]
+    assert re.fullmatch(rf"warning: worker \d on node {name} died; all go on from the last checkpoint, .*", died)
+    assert warnings == [
+        "warning: the cluster has room for another number of workers; the step is saved",
         f"warning: node {name} is going to be taken away; the step is saved",
         f"warning: node {name} is taken away; all go on from the last checkpoint",
-    ], output
-    first, second = [line for line in output.splitlines() if " training and " in line]
-    assert "2 workers on cpu" in first
-    assert "1 worker on cpu" in second
-    assert " from step " in second
-    command = ["train", "q1", "--data.shards", shapes_shards, *SETTINGS, *arguments]
-    assert_is_that_of_one_process(tmp_path / "lost/run", *command)
+    ]
+    assert_is_that_of_one_process(tmp_path / "moved/run", *command, *arguments)
+
+
+def lines_of(process):
+    """What it prints, as it comes."""
+    lines = []
+
+    def read():
+        for line in process.stdout:
+            lines.append(line.rstrip())
+
+    threading.Thread(target=read, daemon=True).start()
+    return lines
+
+
+def begins(lines, *workers):
+    """Whether, in time, the run has begun, and gone on, with these numbers of workers one after the other."""
+    return wait_until(
+        lambda: [int(n) for line in lines for n in re.findall(r" (\d) workers? on cpu", line)] == [*workers], 120
+    )
 
 
 @pytest.mark.root
