@@ -5,6 +5,7 @@ In floating point a + b is b + a, but (a + b) + c is not a + (b + c): only the t
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -63,35 +64,47 @@ class TreeSum:
     def __init__(self, blocks: Blocks, free: list[Tensor] | None = None) -> None:
         self._blocks, self._held = blocks, dict[Node, Tensor]()
         self._free = [] if free is None else free
+        self._exchange: Any = None
+        self._whole = self._received = torch.empty(0)
+        self._size = 0
 
     def add(self, block: int, x: Tensor) -> None:
         """Take a block's tensor, over which sums are written."""
         self._free += _rise(self._held, (block, block + 1), x, self._blocks.number)
 
-    def total(self) -> Tensor:
-        """The same bits on every rank; all must call it, once. Written over what was given."""
+    def start(self) -> None:
+        """Begin the exchange, which goes on beside what is computed. All ranks must call it, all of theirs added."""
         ranks = world_size()
-        if ranks == 1:
-            (total,) = self._held.values()
-            return total
+        if ranks == 1 or self._exchange is not None:
+            return
         own = [self._held[node] for node in sorted(self._held)]
-        size, rest = len(own[0]), -len(own[0]) % ranks
+        self._size, rest = len(own[0]), -len(own[0]) % ranks
         if rest:
             own = [F.pad(x, (0, rest)) for x in own]
-        total, piece = own[0], len(own[0]) // ranks
+        self._whole, piece = own[0], len(own[0]) // ranks
         self._free += own[1:]
         sent = own[0] if len(own) == 1 else torch.stack([x.view(ranks, piece) for x in own], dim=1)
         nodes = _nodes_of_ranks(tuple(self._blocks.sizes))
-        received = own[0].new_empty(sum(map(len, nodes)), piece)
-        dist.all_to_all_single(
-            received.view(-1), sent.view(-1), [len(n) * piece for n in nodes], [len(own) * piece] * ranks
-        )
+        self._received = own[0].new_empty(sum(map(len, nodes)), piece)
+        self._exchange = dist.all_to_all_single(
+            self._received.view(-1), sent.view(-1), [len(n) * piece for n in nodes], [len(own) * piece] * ranks,
+            async_op=True,
+        )  # fmt: skip
+
+    def total(self) -> Tensor:
+        """The same bits on every rank; all must call it, once. Written over what was given."""
+        if world_size() == 1:
+            (total,) = self._held.values()
+            return total
+        self.start()
+        self._exchange.wait()
         held: dict[Node, Tensor] = {}
-        for node, x in zip((node for of_rank in nodes for node in of_rank), received, strict=True):
+        nodes = [node for of_rank in _nodes_of_ranks(tuple(self._blocks.sizes)) for node in of_rank]
+        for node, x in zip(nodes, self._received, strict=True):
             _rise(held, node, x, self._blocks.number)
         (summed,) = held.values()
-        dist.all_gather_into_tensor(total, summed)
-        return total[:size] if rest else total
+        dist.all_gather_into_tensor(self._whole, summed)
+        return self._whole[: self._size]
 
 
 def tree_sum(rows: Tensor) -> Tensor:

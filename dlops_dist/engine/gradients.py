@@ -1,7 +1,7 @@
 """What a step adds up over its blocks: gradients, and the statistics of norms, laid out in flat tensors."""
 
 from collections.abc import Sequence
-from functools import reduce
+from functools import partial, reduce
 from itertools import accumulate
 
 import torch
@@ -13,6 +13,8 @@ from dlops_dist.distributed.tree import Blocks, TreeSum
 
 ALIGNED = 16
 """Values; each tensor begins at a multiple."""
+BUCKET = 25 * 2**20
+"""Bytes that are exchanged together, as DDP does: enough to be fast, few enough to begin while the pass goes on."""
 
 
 class Gradients:
@@ -24,14 +26,100 @@ class Gradients:
     """
 
     def __init__(self, network: nn.Module, parameters: Sequence[nn.Parameter], blocks: Blocks) -> None:
-        self.parameters, self._blocks = parameters, blocks
-        self._norms = block_norms(network)
+        self.parameters, self._norms = parameters, block_norms(network)
         for norm in self._norms:
             norm.passed = False  # what it is part of now may leave it out
         statistics = [x for norm in self._norms for x in (norm.block_mean, norm.block_var)]
-        self._like = [x.detach() for x in (*self.parameters, *statistics)]
-        self._dtype = reduce(torch.promote_types, {x.dtype for x in self._like})
-        ends = list(accumulate(-(-x.numel() // ALIGNED) * ALIGNED for x in self._like))
+        like = [x.detach() for x in (*self.parameters, *statistics)]
+        dtype = reduce(torch.promote_types, {x.dtype for x in like})
+        places = _bucketed([x.numel() * dtype.itemsize for x in like])
+        self._buckets = [_Bucket(own, [like[place] for place in own], dtype, blocks) for own in places]
+        self._given: set[int] = set()
+        """Places of the weights that had a gradient in some block of a step."""
+
+    def take(
+        self, block: int, pairs: Sequence[tuple[Tensor, Tensor]], more: Sequence[Tensor | None],
+        statistics: Sequence[Tensor], last: bool,
+    ) -> None:  # fmt: skip
+        """Add those of a backward pass to those of a block. Threads may call it, each for blocks of its own.
+
+        Args:
+            pairs: outputs, and their own gradients.
+            more: known gradients of the last of the weights.
+            last: whether this rank passes nothing more in the step: what is whole is exchanged while the pass goes on.
+        """
+        number = len(self.parameters)
+        found: list[Tensor | None] = [None] * number
+        known = [*(None for _ in range(number - len(more))), *more]
+        missing = [{place for place in bucket.places if place < number} for bucket in self._buckets]
+        taken = 0
+
+        def take_next() -> None:
+            nonlocal taken
+            bucket, taken = self._buckets[taken], taken + 1
+            own = [
+                either_or_sum(found[place], known[place]) if place < number else statistics[place - number]
+                for place in bucket.places
+            ]
+            self._given.update(place for place, x in zip(bucket.places, own, strict=True) if x is not None)
+            bucket.add(block, own)
+            if last:
+                bucket.finish(block)
+                bucket.start()
+
+        def arrived(place: int, gradient: Tensor) -> None:
+            found[place] = gradient
+            for places in missing:
+                places.discard(place)
+            while taken < len(missing) and not missing[taken]:
+                take_next()
+
+        overlaps = last and world_size() > 1
+        hooks = [x.register_hook(partial(arrived, place)) for place, x in enumerate(self.parameters) if overlaps]
+        try:
+            found = gradients_of(pairs, self.parameters)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        while taken < len(self._buckets):
+            take_next()
+
+    def finish(self, block: int) -> None:
+        """A block's are whole."""
+        for bucket in self._buckets:
+            bucket.finish(block)
+
+    def total(self) -> None:
+        """Give each weight its gradient over all blocks, and move the norms' running statistics by theirs."""
+        for bucket in self._buckets:
+            bucket.start()
+        parts = {
+            place: part for bucket in self._buckets for place, part in zip(bucket.places, bucket.total(), strict=True)
+        }
+        for place, parameter in enumerate(self.parameters):
+            parameter.grad = parts[place].to(parameter.dtype) if place in self._given else None
+        statistics = [parts[place] for place in range(len(self.parameters), len(parts))]
+        move_all(list(zip(self._norms, statistics[::2], statistics[1::2], strict=True)))
+
+    def forget(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+        self._given.clear()
+        for bucket in self._buckets:
+            bucket.forget()
+
+
+class _Bucket:
+    """Some of the tensors that adjoin: those of each block laid out in a flat one, then their sum over all blocks.
+
+    Args:
+        places: theirs, among all.
+        like: tensors of their shapes.
+    """
+
+    def __init__(self, places: range, like: Sequence[Tensor], dtype: torch.dtype, blocks: Blocks) -> None:
+        self.places, self._like, self._dtype, self._blocks = places, like, dtype, blocks
+        ends = list(accumulate(-(-x.numel() // ALIGNED) * ALIGNED for x in like))
         self._starts, whole = [0, *ends[:-1]], ALIGNED * world_size()
         self._size = -(-ends[-1] // whole) * whole
         self._views: dict[int, list[Tensor]] = {}
@@ -40,23 +128,19 @@ class Gradients:
         self._of_block: dict[int, Tensor] = {}
         self._sum = TreeSum(blocks, self._free)
         self._total: Tensor | None = None
-        self._given: set[int] = set()
-        """Places of the weights that had a gradient in some block of a step."""
 
-    def add(self, block: int, gradients: Sequence[Tensor | None], statistics: Sequence[Tensor]) -> None:
-        """Add to those of a block. Threads may call it, each of blocks of its own."""
+    def add(self, block: int, tensors: Sequence[Tensor | None]) -> None:
         begun = block in self._of_block
         if not begun:
             self._of_block[block] = self._free.pop() if self._free else self._new()
         parts = self._parts(self._of_block[block])
-        given = [(part, x) for part, x in zip(parts, (*gradients, *statistics), strict=True) if x is not None]
+        given = [(part, x) for part, x in zip(parts, tensors, strict=True) if x is not None]
         own, new = [part for part, _ in given], [x for _, x in given]
-        self._given.update(place for place, x in enumerate(gradients) if x is not None)
         if begun:
             torch._foreach_add_(own, new)
             return
         torch._foreach_copy_(own, new)
-        for part, x in zip(parts, gradients, strict=False):
+        for part, x in zip(parts, tensors, strict=True):
             if x is None:
                 part.zero_()
 
@@ -64,23 +148,21 @@ class Gradients:
         return torch.zeros(self._size, dtype=self._dtype, device=self._like[0].device)
 
     def finish(self, block: int) -> None:
-        """A block's are whole."""
-        self._sum.add(block, self._of_block.pop(block))
+        """A block's are whole, if they were not before."""
+        if (own := self._of_block.pop(block, None)) is not None:
+            self._sum.add(block, own)
 
-    def total(self) -> None:
-        """Give each weight its gradient over all blocks, and move the norms' running statistics by theirs."""
+    def start(self) -> None:
+        """All of this rank's blocks are: the exchange may begin. All ranks call it for one bucket after the other."""
+        self._sum.start()
+
+    def total(self) -> list[Tensor]:
+        """The sums over all blocks."""
         self._total = self._sum.total()
         self._sum = TreeSum(self._blocks, self._free)
-        parts = self._parts(self._total)
-        for place, parameter in enumerate(self.parameters):
-            parameter.grad = parts[place].to(parameter.dtype) if place in self._given else None
-        statistics = parts[len(self.parameters) :]
-        move_all(list(zip(self._norms, statistics[::2], statistics[1::2], strict=True)))
+        return self._parts(self._total)
 
     def forget(self) -> None:
-        for parameter in self.parameters:
-            parameter.grad = None
-        self._given.clear()
         if self._total is not None:
             self._free.append(self._total)
         self._total = None
@@ -92,6 +174,17 @@ class Gradients:
                 for x, start in zip(self._like, self._starts, strict=True)
             ]
         return self._views[id(flat)]
+
+
+def _bucketed(sizes: Sequence[int]) -> list[range]:
+    """Places that adjoin, of some `BUCKET` bytes together; the last come first, as a backward pass ends with them."""
+    buckets, end, size = [], len(sizes), 0
+    for place in reversed(range(len(sizes))):
+        size += sizes[place]
+        if size >= BUCKET or place == 0:
+            buckets.append(range(place, end))
+            end, size = place, 0
+    return buckets
 
 
 def _dense_strides(x: Tensor) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from dlops_dist.distributed.objective import Objective, objective_of_blocks, upd
 from dlops_dist.distributed.tree import TreeSum
 from dlops_dist.engine.descent import Descent
 from dlops_dist.engine.epoch_sums import EpochSums
-from dlops_dist.engine.gradients import either_or_sum, gradients_of, or_zeros
+from dlops_dist.engine.gradients import gradients_of, or_zeros
 from dlops_dist.engine.lanes import Lane
 from dlops_dist.engine.losses import Losses, figures_of
 from dlops_dist.engine.numerics import compiled
@@ -196,17 +196,14 @@ class Step(ABC):
             last: whether no other follows, and the blocks' gradients are whole.
         """
         sums, number = self._descent.gradients, len(self.lanes)
-        of_weights = len(mined.of_weights[0]) if begin == 0 else 0
 
         def back_propagated(_: Lane, place: int) -> None:
             block, part = passed[place], slice(begin + own[place].part.start, begin + own[place].part.stop)
             pairs = [(terms.sum, objective.scales[name]) for name, terms in block.terms.items()]
             pairs += [(block.outputs[name], gradient[part]) for name, gradient in mined.gradient.items()]
-            found = gradients_of(pairs, sums.parameters)
-            if of_weights:
-                known = zip(found[-of_weights:], mined.of_weights[place], strict=True)
-                found[-of_weights:] = [either_or_sum(*both) for both in known]
-            sums.add(self.blocks.own[place], found, block.statistics)
+            more = mined.of_weights[place] if begin == 0 else ()
+            ends = last and number == 1 and place == len(passed) - 1
+            sums.take(self.blocks.own[place], pairs, more, block.statistics, ends)
 
         for start in range(0, len(passed), number):
             places = range(start, min(start + number, len(passed)))

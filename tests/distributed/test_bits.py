@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from kept_ranks import on_ranks
 from dlops_dist.config import load_recipe
 from dlops_dist.data.loader import Batch
 from dlops_dist.distributed.collectives import rank, world_size
-from dlops_dist.engine import fit
+from dlops_dist.engine import fit, gradients
 from dlops_dist.engine.exactness import default_blocks
 from dlops_dist.engine.learner import Learner
 from dlops_dist.engine.samples import Inputs
@@ -112,6 +113,37 @@ def test_a_run_on_any_number_of_ranks_leaves_the_bytes_of_one_process(run, ranks
         assert found["rows"] == expected["rows"]
         assert found.keys() == expected.keys()
         assert [name for name in expected if found[name] != expected[name]] == []
+
+
+def trained_in_small_buckets(*arguments):
+    """What `trained` finds; of its first step, whether each exchange began before the backward pass had ended."""
+    passing, early = [False], []
+
+    def passes(*given):
+        passing[0] = True
+        found = gradients_of(*given)
+        passing[0] = False
+        return found
+
+    def begins(bucket):
+        early.append(passing[0])
+        start(bucket)
+
+    start, gradients_of = gradients._Bucket.start, gradients.gradients_of
+    with (
+        mock.patch.object(gradients, "BUCKET", 4096), mock.patch.object(gradients, "gradients_of", passes),
+        mock.patch.object(gradients._Bucket, "start", begins),
+    ):  # fmt: skip
+        return trained(*arguments), early
+
+
+def test_gradients_are_exchanged_while_the_backward_pass_goes_on_to_the_same_bits(shapes_shards, tmp_path):
+    expected = trained("ce", shapes_shards, tmp_path / "one")
+    for found, early in on_ranks(trained_in_small_buckets, 2, "ce", shapes_shards, tmp_path / "ranks"):
+        assert found == expected
+        buckets = len(early) // expected["rows"][-1]["step"] // 2  # each is begun once more, for what has not been
+        assert buckets > 10
+        assert all(early[:buckets])
 
 
 def test_a_run_that_shrinks_and_grows_in_the_middle_of_an_epoch_does_too(shapes_shards, tmp_path):
