@@ -1,11 +1,12 @@
-"""P6: training steps of two Ray workers against bare DDP under torchrun. Two CPU cores, one for each process.
+"""P6: training steps of two workers, under Ray and torchrun, against bare DDP under torchrun. A CPU core for each.
 
     python benchmarks/workers.py [--workers 2] [--batch 128] [--runs 3]
 
 Ours is `train q1` on generated 64x64 images, decoded beforehand: reading, crop, flip and normalise, loss, schedule and
 metrics count, evaluation does not; images/s are those of its rows, the first epoch left out. The bare loop is
 torchvision's resnet18 under torch's DDP, cross-entropy and SGD, on images that are normalised already, its batch norm
-local. Ours is computed in blocks, to the same bits on any number of workers; beside them norms over all ranks.
+local. Ours is computed in blocks, to the same bits on any number of workers; beside them norms over all ranks. Ray's
+own processes, a dozen, share the cores where there are two: under torchrun both sides have the same.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from dlops_dist.data.shapes import write_tiny_imagenet
 from dlops_dist.data.sources import TinyImageNet
 
 STEPS, EPOCHS = 20, 4
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def main() -> None:
@@ -39,7 +41,13 @@ def main() -> None:
     if "RANK" in os.environ:  # this process is one of torchrun's
         bare_ddp(arguments.batch // arguments.workers)
         return
-    found: dict[str, list[float]] = {"ours, in blocks": [], "bare DDP": [], "ours, norms over all ranks": []}
+    names = [
+        "ours under torchrun, in blocks",
+        "bare DDP",
+        "ours under Ray, in blocks",
+        "ours under Ray, norms over all",
+    ]
+    found: dict[str, list[float]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as scratch:
         write_tiny_imagenet(Path(scratch) / "shapes.zip", arguments.batch * STEPS // 10, test_per_class=2, size=64)
         pack(TinyImageNet(Path(scratch) / "shapes.zip"), Path(scratch) / "shards", "shapes")
@@ -55,18 +63,24 @@ def main() -> None:
 def ours(arguments: argparse.Namespace, scratch: Path, name: str, run: int) -> list[float]:
     """Images/s of each epoch but the first."""
     norm = "block" if "blocks" in name else "sync"
-    command = [sys.executable, "-m", "dlops_dist.train", "q1", "--workers", str(arguments.workers), "--name"]
-    command += [f"{norm}-{run}", "--runs-dir", str(scratch / "runs"), "--data.shards", str(scratch / "shards")]
+    launcher = torchrun(arguments) if "torchrun" in name else [sys.executable]
+    run_name = f"{norm}-{len(launcher)}-{run}"
+    command = [*launcher, "-m", "dlops_dist.train", "q1", "--workers", str(arguments.workers), "--name"]
+    command += [run_name, "--runs-dir", str(scratch / "runs"), "--data.shards", str(scratch / "shards")]
     command += ["--data.cache-dir", str(scratch / "cache"), "--data.reader", "decoded", "--epochs", str(EPOCHS)]
     command += ["--model.stem", "imagenet", "--model.norm", norm, "--global-batch-size", str(arguments.batch)]
-    subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
-    lines = (scratch / f"runs/{norm}-{run}/metrics.jsonl").read_text().splitlines()
+    subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True, env=ONE_THREAD)
+    lines = (scratch / f"runs/{run_name}/metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["train_images_per_s"] for line in lines[1:]]
 
 
+def torchrun(arguments: argparse.Namespace) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    return [*launcher, str(arguments.workers)]
+
+
 def bare(arguments: argparse.Namespace) -> list[float]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    command += [str(arguments.workers), __file__, "--workers", str(arguments.workers), "--batch", str(arguments.batch)]
+    command = [*torchrun(arguments), __file__, "--workers", str(arguments.workers), "--batch", str(arguments.batch)]
     output = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True).stdout
     return [arguments.batch * STEPS / float(line) for line in output.split()][1:]
 

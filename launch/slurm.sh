@@ -14,8 +14,9 @@
 #SBATCH --cpus-per-task=64
 #SBATCH --time=24:00:00
 #SBATCH --output=%x-%j.log
-# Two minutes before its end, or when it is preempted, the job is told, saves the step, and is queued again.
-#SBATCH --signal=B:TERM@120
+# Two minutes before its time is over the job is told, saves the step, and is queued again. When it is preempted or
+# cancelled it saves the step, too; SLURM queues it again where that is how it preempts.
+#SBATCH --signal=B:USR1@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -euo pipefail
@@ -59,17 +60,18 @@ while there < number:
         pass
 PYTHON
 
-told=""
 python -m dlops_dist.train "$@" &
 training=$!
-trap 'told=yes; kill -TERM "$training"' TERM
+again=""
+trap 'again=yes; kill -TERM "$training"' USR1
+trap 'kill -TERM "$training"' TERM
 code=0
-wait "$training" || code=$?
-if [ -n "$told" ]; then
-    wait "$training" && code=0 || code=$? # the first wait ended with the signal; the step is saved by now
-    if [ "$code" -ne 0 ]; then
-        echo "the job was told to end: it is queued again, and goes on from the step that was saved"
-        scontrol requeue "$SLURM_JOB_ID"
-    fi
+while true; do
+    wait "$training" && code=0 || code=$?
+    kill -0 "$training" 2>/dev/null || break # else it was a signal to this script that ended the waiting
+done
+if [ -n "$again" ] && [ "$code" -ne 0 ]; then
+    echo "the job's time is over: it is queued again, and goes on from the step that was saved"
+    scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

@@ -80,7 +80,7 @@ def hosts(folder, number):
     All have this machine's name, which stands for no address that the others can reach.
     """
     (folder / "hosts").write_text(f"127.0.0.1 localhost {socket.gethostname()}\n")
-    named = ("sh", "-c", f'mount --bind {folder}/hosts /etc/hosts && exec "$0" "$@"')
+    named = ("unshare", "--mount", "sh", "-c", f'mount --bind {folder}/hosts /etc/hosts && exec "$0" "$@"')
     names = [f"dlops{os.getpid()}-{place}" for place in range(number)]
     first, places = names[0], range(1, number)
     try:
@@ -107,7 +107,8 @@ def hosts(folder, number):
         for place, device in enumerate(["bridge", *("net" for _ in places)]):
             ip("-n", names[place], "addr", "add", f"10.77.0.{place + 1}/24", "dev", device)
             ip("-n", names[place], "link", "set", device, "up")
-        yield [(("ip", "netns", "exec", name, *named), f"10.77.0.{place + 1}") for place, name in enumerate(names)]
+        inside = [("nsenter", f"--net=/var/run/netns/{name}", *named) for name in names]
+        yield [(command, f"10.77.0.{place + 1}") for place, command in enumerate(inside)]
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], check=False)

@@ -193,6 +193,7 @@ def killed_and_whole(command, after, epochs, cluster, tmp_path):
 
 
 @pytest.mark.root
+@pytest.mark.skipif(shutil.which("ip") is None, reason="no hosts without iproute2")
 def test_nodes_that_are_lost_or_come_back_or_are_taken_away_change_no_bit(shapes_shards, tmp_path):
     """On hosts whose names are this machine's, and stand for no address that the other can reach."""
     arguments = ["--loss", "center", "--epochs", "400", "--log-every", "1"]
