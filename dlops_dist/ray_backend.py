@@ -2,7 +2,6 @@
 
 import os
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, wait
@@ -12,23 +11,21 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from dlops_dist.config import Run, load_recipe, recipe_from_source
+from dlops_dist.config import Run, load_recipe
 from dlops_dist.console import Console
 from dlops_dist.engine.run_folder import CONFIG, RunFolder
 from dlops_dist.errors import RunError, UserError, first_line
-from dlops_dist.events import Begun, Event, Failed, Listener, Placed, Started, Warned
+from dlops_dist.events import Begun, Event, Failed, Placed, Started
 from dlops_dist.files import Folder, temporary_folder
 from dlops_dist.ray_cluster import check_nodes, cluster, resources_for
-from dlops_dist.ray_telling import SIGTERM_SAVED, SIGTERMED, WITH_IT, last_line, teller, wishes_to_save
+from dlops_dist.ray_telling import last_line, teller
+from dlops_dist.ray_worker import WISH_EVERY_S, train_on_worker
 from dlops_dist.signals import stop_signals
-from dlops_dist.trackers import trackers_of
 
 START_TIMEOUT_S, ELASTIC_START_TIMEOUT_S = 60, 25
 """How long Ray waits for all workers; for fewer, where that is allowed, it waits less. (15 s was slower.)"""
 GROW_S = 20
 """Between looks at whether the cluster has room for more workers again."""
-WISH_EVERY_S = 0.5
-"""Between looks at whether the workers are to stop."""
 LEAVE_S = 10
 """How long a controller has to start that is to be killed, and the thread that waits for it to notice."""
 
@@ -142,7 +139,7 @@ def _trainer(
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(start_timeout_s)
     storage = Folder(settings.runs_dir).local or temporary_folder()
     return TorchTrainer(
-        _train_on_worker,  # type: ignore[arg-type]
+        train_on_worker,  # type: ignore[arg-type]
         train_loop_config={
             "task": task, "source": load_recipe(task).source, "settings": settings.model_dump(), "events": events,
             "wish": wish,
@@ -202,70 +199,6 @@ def wandb_environment(settings: Run) -> dict[str, str]:
         return {}
     found = {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
     return {name: str(Path(value).absolute()) if name == "WANDB_DIR" else value for name, value in found.items()}
-
-
-def _train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
-    import ray
-    from ray.train.torch import get_device
-
-    from dlops_dist.distributed.collectives import world_size
-
-    recipe, events = recipe_from_source(config["task"], config["source"]), config["events"]
-    settings = recipe.settings_type(**config["settings"])
-    is_first, workers = ray.train.get_context().get_world_rank() == 0, world_size()
-    if is_first:
-        events.put_nowait(Placed(str(ray.get_runtime_context().get_placement_group_id())))
-    asked_to_stop = _asked_to_stop(config["wish"]) if is_first else lambda: False
-    try:
-        return fit_here(
-            config["task"], settings, events.put_nowait, get_device(),
-            stop=lambda: SIGTERMED.is_set() or asked_to_stop(), save=wishes_to_save(),
-        )  # fmt: skip
-    except (UserError, RunError) as error:
-        if world_size() == workers:  # Ray takes a group apart while it trains, and nothing is a sum then
-            events.put_nowait(Failed(error))
-        raise
-    except KeyboardInterrupt as error:
-        if asked_to_stop():
-            events.put_nowait(Failed(error))
-        raise RuntimeError(f"{SIGTERM_SAVED if SIGTERMED.is_set() else WITH_IT}") from None
-
-
-def _asked_to_stop(wish: str) -> Callable[[], bool]:
-    """Whether whoever started the workers wishes them to stop, looked up now and then."""
-    from ray.experimental.internal_kv import _internal_kv_exists
-
-    looked, found = 0.0, False
-
-    def asked_to_stop() -> bool:
-        nonlocal looked, found
-        if not found and time.monotonic() - looked > WISH_EVERY_S:
-            found, looked = bool(_internal_kv_exists(wish)), time.monotonic()
-        return found
-
-    return asked_to_stop
-
-
-def fit_here(
-    task: str, settings: Run, listener: Listener, device: Any = None, stop: Callable[[], bool] = lambda: False,
-    save: Callable[[], bool] = lambda: False,
-) -> dict[str, Any]:  # fmt: skip
-    """Train in this process of Ray's, with the threads that it is given. Returns the last row of metrics."""
-    import torch
-
-    from dlops_dist.data.memory import keep_freed_memory
-    from dlops_dist.engine import fit
-
-    torch.set_num_threads(num_threads(os.environ.get("OMP_NUM_THREADS", "")))
-    keep_freed_memory()
-    listeners = [listener, *trackers_of(settings, lambda text: listener(Warned(text)))]
-    return fit(settings, task=task, device=device, listeners=listeners, stop=stop, save=save)
-
-
-def num_threads(omp_num_threads: str) -> int:
-    """Of a worker: what OMP_NUM_THREADS says of its outermost level, which Ray sets where nobody has; else 1."""
-    outermost = omp_num_threads.split(",", maxsplit=1)[0].strip()
-    return max(1, int(outermost)) if outermost.isdecimal() else 1
 
 
 def map_on_ray(

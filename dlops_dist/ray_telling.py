@@ -1,58 +1,13 @@
 """What is told of a run's Ray workers: who controls them, which are lost, what is waited for."""
 
-import signal
-import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from typing import Any
 
 from dlops_dist.config import Run
-from dlops_dist.distributed.interfaces import use_interface_of
 from dlops_dist.engine.run_folder import RunFolder
 from dlops_dist.events import Begun, Warned
-
-SIGTERMED = threading.Event()
-"""Whether this worker has got the signal."""
-TO_SAVE, SAVED = threading.Event(), threading.Event()
-"""Whether this worker is to save the step, and has."""
-SAVE_S = 30
-"""How long it may take."""
-SIGTERM_SAVED, WITH_IT = "ended by SIGTERM, once the step was saved", "ended with another"
-"""What a worker says that ends early."""
-
-
-def begin(address: str) -> None:
-    """What a worker does first, in its main thread: meet the others at its node's address, end with its step saved."""
-    use_interface_of(address)
-    before = signal.getsignal(signal.SIGTERM)
-
-    def note(*_: object) -> None:
-        SIGTERMED.set()
-        signal.signal(signal.SIGTERM, before)  # another one ends it at once
-
-    signal.signal(signal.SIGTERM, note)
-
-
-def save_now(limit_s: float) -> bool:
-    """Let the step be saved while training goes on in another thread. Returns whether it was, in time."""
-    SAVED.clear()
-    TO_SAVE.set()
-    return SAVED.wait(limit_s)
-
-
-def wishes_to_save() -> Callable[[], bool]:
-    """Tells whoever trains, who asks at each step, when to save; asked again, all of it is written."""
-    told = False
-
-    def is_to_save() -> bool:
-        nonlocal told
-        if told:
-            TO_SAVE.clear()
-            SAVED.set()
-        told = not told and TO_SAVE.is_set()
-        return told
-
-    return is_to_save
+from dlops_dist.ray_worker import SAVE_S, SIGTERM_SAVED, WITH_IT, begin, save_now
 
 
 def teller(events: Any, settings: Run) -> Any:

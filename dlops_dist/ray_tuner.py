@@ -13,8 +13,9 @@ from dlops_dist.config import Run, Sweep, load_recipe, recipe_from_source
 from dlops_dist.engine.run_folder import RunFolder
 from dlops_dist.errors import RunError, UserError
 from dlops_dist.events import EpochEnded, Event, Placed, Warned
-from dlops_dist.ray_backend import fit_here, train_group, wandb_environment
+from dlops_dist.ray_backend import train_group, wandb_environment
 from dlops_dist.ray_cluster import check_nodes, cluster, resources_for
+from dlops_dist.ray_worker import fit_here
 from dlops_dist.sweep.board import Board
 from dlops_dist.sweep.folder import ENDED, SWEEP, SweepFolder, gain_of, is_compared, note_end
 

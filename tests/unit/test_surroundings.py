@@ -15,9 +15,9 @@ from ray._private import services
 from dlops_dist import files
 from dlops_dist.engine import fit
 from dlops_dist.files import LONGEST_SOCKET, leave_room_for_sockets, temporary_folder
-from dlops_dist.ray_backend import num_threads
 from dlops_dist.ray_cluster import address_of_head, cluster
 from dlops_dist.ray_telling import _loss
+from dlops_dist.ray_worker import num_threads
 from dlops_dist.recipes.q1 import Settings as Q1
 from dlops_dist.train import main as train
 
