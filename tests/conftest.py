@@ -19,7 +19,7 @@ def group_of(nodeid):
     file = nodeid.split("::")[0]
     if file.startswith("tests/distributed/"):
         return "ranks"
-    return "ray" if file.endswith(("test_ray.py", "test_tune.py")) else file
+    return "ray" if file.endswith(("test_ray.py", "test_tune.py", "test_slurm.py")) else file
 
 
 class ByGroup(LoadScopeScheduling):
