@@ -104,7 +104,7 @@ class TreeSum:
             _rise(held, node, x, self._blocks.number)
         (summed,) = held.values()
         dist.all_gather_into_tensor(self._whole, summed)
-        return self._whole[: self._size]
+        return self._whole if len(self._whole) == self._size else self._whole[: self._size]
 
 
 def tree_sum(rows: Tensor) -> Tensor:

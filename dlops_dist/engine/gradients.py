@@ -122,8 +122,8 @@ class _Bucket:
         ends = list(accumulate(-(-x.numel() // ALIGNED) * ALIGNED for x in like))
         self._starts, whole = [0, *ends[:-1]], ALIGNED * world_size()
         self._size = -(-ends[-1] // whole) * whole
-        self._views: dict[int, list[Tensor]] = {}
-        """Of each flat tensor there is, by its identity: its parts, which have the shapes of what they stand for."""
+        self._views: dict[int, tuple[Tensor, list[Tensor]]] = {}
+        """By its identity, which none other has while it is kept: each flat tensor, and its parts in their shapes."""
         self._free: list[Tensor] = []
         self._of_block: dict[int, Tensor] = {}
         self._sum = TreeSum(blocks, self._free)
@@ -169,11 +169,14 @@ class _Bucket:
 
     def _parts(self, flat: Tensor) -> list[Tensor]:
         if id(flat) not in self._views:
-            self._views[id(flat)] = [
-                flat.as_strided(x.shape, _dense_strides(x), start)
-                for x, start in zip(self._like, self._starts, strict=True)
-            ]
-        return self._views[id(flat)]
+            self._views[id(flat)] = (
+                flat,
+                [
+                    flat.as_strided(x.shape, _dense_strides(x), start)
+                    for x, start in zip(self._like, self._starts, strict=True)
+                ],
+            )
+        return self._views[id(flat)][1]
 
 
 def _bucketed(sizes: Sequence[int]) -> list[range]:

@@ -116,8 +116,10 @@ def test_a_run_on_any_number_of_ranks_leaves_the_bytes_of_one_process(run, ranks
 
 
 def trained_in_small_buckets(*arguments):
-    """What `trained` finds; of its first step, whether each exchange began before the backward pass had ended."""
-    passing, early = [False], []
+    """What `trained` finds; whether each exchange began before the backward pass had ended; how many flat tensors a
+    bucket ever laid out.
+    """
+    passing, early, layouts = [False], [], []
 
     def passes(*given):
         passing[0] = True
@@ -127,6 +129,7 @@ def trained_in_small_buckets(*arguments):
 
     def begins(bucket):
         early.append(passing[0])
+        layouts.append(len(bucket._views))
         start(bucket)
 
     start, gradients_of = gradients._Bucket.start, gradients.gradients_of
@@ -134,13 +137,14 @@ def trained_in_small_buckets(*arguments):
         mock.patch.object(gradients, "BUCKET", 4096), mock.patch.object(gradients, "gradients_of", passes),
         mock.patch.object(gradients._Bucket, "start", begins),
     ):  # fmt: skip
-        return trained(*arguments), early
+        return trained(*arguments), early, max(layouts)
 
 
 def test_gradients_are_exchanged_while_the_backward_pass_goes_on_to_the_same_bits(shapes_shards, tmp_path):
     expected = trained("ce", shapes_shards, tmp_path / "one")
-    for found, early in on_ranks(trained_in_small_buckets, 2, "ce", shapes_shards, tmp_path / "ranks"):
+    for found, early, layouts in on_ranks(trained_in_small_buckets, 2, "ce", shapes_shards, tmp_path / "ranks"):
         assert found == expected
+        assert layouts <= 2, "those of two blocks serve for all steps"
         buckets = len(early) // expected["rows"][-1]["step"] // 2  # each is begun once more, for what has not been
         assert buckets > 10
         assert all(early[:buckets])
