@@ -84,7 +84,7 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     except KeyboardInterrupt as error:
         if asked_to_stop():
             events.put_nowait(Failed(error))
-        raise RuntimeError(f"{SIGTERM_SAVED if SIGTERMED.is_set() else WITH_IT}") from None
+        raise RuntimeError(SIGTERM_SAVED if SIGTERMED.is_set() else WITH_IT) from None
 
 
 def _asked_to_stop(wish: str) -> Callable[[], bool]:

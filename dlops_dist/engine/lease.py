@@ -72,17 +72,17 @@ def taken_over(folder: Folder) -> str:
 
 
 def _acquire(folder: Folder, mine: dict[str, Any], tell: Callable[[str], None]) -> None:
-    seen: dict[str, Any] = {}
+    seen: dict[str, Any] | None = None
     until = 0.0
     while not _create(folder, mine):
         there = _read(folder)
         is_here = (there.get("host"), there.get("boot")) == (mine["host"], mine["boot"])
-        if (seen and there != seen) or (is_here and _lives(there["process"])):
+        if (seen is not None and there != seen) or (is_here and _lives(there["process"])):
             raise UserError(f"{folder} is being trained by {_place(there)}; wait for it, or choose another --name")
-        if is_here or (seen and time.monotonic() > until):
+        if is_here or (seen is not None and time.monotonic() > until):
             folder.write_text(LEASE, json.dumps(mine))
             return
-        if not seen:
+        if seen is None:
             seen, until = there, time.monotonic() + LOST_S
             tell(f"{folder} belonged to {_place(there)}; watching for {LOST_S:.0f} s whether that still lives")
         time.sleep(1)
@@ -105,7 +105,7 @@ def _read(folder: Folder) -> dict[str, Any]:
     try:
         with folder.open(LEASE) as file:
             return dict(json.loads(file.read()))
-    except (FileNotFoundError, ValueError):  # ended, or just begins
+    except (FileNotFoundError, ValueError, TypeError):  # ended, just begins, or rubbish
         return {}
 
 

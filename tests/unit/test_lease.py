@@ -98,3 +98,14 @@ def test_a_run_that_another_has_taken_over_is_written_to_no_more(folder, of_anot
         signal.pause()  # until the look at the lease finds it
     assert folder.names() == [LEASE, "steps.jsonl"]
     assert owner(folder) == "another"
+
+
+@pytest.mark.parametrize("rubbish", ["", "{}", "5", '{"owner": '])
+def test_a_lease_that_says_nothing_is_taken_over_after_the_stated_time(rubbish, folder, monkeypatch):
+    monkeypatch.setattr(leases, "LOST_S", 0.5)
+    folder.write_text(LEASE, rubbish)
+    told = []
+    with lease(folder, told.append):
+        assert owner(folder) is not None
+    assert len(told) == 1
+    assert folder.names() == []
