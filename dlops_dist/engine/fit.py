@@ -115,7 +115,7 @@ class _Fit:
         first = next(i for i, span in enumerate(self.spans) if step <= span.end_step)
         self._enter(first, state)
         if rank() == 0:
-            self.folder.check_room(sum(p.numel() * p.element_size() for p in self.learner.model.parameters()))
+            self._check_room(step)
             self.folder.restore_rows(state, warn=lambda text: self._tell(Warned(text)))
         self._tell(self._started(step))
         self.rows = rows_before(state)
@@ -133,6 +133,14 @@ class _Fit:
         self.folder.checkpoints.wait()
         self._tell(Finished())
         return row
+
+    def _check_room(self, step: int) -> None:
+        """For the checkpoints that come after a step."""
+        last, every = self.spans[-1], self.settings.checkpoint_every
+        after_epochs = last.end_epoch - int(self.span.epoch_of(step))
+        within = (last.end_step - step) // every if every else 0
+        weights = sum(p.numel() * p.element_size() for p in self.learner.model.parameters())
+        self.folder.check_room(weights, after_epochs + within)
 
     def _loaded(self) -> dict[str, Any] | None:
         """The latest checkpoint that all ranks see: a node's view of a shared folder may lag behind another's."""

@@ -91,12 +91,13 @@ class RunFolder:
         with nullcontext() if path is None else locked(path, "trained"), lease(self.folder, tell):
             yield
 
-    def check_room(self, weights: int) -> None:
-        """Refuse a disk that will be full after some checkpoints of so many bytes of weights."""
+    def check_room(self, weights: int, checkpoints: int) -> None:
+        """Refuse a disk that will be full before so many checkpoints are written, of so many bytes of weights."""
         path = self.folder.local
         if path is None:
             return
-        needed = weights * STATE_SIZE * (self.checkpoints.kept + 2)  # the best, and one being written
+        at_once = min(self.checkpoints.kept + 2, checkpoints)  # the best, and one being written
+        needed = weights * STATE_SIZE * at_once
         free = shutil.disk_usage(path).free
         if free < needed:
             raise UserError(

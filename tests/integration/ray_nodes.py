@@ -77,38 +77,31 @@ def listens(port, within=()):
 def hosts(folder, number):
     """(prefix of a command, address) of each of so many hosts: namespaces with a network between them. Needs root.
 
-    All have this machine's name, which stands for no address that the others can reach.
+    All have this machine's name, which stands for no address that the others can reach. Ray's files are of this
+    machine on the first, and of its own on each of the others, where one command runs: nodes that begin at once in one
+    folder choose the same names for their sockets.
     """
     (folder / "hosts").write_text(f"127.0.0.1 localhost {socket.gethostname()}\n")
-    named = ("unshare", "--mount", "sh", "-c", f'mount --bind {folder}/hosts /etc/hosts && exec "$0" "$@"')
+    named, private = f"mount --bind {folder}/hosts /etc/hosts", "mkdir -p /tmp/ray && mount -t tmpfs none /tmp/ray"
     names = [f"dlops{os.getpid()}-{place}" for place in range(number)]
-    first, places = names[0], range(1, number)
+    first, places, inside = names[0], range(1, number), []
     try:
         for name in names:
             ip("netns", "add", name)
             ip("-n", name, "link", "set", "lo", "up")
         ip("-n", first, "link", "add", "bridge", "type", "bridge")
         for place in places:
-            ip(
-                "link",
-                "add",
-                f"to{place}",
-                "netns",
-                first,
-                "type",
-                "veth",
-                "peer",
-                "name",
-                "net",
-                "netns",
-                names[place],
-            )
+            peer = ["peer", "name", "net", "netns", names[place]]
+            ip("link", "add", f"to{place}", "netns", first, "type", "veth", *peer)
             ip("-n", first, "link", "set", f"to{place}", "master", "bridge", "up")
         for place, device in enumerate(["bridge", *("net" for _ in places)]):
             ip("-n", names[place], "addr", "add", f"10.77.0.{place + 1}/24", "dev", device)
             ip("-n", names[place], "link", "set", device, "up")
-        inside = [("nsenter", f"--net=/var/run/netns/{name}", *named) for name in names]
-        yield [(command, f"10.77.0.{place + 1}") for place, command in enumerate(inside)]
+        for place, name in enumerate(names):
+            mounts = " && ".join([named, private] if place else [named])
+            within = "nsenter", f"--net=/var/run/netns/{name}", "unshare", "--mount", "sh", "-c"
+            inside.append(((*within, f'{mounts} && exec "$0" "$@"'), f"10.77.0.{place + 1}"))
+        yield inside
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], check=False)

@@ -281,12 +281,16 @@ def test_checkpoints_of_another_format_are_refused_by_name(undisturbed, shapes_s
 
 
 def test_a_disk_without_room_for_checkpoints_is_refused_before_the_first_step(shapes_shards, tmp_path, monkeypatch):
+    """Room for as many as it will write, where it would keep more."""
     model, data = {"width": 8, "stem": "imagenet"}, {"shards": str(shapes_shards), "reader": "decode"}
     settings = Q1(local=True, runs_dir=str(tmp_path), name="run", model=model, data=data, global_batch_size=20)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6))
+    free = [10**6, 10**7]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, free[0]))
     with pytest.raises(UserError, match=r"run has 0\.00 GB free, its checkpoints need 0\.01 GB; make room"):
         fit(settings)
     assert not (tmp_path / "run/checkpoints").exists()
+    free.pop(0)
+    fit(settings.model_copy(update={"name": "few", "epochs": 1, "keep_checkpoints": 99}))
 
 
 def test_local_wins_over_the_workers_of_a_file_and_not_over_those_of_the_command_line(shapes_shards, tmp_path):
