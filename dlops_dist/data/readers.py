@@ -1,6 +1,6 @@
 """Three ways to read images, all of the same bits: decode them, map decoded ones, or keep them on the device.
 
-decode   each image from its shard, whenever it is wanted: `Split` itself
+decode   each image from its shard, whenever it is wanted: `Split` itself, or `Cropped` a part of each
 decoded  from a file of raw pixels that all workers of a node map into memory: one process makes it while the others
          wait, it gets its name when it is whole, and every process compares its hash before it reads from it
 device   from a tensor on the GPU that holds all of them
@@ -19,6 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dlops_dist.config import Augment
+from dlops_dist.data.crops import NUM_DRAWS, Cropped
+from dlops_dist.data.draws import VIEW, uniform
+from dlops_dist.data.keys import key
 from dlops_dist.data.memory import available_memory
 from dlops_dist.data.shards import Split, sha256_of
 from dlops_dist.files import locked, temporary_folder, write_file
@@ -94,17 +98,45 @@ class Joined:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, ids: np.ndarray) -> Tensor:
-        """uint8 (n, height, width, 3), in the order of the ids."""
+    def read(self, ids: np.ndarray, draws: np.ndarray | None = None) -> Tensor:
+        """uint8 (n, height, width, 3), in the order of the ids; draws (n, K) are those of `Cropped`."""
         of = np.searchsorted(self._ends, ids, side="right")
         parts, places = [], []
         for i, reader in enumerate(self._readers):
             place = np.flatnonzero(of == i)
             first = self._ends[i] - len(reader)
-            parts.append(torch.as_tensor(reader.read(ids[place] - first)))
+            drawn = () if draws is None else (draws[place],)
+            parts.append(torch.as_tensor(reader.read(ids[place] - first, *drawn)))
             places.append(place)
         images = torch.cat(parts)
         return images[on_device(np.argsort(np.concatenate(places), kind="stable"), images.device)]
+
+
+class RandomCrops:
+    """Parts of images that an epoch sees, of each view of a sample its own: keyed by (seed, epoch, sample, view)."""
+
+    in_memory = False
+
+    def __init__(self, reader: Cropped | Joined, seed: int, epoch: int, views: int) -> None:
+        self.labels, self._reader, self._views = reader.labels, reader, views
+        self._key = key(seed, epoch, "resized crop")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, ids: np.ndarray) -> Tensor:
+        """uint8 (n, height, width, 3), or (n, views, height, width, 3) where there are several."""
+        views = torch.from_numpy(ids)[:, None] + torch.arange(self._views) * VIEW
+        draws = uniform(self._key, views.flatten(), NUM_DRAWS)
+        images = torch.as_tensor(self._reader.read(ids.repeat(self._views), draws.numpy()))
+        return images if self._views == 1 else images.view(len(ids), self._views, *images.shape[1:])
+
+
+def in_epoch(reader: Reader, chosen: Augment, seed: int, epoch: int, views: int = 1) -> Reader:
+    """What an epoch sees of images: random parts where these are cut out as images are decoded, else the same."""
+    if chosen.size is None or chosen.resized_crop is None or not isinstance(reader, Cropped | Joined):
+        return reader
+    return RandomCrops(reader, seed, epoch, views)
 
 
 def copied_ahead(array: np.ndarray | Tensor, device: torch.device) -> Tensor:
@@ -142,6 +174,8 @@ def open_readers(
         warn: called where a wanted way is not possible and another is taken.
         tell: called with a line about what is waited for.
     """
+    if any(isinstance(split, Cropped) for split in splits):
+        return Opened(list(splits), "decode", "augment.size cuts and scales each image as it is decoded")
     folder = Path(cache_dir) if cache_dir else temporary_folder() / f"dlops_dist-{os.getuid()}"
     size = sum(map(bytes_of, splits))
     why = "as asked for"
@@ -165,7 +199,8 @@ def open_readers(
 
 def bytes_of(split: Split) -> int:
     """Of its decoded pixels."""
-    return len(split) * split.manifest.height * split.manifest.width * 3
+    height, width = split.size
+    return len(split) * height * width * 3
 
 
 def _choose(size: int, size_to_write: int, folder: Path, device: torch.device) -> tuple[Kind, str]:
@@ -201,7 +236,7 @@ def decoded_pixels(split: Split, folder: Path, tell: Callable[[str], None]) -> n
         OSError: the folder cannot hold the file.
         UserError: a sample is damaged.
     """
-    shape = (len(split), split.manifest.height, split.manifest.width, 3)
+    shape = (len(split), *split.size, 3)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
         raise PermissionError(f"{folder} belongs to another user")

@@ -1,7 +1,8 @@
 """A folder of packed shards: its manifest, its index, and random access to the images.
 
 OUT/train-000000.tar ...   WebDataset tars: <key>.jpg or <key>.npy, then <key>.cls
-OUT/index.parquet          of each sample, in the order of the shards: key, shard, offset, size, crc32, label, folds
+OUT/index.parquet          of each sample, in the order of the shards: key, shard, offset, size, crc32, label, folds,
+                           and height and width where images differ
 OUT/manifest.json          classes, counts, sha256 of each file; written last: its presence means complete
 """
 
@@ -12,11 +13,12 @@ import os
 import re
 import resource
 import zlib
+from collections.abc import Callable
 from functools import lru_cache
 from io import FileIO
 from pathlib import Path
 from threading import Lock
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -24,11 +26,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from dlops_dist.data.images import MAX_PIXELS, decode
 from dlops_dist.errors import UserError
 
-FORMAT = 2
+FORMAT, FORMAT_OF_ANY = 2, 3
+"""Of images of one size, all jpg or npy; of images of any size and kind."""
 MANIFEST, INDEX = "manifest.json", "index.parquet"
 PLAN = ".packing.json"
 """What is being packed, in a folder that is not complete."""
 COLUMNS = {"key": "O", "shard": "i4", "offset": "i8", "size": "i4", "crc32": "u4", "label": "i4", "folds": "i4"}
+SIZES = {"height": "i4", "width": "i4"}
+"""Further columns, where images differ in size."""
 UNLABELED = -1
 SHARD_NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]*\.tar$"
 REMOTE = re.compile(r"(pipe:|[a-z][a-z0-9+.-]*://)", re.IGNORECASE)
@@ -60,9 +65,11 @@ class Manifest(BaseModel):
     """What the packing was asked for: seed, shard_size, classes, limit, size. Empty for shards that others wrote."""
     skipped: dict[str, str] = {}
     """{image: why it was left out}."""
-    extension: Literal["jpg", "npy"]
-    height: int = Field(ge=1)
-    width: int = Field(ge=1)
+    extension: str = Field(pattern=r"^(jpg|npy|png|webp)(;(jpg|npy|png|webp))*$")
+    """Of the images, or all that occur, as webdataset takes them: jpg;png."""
+    height: int | None = Field(ge=1)
+    width: int | None = Field(ge=1)
+    """None where images differ in size, which are then in the index."""
     mean: tuple[Finite, Finite, Finite]
     """Of the train split's pixels, as parts of 255."""
     std: tuple[Positive, Positive, Positive]
@@ -81,7 +88,7 @@ class Manifest(BaseModel):
             counts[shard.split] = counts.get(shard.split, 0) + shard.samples
         if counts != self.splits:
             raise ValueError(f"the shards hold {counts}, the splits say {self.splits}")
-        if self.height * self.width > MAX_PIXELS:
+        if (self.height or 0) * (self.width or 0) > MAX_PIXELS:
             raise ValueError(f"images of {self.height} x {self.width} are refused")
         return self
 
@@ -95,6 +102,21 @@ class Manifest(BaseModel):
         if self.packing:
             return "pack the shards again"
         return "bring back the file as it was, or write the index anew by launch/shard.py index"
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of all images."""
+        if self.height is None or self.width is None:
+            raise UserError(
+                f"data.shards: the images of {self.dataset} differ in size; pass --augment.size N, and N x N pixels "
+                f"of each are seen"
+            )
+        return self.height, self.width
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Names and types of the index."""
+        return COLUMNS if self.height is not None else COLUMNS | SIZES
 
     @property
     def id(self) -> str:
@@ -116,9 +138,10 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(f"data.shards: {folder}: {what}; {way_out}")
     try:
         values = json.loads(path.read_bytes())
-        if values["format"] != FORMAT:
+        if values["format"] not in (FORMAT, FORMAT_OF_ANY):
             raise UserError(
-                f"{path} has format {values['format']}, this version reads {FORMAT}; pack the shards --again"
+                f"{path} has format {values['format']}, this version reads {FORMAT} and {FORMAT_OF_ANY}; pack the "
+                f"shards --again"
             )
         return Manifest(**values)
     except ValidationError as error:
@@ -148,6 +171,7 @@ class Split:
         """(N,), UNLABELED where there is none."""
         self.folds = table["folds"][rows]
         """(N,): bit f is set where the sample belongs to fold f."""
+        self._image_sizes = [table[name][rows] for name in SIZES if name in table]
         self._files: dict[int, FileIO] = {}
         self._opening = Lock()
 
@@ -175,18 +199,39 @@ class Split:
         Raises:
             UserError: a sample is damaged; names its file and key.
         """
-        manifest, images = self.manifest, np.empty((len(ids), self.manifest.height, self.manifest.width, 3), np.uint8)
+        images = np.empty((len(ids), *self.size, 3), np.uint8)
+        self.each(ids, lambda place, data: decode(data, self.manifest.extension, images[place]))
+        return images
+
+    def each(self, ids: np.ndarray, take: Callable[[int, bytes], Any]) -> None:
+        """Give the bytes of each image, as they were packed, to `take`, after its place among the ids.
+
+        Raises:
+            UserError: they are not those, or `take` raised a ValueError; names the file and the key.
+        """
+        manifest = self.manifest
         where = (column[ids].tolist() for column in (self._shards, self._offsets, self._sizes, self._checksums))
         for place, (shard, offset, size, checksum) in enumerate(zip(*where, strict=True)):
             try:
                 data = os.pread(self._file(shard).fileno(), size, offset)  # a map of a file cut off is a bus error
                 if zlib.crc32(data) != checksum:
                     raise ValueError("not the bytes that were packed")
-                decode(data, manifest.extension, images[place])
+                take(place, data)
             except ValueError as error:
                 path, key = self._folder / manifest.shards[shard].name, self.keys[ids[place]]
                 raise UserError(f"{path}: {key}: {error}; {manifest.way_out}") from None
-        return images
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of what is read."""
+        return self.manifest.size
+
+    def sizes(self, ids: np.ndarray) -> list[tuple[int, int]]:
+        """(height, width) of each image as it is packed."""
+        if self._image_sizes:
+            heights, widths = (column[ids].tolist() for column in self._image_sizes)
+            return list(zip(heights, widths, strict=True))
+        return [self.manifest.size] * len(ids)
 
 
 def _slice_where_possible(chosen: np.ndarray) -> np.ndarray | slice:
@@ -217,7 +262,7 @@ def read_index(folder: Path, manifest: Manifest) -> dict[str, np.ndarray]:
     if not path.is_file() or sha256_of(path) != manifest.index_sha256:
         raise UserError(f"{path} is missing or does not match {MANIFEST}; {manifest.way_out}")
     try:
-        columns = _read_columns(path, manifest.index_sha256)
+        columns = _read_columns(path, manifest.index_sha256, tuple(manifest.columns))
         problem = _index_problem(columns, manifest)
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         problem = str(error).splitlines()[0]
@@ -227,17 +272,17 @@ def read_index(folder: Path, manifest: Manifest) -> dict[str, np.ndarray]:
 
 
 @lru_cache(maxsize=1)
-def _read_columns(path: Path, _sha256: str) -> dict[str, np.ndarray]:
+def _read_columns(path: Path, _sha256: str, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Read once for all splits of a run: with ten million samples it takes seconds, and gigabytes each time."""
     import pyarrow.parquet as pq
 
     table = pq.read_table(path)
-    return {name: table[name].to_numpy() for name in COLUMNS}
+    return {name: table[name].to_numpy() for name in names}
 
 
 def _index_problem(columns: dict[str, np.ndarray], manifest: Manifest) -> str | None:
     """What in an index cannot be true of the shards."""
-    for name, kind in COLUMNS.items():
+    for name, kind in manifest.columns.items():
         if columns[name].dtype != np.dtype(kind):
             return f"{name} is {columns[name].dtype}"
     shards, offsets, sizes, labels = (columns[name] for name in ("shard", "offset", "size", "label"))
@@ -254,6 +299,9 @@ def _index_problem(columns: dict[str, np.ndarray], manifest: Manifest) -> str | 
         return "labels without a class"
     if ((columns["folds"] < 0) | (columns["folds"] >= 1 << manifest.num_folds)).any():
         return "folds that are not in the manifest"
+    heights, widths = (columns.get(name, np.ones(1, np.int64)).astype(np.int64) for name in SIZES)
+    if ((heights < 1) | (widths < 1) | (heights * widths > MAX_PIXELS)).any():
+        return "images of no size, or of an absurd one"
     return None
 
 
