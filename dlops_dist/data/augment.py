@@ -67,12 +67,11 @@ def augment(images: Tensor, ids: Tensor, keys: Tensor, chosen: Augment, fill: Te
         keys: of the epoch; all functions here take them.
         fill: colour of a cutout, uint8 (3,).
     """
-    if chosen.resized_crop is not None:
-        if chosen.size is None:  # else the reader has cut and scaled them
-            images = random_resized_crop(images, ids, keys, chosen.resized_crop)
-        images = crop_and_flip(images, ids, keys, 0, chosen.flip)
-    else:
+    if chosen.resized_crop is None:
         images = crop_and_flip(images, ids, keys, chosen.crop_padding, chosen.flip)
+    elif chosen.size is None:  # else that was done as they were decoded
+        images = random_resized_crop(images, ids, keys, chosen.resized_crop)
+        images = crop_and_flip(images, ids, keys, 0, chosen.flip)
     if _colors(chosen):
         images = color_jitter(images, ids, keys, (chosen.brightness, chosen.contrast, chosen.saturation))
     if chosen.cutout:

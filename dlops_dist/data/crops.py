@@ -18,8 +18,8 @@ from dlops_dist.data.shards import Manifest, Split
 
 ATTEMPTS = 10
 """Parts that are drawn until one fits into the image."""
-NUM_DRAWS = 2 * ATTEMPTS + 2
-"""Random numbers for a part: area and aspect of each attempt, then its place."""
+NUM_DRAWS = 2 * ATTEMPTS + 3
+"""Random numbers for a part: area and aspect of each attempt, then its place, and whether it is mirrored."""
 FACTORS = (8, 4, 2)
 """By which JPEGs are reduced as they are decoded. Other eighths have no fast transform."""
 
@@ -42,17 +42,23 @@ class Crop(NamedTuple):
     """Side of the middle that is seen without draws, as a part of the shorter one."""
     area: tuple[float, float] = (1.0, 1.0)
     aspect: tuple[float, float] = (1.0, 1.0)
+    flip: bool = False
+    """Mirror every second random part, left to right."""
 
     def box(self, height: int, width: int, draws: Sequence[float] | None = None) -> Box:
         """Of an image of this size: a random part, by NUM_DRAWS uniform numbers in [0, 1), or its middle."""
         return _middle(height, width, self.center) if draws is None else _random_box(height, width, draws, self)
+
+    def mirrors(self, draws: Sequence[float] | None) -> bool:
+        return self.flip and draws is not None and draws[-1] < 0.5
 
 
 def crop_of(chosen: Augment) -> Crop | None:
     """None where images are seen as they are packed."""
     if chosen.size is None:
         return None
-    return Crop(chosen.size, chosen.center_crop, (chosen.resized_crop or 1.0, chosen.largest_crop), chosen.aspect)
+    area = chosen.resized_crop or 1.0, chosen.largest_crop
+    return Crop(chosen.size, chosen.center_crop, area, chosen.aspect, chosen.flip)
 
 
 def _middle(height: int, width: int, part: float) -> Box:
@@ -66,7 +72,7 @@ def _random_box(height: int, width: int, draws: Sequence[float], crop: Crop) -> 
     As torchvision's RandomResizedCrop (after Szegedy et al. 2015, Going Deeper with Convolutions, section 6).
     """
     least, most = crop.aspect
-    *attempts, y, x = draws
+    *attempts, y, x, _ = draws
     for u, v in zip(attempts[::2], attempts[1::2], strict=True):
         area = height * width * _between(*crop.area, u)
         aspect = math.exp(_between(math.log(least), math.log(most), v))
@@ -81,11 +87,13 @@ def _between(low: float, high: float, uniform: float) -> float:
     return low + (high - low) * uniform
 
 
-def seen(data: bytes, extension: str, height: int, width: int, box: Box, size: int) -> np.ndarray:
+def seen(
+    data: bytes, extension: str, height: int, width: int, box: Box, size: int, mirrored: bool = False
+) -> np.ndarray:  # fmt: skip
     """A part of an image of (height, width), scaled to uint8 (size, size, 3), bilinearly and without aliasing.
 
     A JPEG is first reduced by 2, 4 or 8 as it is decoded, where the part stays as large as what is wanted. The part
-    then lies on the pixels of what is left: its edges move by less than one of them.
+    then lies on the pixels of what is left: its edges move by half of one at most.
 
     Raises:
         ValueError: the image is damaged, or of another size.
@@ -93,16 +101,19 @@ def seen(data: bytes, extension: str, height: int, width: int, box: Box, size: i
     shorter, is_jpeg = min(box.height, box.width), kind_of(data) == "jpg"
     by = next((factor for factor in FACTORS if is_jpeg and shorter >= factor * size), 1)
     pixels = decode_reduced(data, extension, height, width, by)
-    top, left = ((first + by // 2) // by for first in (box.top, box.left))
-    return scaled(pixels[top : top + box.height // by, left : left + box.width // by], size)
+    edges = box.top, box.top + box.height, box.left, box.left + box.width
+    top, bottom, left, right = ((edge + by // 2) // by for edge in edges)
+    return scaled(pixels[top:bottom, left:right], size, mirrored)
 
 
-def scaled(pixels: np.ndarray, size: int) -> np.ndarray:
+def scaled(pixels: np.ndarray, size: int, mirrored: bool = False) -> np.ndarray:
     """uint8 (h, w, 3) as uint8 (size, size, 3): by a triangle as wide as a pixel of the result, in whole numbers."""
-    if pixels.shape == (size, size, 3):
-        return pixels
-    image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
-    return F.interpolate(image, (size, size), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
+    pixels = pixels if pixels.flags.writeable else pixels.copy()  # torch warns of what it must not change
+    image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # strides of channels-last: others cost a transposition
+    if pixels.shape != (size, size, 3):
+        image = F.interpolate(image, (size, size), mode="bilinear", antialias=True)
+    image = image[0].permute(1, 2, 0)
+    return (image.flip(1) if mirrored else image).numpy()
 
 
 def middle_of(data: bytes, crop: Crop) -> np.ndarray:
@@ -134,8 +145,8 @@ class Cropped(Split):
 
         def take(place: int, data: bytes) -> None:
             height, width = sizes[place]
-            box = self.crop.box(height, width, drawn[place])
-            images[place] = seen(data, self.manifest.extension, height, width, box, self.crop.size)
+            box, mirrored = self.crop.box(height, width, drawn[place]), self.crop.mirrors(drawn[place])
+            images[place] = seen(data, self.manifest.extension, height, width, box, self.crop.size, mirrored)
 
         self.each(ids, take)
         return images

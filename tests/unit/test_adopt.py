@@ -34,9 +34,12 @@ def image(seed, size, kind, mode="RGB"):
 
 
 def png_of(height, width):
-    """The beginning of one that claims this size."""
-    header = b"IHDR" + width.to_bytes(4) + height.to_bytes(4) + bytes([8, 2, 0, 0, 0])
-    return b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4) + header + zlib.crc32(header).to_bytes(4)
+    """One that claims this size, and holds a few pixels."""
+    chunks = [
+        b"IHDR" + width.to_bytes(4) + height.to_bytes(4) + bytes([8, 2, 0, 0, 0]), b"IDAT" + zlib.compress(bytes(99)),
+        b"IEND",
+    ]  # fmt: skip
+    return b"\x89PNG\r\n\x1a\n" + b"".join((len(c) - 4).to_bytes(4) + c + zlib.crc32(c).to_bytes(4) for c in chunks)
 
 
 def jpeg_of(height, width):
@@ -128,7 +131,7 @@ def test_stock_shard_writer_long_names_json_labels_and_raw_pixels(tmp_path):
 )  # fmt: skip
 def test_whole_words_of_a_name_tell_the_split(name, split, sample, tmp_path):
     path = write(tmp_path / name, [sample("a", 0)])
-    assert _read([], path)[1].shard.split == split
+    assert _read([], path).shard.split == split
 
 
 def test_shards_of_val_and_of_test_are_not_mixed(folder, sample, user_error):
@@ -203,12 +206,12 @@ WRITTEN = {
 @pytest.mark.parametrize(("ending", "content"), [(ending, c) for ending, all_of in WRITTEN.items() for c in all_of])
 def test_labels_are_read_however_they_are_written(ending, content, jpeg, tmp_path):
     path = write(tmp_path / "train-0.tar", [{"a.JPG": jpeg(pixels(0)), f"a.{ending}": content}])
-    assert _read(["cat", "x", "dog", "x"], path)[1].columns["label"] == [2]
+    assert _read(["cat", "x", "dog", "x"], path).columns["label"] == [2]
 
 
 def test_further_images_of_a_sample_are_passed_over(sample, tmp_path):
     path = write(tmp_path / "train-0.tar", [sample("a", 2, **{"mask.png": b"?", "left.jpg": b"?"})])
-    assert _read([], path)[1].columns["label"] == [2]
+    assert _read([], path).columns["label"] == [2]
 
 
 def test_captions_are_no_labels(jpeg, tmp_path):
@@ -241,7 +244,7 @@ FAULTS = {
     "a jpeg without pixels": ({"train-0.tar": [("a", {"jpg": jpeg_of(0, 8)})]}, ["train-0.tar: a: "]),
     "a png without pixels": (
         {"train-0.tar": [("a", {"jpg": None, "png": png_of(0, 8)})]},
-        ["train-0.tar: a: unreadable PNG"],
+        ["train-0.tar: a: "],
     ),
     "dots in names": ({"train-0.tar": [("x", {}), ("a.b", {})]}, ["train-0.tar: a.b.jpg has a dot in its name"]),
     "a dot in one name": ({"train-0.tar": [("a", {}), ("a.b", {})]}, ["train-0.tar: a.b.jpg has a dot in its name"]),
@@ -389,7 +392,7 @@ def test_a_shard_that_is_cut_off_anywhere_is_named(sample, tmp_path):
         with pytest.raises(UserError, match=r"train-0\.tar"):
             _read([], path)
     path.write_bytes(whole[:end])
-    assert _read([], path)[1].shard.samples == 3
+    assert _read([], path).shard.samples == 3
 
 
 def test_class_names_that_are_too_few_are_refused(folder, user_error):

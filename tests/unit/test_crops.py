@@ -104,10 +104,12 @@ def test_a_jpeg_is_reduced_only_where_the_part_stays_as_large_as_is_wanted(box, 
     found = seen(data, "jpg", 300, 400, box, size).astype(int)
     assert used == [factor]
     whole = decode(data, "jpg")[box.top : box.top + box.height, box.left : box.left + box.width]
-    difference = np.abs(found - by_pillow(whole, size))
-    assert difference.max() <= 1 if factor == 1 else difference.mean() < 5
-    shifted = np.abs(found - np.roll(by_pillow(whole, size), 3, axis=1)).mean()
-    assert factor == 1 or difference.mean() < shifted / 3
+    expected = by_pillow(whole, size)
+    difference = np.abs(found - expected)
+    if factor == 1:
+        assert difference.max() <= 1
+    else:  # half a pixel of the reduced image at most, where one of the result is more
+        assert all(difference.mean() < np.abs(found - np.roll(expected, 1, axis)).mean() / 2 for axis in (0, 1))
 
 
 @pytest.mark.parametrize("factor", [1, 2])
@@ -194,7 +196,7 @@ def one_by_one(split, ids, seed, epoch, view=0):
         split.each(
             np.array([i]),
             lambda _, data, s=(height, width), d=draws: found.append(
-                seen(data, split.manifest.extension, *s, crop.box(*s, d), crop.size)
+                seen(data, split.manifest.extension, *s, crop.box(*s, d), crop.size)[:, :: -1 if d[22] < 0.5 else 1]
             ),
         )
     return np.stack(found)
@@ -279,14 +281,25 @@ def test_parts_are_decoded_and_the_line_says_why(split, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_part_that_was_cut_at_random_is_not_cut_again(split):
-    images = in_epoch(split, CHOSEN, 0, 0).read(np.arange(8))
-    changed = Augmenter(CHOSEN, 0, (0.5,) * 3, CPU)(images, torch.arange(8), 0)
-    kept = [torch.equal(a, b) for a, b in zip(images, changed, strict=True)]
-    mirrored = [torch.equal(a.flip(1), b) for a, b in zip(images, changed, strict=True)]
-    assert all(a != b for a, b in zip(kept, mirrored, strict=True))
-    assert any(kept)
-    assert any(mirrored)
+def test_every_second_random_part_is_mirrored_where_that_is_chosen(any_size_shards, split):
+    ids, plain = np.arange(40), CHOSEN.model_copy(update={"flip": False})
+    unflipped = in_epoch(opened(any_size_shards, split.manifest, "train", plain), plain, 0, 0).read(ids)
+    found = in_epoch(split, CHOSEN, 0, 0).read(ids)
+    mirrored = [torch.equal(a.flip(1), b) for a, b in zip(unflipped, found, strict=True)]
+    same = [torch.equal(a, b) for a, b in zip(unflipped, found, strict=True)]
+    assert [a != b for a, b in zip(mirrored, same, strict=True)] == [True] * 40
+    assert 10 < sum(mirrored) < 30
+
+
+def test_a_part_that_was_cut_at_random_is_changed_further_but_not_cut_again(split):
+    images, ids = in_epoch(split, CHOSEN, 0, 0).read(np.arange(8)), torch.arange(8)
+    assert Augmenter(CHOSEN, 0, (0.5,) * 3, CPU)(images, ids, 0) is images
+    colours = Augment(brightness=0.5, contrast=0.5, cutout=3)
+    alone = colours.model_copy(update={"crop_padding": 0, "flip": False})
+    both = CHOSEN.model_copy(update={"brightness": 0.5, "contrast": 0.5, "cutout": 3})
+    wanted = Augmenter(alone, 0, (0.5,) * 3, CPU)(images, ids, 0)
+    assert torch.equal(Augmenter(both, 0, (0.5,) * 3, CPU)(images, ids, 0), wanted)
+    assert not torch.equal(wanted, images)
 
 
 def test_shards_of_one_size_are_cut_too(shapes_shards):
@@ -305,10 +318,10 @@ def test_shards_of_one_size_are_cut_too(shapes_shards):
 def test_an_image_file_is_seen_as_evaluation_sees_it(kind):
     pixels = smooth(300, 200)
     data = saved(pixels, kind, **({"lossless": True} if kind == "WEBP" else {}))
-    found = middle_of(data, Crop(40, 0.875)).astype(int)
+    found = middle_of(data, Crop(100, 0.875)).astype(int)
     side = round(0.875 * 200)
     top, left = (300 - side) // 2, (200 - side) // 2
-    expected = by_pillow(pixels[top : top + side, left : left + side], 40)
+    expected = by_pillow(pixels[top : top + side, left : left + side], 100)
     assert np.abs(found - expected).max() <= (12 if kind == "JPEG" else 1)
 
 
