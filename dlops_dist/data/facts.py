@@ -40,7 +40,7 @@ class Facts(BaseModel):
     sha256: str = ""
     shape: tuple[int, ...] = ()
     """(height, width, 3) of each image, of the first where they may differ."""
-    sizes: list[tuple[int, int]] | None = None
+    sizes: list[tuple[int, ...]] | None = None
     """(height, width) of each image, where they may differ; None where they must not."""
     kinds: set[str]
     """Of the images: jpg, npy, png, webp."""

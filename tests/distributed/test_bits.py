@@ -115,6 +115,15 @@ def test_a_run_on_any_number_of_ranks_leaves_the_bytes_of_one_process(run, ranks
         assert [name for name in expected if found[name] != expected[name]] == []
 
 
+def test_parts_of_images_of_any_size_are_the_same_bits_on_any_number_of_ranks(any_size_shards, tmp_path):
+    parts = {"augment": {"size": 24, "resized_crop": 0.2, "mixup": 0.3, "brightness": 0.3}, "global_batch_size": 12}
+    expected = trained("ce", any_size_shards, tmp_path / "one", **parts)
+    for found in on_ranks(trained, 3, "ce", any_size_shards, tmp_path / "ranks", **parts):
+        assert found["rows"] == expected["rows"]
+        assert found.keys() == expected.keys()
+        assert [name for name in expected if found[name] != expected[name]] == []
+
+
 def trained_in_small_buckets(*arguments):
     """What `trained` finds; whether each exchange began before the backward pass had ended; how many flat tensors a
     bucket ever laid out.
