@@ -1,6 +1,7 @@
 """The same bits on any number of ranks: whole runs, whose checkpoints and rows are compared byte for byte."""
 
 import json
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -116,9 +117,10 @@ def test_a_run_on_any_number_of_ranks_leaves_the_bytes_of_one_process(run, ranks
 
 
 def test_parts_of_images_of_any_size_are_the_same_bits_on_any_number_of_ranks(any_size_shards, tmp_path):
-    parts = {"augment": {"size": 24, "resized_crop": 0.2, "mixup": 0.3, "brightness": 0.3}, "global_batch_size": 12}
-    expected = trained("ce", any_size_shards, tmp_path / "one", **parts)
-    for found in on_ranks(trained, 3, "ce", any_size_shards, tmp_path / "ranks", **parts):
+    parts = {"size": 24, "resized_crop": 0.2, "mixup": 0.3, "brightness": 0.3}
+    of_parts = partial(trained, "ce", any_size_shards, augment=parts, global_batch_size=12)
+    expected = of_parts(tmp_path / "one")
+    for found in on_ranks(of_parts, 3, tmp_path / "ranks"):
         assert found["rows"] == expected["rows"]
         assert found.keys() == expected.keys()
         assert [name for name in expected if found[name] != expected[name]] == []

@@ -675,7 +675,7 @@ def test_a_kept_image_that_cannot_be_read_is_named(tmp_path, jpeg, user_error):
         pack(ImageFolder(tmp_path / "tree"), tmp_path / "out", "any", workers=1, keep=True)
 
 
-@pytest.mark.parametrize("height", [0, -1, 60_000])
+@pytest.mark.parametrize("height", [0, -1, 2**30])
 def test_an_index_of_absurd_sizes_is_refused(height, tmp_path, jpeg, user_error):
     files_of_any_size(tmp_path / "tree", jpeg)
     manifest = pack(ImageFolder(tmp_path / "tree"), tmp_path / "out", "any", workers=1, keep=True)
