@@ -154,7 +154,9 @@ def dali(split: Split, size: int, order: np.ndarray):  # type: ignore[no-untyped
                 split.each(ids, lambda _, content, data=data: data.append(np.frombuffer(content, np.uint8)))
                 yield data
 
-    @pipeline_def(batch_size=BATCH, num_threads=1, device_id=None)
+    alone = {"prefetch_queue_depth": 1, "exec_async": False, "exec_pipelined": False}  # no work while others are timed
+
+    @pipeline_def(batch_size=BATCH, num_threads=1, device_id=None, **alone)
     def made():  # type: ignore[no-untyped-def]
         encoded = fn.external_source(source=source(), dtype=types.UINT8)
         images = fn.decoders.image_random_crop(
