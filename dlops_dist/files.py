@@ -17,6 +17,8 @@ from dlops_dist.errors import UserError, first_line
 
 PARTIAL = ".partial"
 """What is being written, or was when its process died."""
+OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss"})
+"""Where a name needs no folder; who asked for one would be given a new bucket in place of a mistyped one."""
 TELL_EVERY_S = 5.0
 SOCKET_PATH = 103 if sys.platform == "darwin" else 107
 LONGEST_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
@@ -91,7 +93,7 @@ class Folder:
             return
         content = io.BytesIO()
         write_to(content)
-        self._files.makedirs(self._root, exist_ok=True)
+        self._make()
         self._files.pipe_file(f"{self._root}/{PARTIAL}", content.getvalue())
         self._files.mv(f"{self._root}/{PARTIAL}", f"{self._root}/{name}")
 
@@ -105,11 +107,15 @@ class Folder:
                 with (Path(self._place) / name).open("x") as file:
                     file.write(text)
             else:
-                self._files.makedirs(self._root, exist_ok=True)
+                self._make()
                 self._files.pipe_file(f"{self._root}/{name}", text.encode(), mode="create")
         except FileExistsError:
             return False
         return True
+
+    def _make(self) -> None:
+        if self._place.partition("://")[0] not in OBJECT_STORES:
+            self._files.makedirs(self._root, exist_ok=True)
 
     def append(self, name: str, text: str) -> None:
         """Add to the end of a file; a process that is killed meanwhile may leave a part of the text."""

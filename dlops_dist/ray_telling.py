@@ -7,6 +7,7 @@ from typing import Any
 from dlops_dist.config import Run
 from dlops_dist.engine.run_folder import RunFolder
 from dlops_dist.events import Begun, Warned
+from dlops_dist.ray_metrics import RESTARTS, gauge
 from dlops_dist.ray_worker import SAVE_S, SIGTERM_SAVED, WITH_IT, begin, save_now
 
 
@@ -32,9 +33,12 @@ def teller(events: Any, settings: Run) -> Any:
             self.places: list[Any] = []
             self.first: Any = None
             self.restarts = 0
+            self.gauge: Any = None
 
         def after_controller_start(self, train_run_context: Any) -> None:
             events.actor.put_nowait.remote(Begun(ray.get_runtime_context().current_actor))
+            self.gauge = gauge(RESTARTS, "How often the workers were started again", str(settings.name))
+            self.gauge.set(0)
             if wait_s is None:
                 _take_over(run, f"train-{train_run_context.run_id}")
 
@@ -75,6 +79,7 @@ def teller(events: Any, settings: Run) -> Any:
             if isinstance(error, PreemptionError):
                 return f"{self.taken(error.preemption_info)} is taken away; all go on from the last checkpoint"
             self.restarts += 1
+            self.gauge.set(self.restarts)
             failures = getattr(error, "worker_failures", {})
             lost = {rank: why[type(failed)] for rank, failed in failures.items() if type(failed) in why}
             if not lost:

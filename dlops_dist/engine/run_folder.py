@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path, PurePath
 from typing import Any
@@ -16,7 +16,7 @@ from dlops_dist.config import SHIPPED, Run, common_settings, is_loaded, load_rec
 from dlops_dist.config.yaml_file import parse_yaml
 from dlops_dist.data.shards import Manifest, read_manifest
 from dlops_dist.engine.checkpoints import ANEW, Checkpoints
-from dlops_dist.engine.lease import lease, owner, taken_over, unwritable
+from dlops_dist.engine.lease import LEASE, lease, owner, taken_over, unwritable
 from dlops_dist.engine.resume import hindrance, refuse_other_settings
 from dlops_dist.engine.rows import best_row, is_out_of_patience, parsed, rows_before, text_of, timeless
 from dlops_dist.errors import RunError, UserError
@@ -84,12 +84,23 @@ class RunFolder:
 
     @contextmanager
     def locked(self, tell: Callable[[str], None] = lambda text: None) -> Iterator[None]:
-        """Keep other processes, of this machine and of others, from training the same run."""
+        """Keep other processes, of this machine and of others, from training the same run.
+
+        One that is refused before anything was trained leaves no folder.
+        """
         path = self.folder.local
-        if path is not None:
-            make_writable(path, "runs_dir", "choose another --runs-dir")
-        with nullcontext() if path is None else locked(path, "trained"), lease(self.folder, tell):
-            yield
+        with ExitStack() as stack:
+            if path is not None:
+                make_writable(path, "runs_dir", "choose another --runs-dir")
+                stack.enter_context(locked(path, "trained"))
+                stack.callback(_remove_empty, path)
+            stack.enter_context(lease(self.folder, tell))
+            try:
+                yield
+            except UserError:
+                if self.folder.names() == [CONFIG, LEASE] and not self.checkpoints.steps():
+                    self.folder.delete(CONFIG)
+                raise
 
     def check_room(self, weights: int, checkpoints: int) -> None:
         """Refuse a disk that will be full before so many checkpoints are written, of so many bytes of weights."""
@@ -266,6 +277,11 @@ class RunFolder:
                 return file.read()
         except (FileNotFoundError, NotADirectoryError):
             return None
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):  # something is in it
+        folder.rmdir()
 
 
 def _step_of(line: bytes) -> float:

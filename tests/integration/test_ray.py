@@ -23,9 +23,11 @@ from ray_nodes import RAY, free_port, head_node, hosts, kill_all, node, nodes_al
 
 from dlops_dist.command_line import read_settings
 from dlops_dist.engine import fit, prepare
+from dlops_dist.ray_metrics import GAUGES, RESTARTS
 
 SETTINGS = [*TINY, "--blocks", "4", "--exactness", "bits", "--epochs", "2", "--name", "run"]
 STEPS_PER_EPOCH = 12
+LEFT_OUT = "; that node is left out"
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +264,7 @@ def begins(lines, *workers):
 
 
 @pytest.mark.root
-def test_a_node_that_sees_other_files_is_refused_before_the_run_begins(cluster, shapes_shards, tmp_path):
+def test_a_node_that_sees_other_files_is_refused_where_it_is_needed_and_else_left_out(cluster, shapes_shards, tmp_path):
     """In a mount namespace of its own: without the shards and the run, and with other code."""
     (tmp_path / "runs").mkdir()
     shutil.copytree(ROOT / "dlops_dist", tmp_path / "other")
@@ -273,15 +275,18 @@ def test_a_node_that_sees_other_files_is_refused_before_the_run_begins(cluster, 
     within = ["unshare", "--mount", "sh", "-c", " && ".join([*hide, 'exec "$0" "$@"'])]
     with node(cluster, "--address", cluster["RAY_ADDRESS"], "--num-cpus", 1, within=within):
         assert wait_until(lambda: len(nodes_alive(cluster)) == 2, 90)
-        code, output = train(shapes_shards, tmp_path / "runs", "--workers", "2", env=cluster)
+        refused = train(shapes_shards, tmp_path / "runs", "--workers", "4", env=cluster)
+        assert not (tmp_path / "runs/run").exists()
+        trained = train(shapes_shards, tmp_path / "runs", "--workers", "3", "--epochs", "1", env=cluster)
     assert wait_until(lambda: len(nodes_alive(cluster)) == 1, 90)
-    assert code == 2, output
-    shards, runs, version = output.splitlines()[-3:]
-    assert shards.startswith(f"error: data.shards: {shapes_shards} are not there on node ")
-    assert runs.startswith(f"error: runs_dir: {tmp_path}/runs/run is not there on node ")
-    assert version.startswith("error: dlops_dist is ")
-    assert version.endswith("; install the same everywhere")
-    assert not (tmp_path / "runs/run/checkpoints").exists()
+    for (code, output), expected, prefix, suffix in ((refused, 2, "error: ", ""), (trained, 0, "warning: ", LEFT_OUT)):
+        assert code == expected, output
+        shards, runs, version = [line for line in output.splitlines() if line.startswith(prefix)]
+        assert shards.startswith(f"{prefix}data.shards: {shapes_shards} are not there on node ")
+        assert runs.startswith(f"{prefix}runs_dir: {tmp_path}/runs/run is not there on node ")
+        assert version.startswith(f"{prefix}dlops_dist is ")
+        assert version.endswith(f"; install the same everywhere{suffix}")
+    assert "3 workers on cpu" in trained[1]
 
 
 def job(cluster, *arguments, **options):
@@ -359,6 +364,7 @@ def test_a_stopped_job_and_a_stopped_command_go_on_to_the_same_bits(cluster, sha
     code, output = job(cluster, "submit", "--no-wait", "--submission-id", tmp_path.name, "--", *command)
     assert code == 0, output
     assert wait_until(lambda: last_step(folder) >= 15, 120)
+    assert wait_until(lambda: set(told_to_prometheus(cluster)) == {*GAUGES, RESTARTS}, 20, every_s=0.5)
     code, output = job(cluster, "stop", tmp_path.name)
     assert code == 0, output
     assert "STOPPED" in job(cluster, "status", tmp_path.name)[1].upper()
@@ -379,6 +385,13 @@ def test_a_stopped_job_and_a_stopped_command_go_on_to_the_same_bits(cluster, sha
     assert code == 0, output
     assert f" from step {second}" in output
     assert_is_that_of_one_process(folder, "train", *command[3:])
+
+
+def told_to_prometheus(cluster):
+    """{name: value} of the run's gauges, where Ray lets Prometheus read them."""
+    with urllib.request.urlopen(cluster["METRICS"]) as answer:
+        lines = re.findall(r'^ray_dlops_dist_(\w+)\{.*run="run".*\} (\S+)$', answer.read().decode(), re.MULTILINE)
+    return {name: float(value) for name, value in lines}
 
 
 def last_step(folder):
