@@ -91,11 +91,14 @@ class Folder:
             Path(self._place).mkdir(parents=True, exist_ok=True)
             write_file(Path(self._place) / name, write_to, PARTIAL)
             return
-        content = io.BytesIO()
+        content, path = io.BytesIO(), f"{self._root}/{name}"
         write_to(content)
-        self._make()
+        if self._stores_objects:  # each is there as a whole, or not
+            self._files.pipe_file(path, content.getvalue())
+            return
+        self._files.makedirs(self._root, exist_ok=True)
         self._files.pipe_file(f"{self._root}/{PARTIAL}", content.getvalue())
-        self._files.mv(f"{self._root}/{PARTIAL}", f"{self._root}/{name}")
+        self._files.mv(f"{self._root}/{PARTIAL}", path)
 
     def write_text(self, name: str, text: str) -> None:
         self.write(name, lambda file: file.write(text.encode()))
@@ -107,15 +110,16 @@ class Folder:
                 with (Path(self._place) / name).open("x") as file:
                     file.write(text)
             else:
-                self._make()
+                if not self._stores_objects:
+                    self._files.makedirs(self._root, exist_ok=True)
                 self._files.pipe_file(f"{self._root}/{name}", text.encode(), mode="create")
         except FileExistsError:
             return False
         return True
 
-    def _make(self) -> None:
-        if self._place.partition("://")[0] not in OBJECT_STORES:
-            self._files.makedirs(self._root, exist_ok=True)
+    @property
+    def _stores_objects(self) -> bool:
+        return self._place.partition("://")[0] in OBJECT_STORES
 
     def append(self, name: str, text: str) -> None:
         """Add to the end of a file; a process that is killed meanwhile may leave a part of the text."""
