@@ -81,6 +81,8 @@ def _connect(given: str) -> None:
 
     address = address_of_head(given)
     try:
+        if not _lets_us_in(address):
+            raise ConnectionError
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ray.exceptions.AuthenticationError):
         raise UserError(
@@ -91,6 +93,22 @@ def _connect(given: str) -> None:
         if (advice := next((advice for said, advice in REFUSALS.items() if said in str(error)), None)) is None:
             raise
         raise UserError(f"RAY_ADDRESS={given}: {' '.join(str(error).split())} {advice}") from None
+
+
+def _lets_us_in(address: str) -> bool:
+    """Whether a head takes our token, or that we have none; Ray would ask it again and again, with a line for each."""
+    import grpc
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated import gcs_service_pb2
+    from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
+
+    generated: Any = gcs_service_pb2
+    with init_grpc_channel(address) as channel:
+        try:
+            NodeInfoGcsServiceStub(channel).GetClusterId(generated.GetClusterIdRequest(), timeout=CONNECT_TIMEOUT_S)
+        except grpc.RpcError as error:
+            return error.code() != grpc.StatusCode.UNAUTHENTICATED
+    return True
 
 
 def address_of_head(given: str) -> str:

@@ -38,7 +38,6 @@ def teller(events: Any, settings: Run) -> Any:
         def after_controller_start(self, train_run_context: Any) -> None:
             events.actor.put_nowait.remote(Begun(ray.get_runtime_context().current_actor))
             self.gauge = gauge(RESTARTS, "How often the workers were started again", str(settings.name))
-            self.gauge.set(0)
             if wait_s is None:
                 _take_over(run, f"train-{train_run_context.run_id}")
 
@@ -49,6 +48,9 @@ def teller(events: Any, settings: Run) -> Any:
         def after_worker_group_start(self, worker_group: Any) -> None:
             workers = worker_group.get_workers()
             self.first, self.places = workers[0], [worker.metadata for worker in workers]
+
+        def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
+            self.gauge.set(self.restarts)  # Ray forgets what is not told again
 
         def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
             if isinstance(current_state, RestartingState):
@@ -79,7 +81,6 @@ def teller(events: Any, settings: Run) -> Any:
             if isinstance(error, PreemptionError):
                 return f"{self.taken(error.preemption_info)} is taken away; all go on from the last checkpoint"
             self.restarts += 1
-            self.gauge.set(self.restarts)
             failures = getattr(error, "worker_failures", {})
             lost = {rank: why[type(failed)] for rank, failed in failures.items() if type(failed) in why}
             if not lost:

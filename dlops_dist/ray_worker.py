@@ -115,7 +115,11 @@ def fit_here(
 
     torch.set_num_threads(num_threads(os.environ.get("OMP_NUM_THREADS", "")))
     keep_freed_memory()
-    listeners: list[Listener] = [listener, RayMetrics(str(settings.name)), *trackers_of(settings, lambda text: listener(Warned(text)))]
+    listeners: list[Listener] = [
+        listener,
+        RayMetrics(str(settings.name)),
+        *trackers_of(settings, lambda text: listener(Warned(text))),
+    ]
     return fit(settings, task=task, device=device, listeners=listeners, stop=stop, save=save)
 
 

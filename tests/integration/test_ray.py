@@ -26,7 +26,7 @@ from dlops_dist.engine import fit, prepare
 from dlops_dist.ray_metrics import GAUGES, RESTARTS
 
 SETTINGS = [*TINY, "--blocks", "4", "--exactness", "bits", "--epochs", "2", "--name", "run"]
-STEPS_PER_EPOCH = 12
+STEPS_PER_EPOCH, STOPPED_EPOCHS = 12, 20
 LEFT_OUT = "; that node is left out"
 
 
@@ -125,6 +125,15 @@ def test_more_workers_than_the_cluster_has_is_one_line(cluster, shapes_shards, t
     code, output = train(shapes_shards, tmp_path, "--workers", "5", "--blocks", "5", env=cluster)
     assert code == 2
     assert output.splitlines()[-1].startswith("error: workers: 5 is more than the 3 CPUs")
+
+
+@pytest.mark.slow
+def test_a_cluster_whose_token_is_missing_says_so_and_no_more(cluster, shapes_shards, tmp_path):
+    code, output = train(shapes_shards, tmp_path, env={"RAY_ADDRESS": cluster["RAY_ADDRESS"], "HOME": tmp_path})
+    assert (code, len(output.splitlines())) == (2, 2), output
+    assert output.splitlines()[-1].startswith(
+        f"error: RAY_ADDRESS={cluster['RAY_ADDRESS']}: what answers there does not "
+    )
 
 
 OCCUPY = """
@@ -359,7 +368,7 @@ def test_ctrl_c_while_ray_starts_what_is_needed_is_one_line(after, cluster, shap
 @pytest.mark.slow
 def test_a_stopped_job_and_a_stopped_command_go_on_to_the_same_bits(cluster, shapes_shards, tmp_path):
     """No step is taken twice."""
-    command = training(shapes_shards, tmp_path / "stopped", "--epochs", "9", "--log-every", "1")
+    command = training(shapes_shards, tmp_path / "stopped", "--epochs", str(STOPPED_EPOCHS), "--log-every", "1")
     folder = tmp_path / "stopped/run"
     code, output = job(cluster, "submit", "--no-wait", "--submission-id", tmp_path.name, "--", *command)
     assert code == 0, output
@@ -389,7 +398,11 @@ def test_a_stopped_job_and_a_stopped_command_go_on_to_the_same_bits(cluster, sha
 
 def told_to_prometheus(cluster):
     """{name: value} of the run's gauges, where Ray lets Prometheus read them."""
-    with urllib.request.urlopen(cluster["METRICS"]) as answer:
+    try:
+        answer = urllib.request.urlopen(cluster["METRICS"])
+    except urllib.error.URLError:  # it does not listen yet
+        return {}
+    with answer:
         lines = re.findall(r'^ray_dlops_dist_(\w+)\{.*run="run".*\} (\S+)$', answer.read().decode(), re.MULTILINE)
     return {name: float(value) for name, value in lines}
 
@@ -404,5 +417,5 @@ def stopped_at(folder):
     """The last step, which is saved."""
     step = last_step(folder)
     assert max((folder / "checkpoints").iterdir()).name == f"step-{step:09d}.pt"
-    assert step < 9 * STEPS_PER_EPOCH, "it finished before it was stopped"
+    assert step < STOPPED_EPOCHS * STEPS_PER_EPOCH, "it finished before it was stopped"
     return step

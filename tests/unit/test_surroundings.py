@@ -12,7 +12,7 @@ import ray
 from fsspec.implementations.memory import MemoryFileSystem
 from ray._private import services
 
-from dlops_dist import files
+from dlops_dist import files, ray_cluster
 from dlops_dist.engine import fit
 from dlops_dist.files import LONGEST_SOCKET, leave_room_for_sockets, temporary_folder
 from dlops_dist.ray_cluster import address_of_head, cluster
@@ -134,8 +134,9 @@ def test_an_address_that_is_none_is_one_line(address, monkeypatch, user_error):
 
 
 @pytest.fixture
-def listening():
+def listening(monkeypatch):
     """HOST:PORT at which something answers, and nothing comes of it."""
+    monkeypatch.setattr(ray_cluster, "CONNECT_TIMEOUT_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield f"127.0.0.1:{server.getsockname()[1]}"
 
