@@ -1,6 +1,5 @@
 """Under a real Ray on this machine, which a run starts for itself or finds: train, refuse, submit, be killed."""
 
-import json
 import os
 import re
 import shutil
@@ -9,7 +8,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import urllib.error
 import urllib.request
 from contextlib import ExitStack
@@ -18,7 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from command import CACHE, ROOT, TINY, call, rows, run, start, wait_until
+from command import CACHE, ROOT, TINY, call, last_step, lines_of, rows, run, start, wait_until
 from ray_nodes import RAY, free_port, head_node, hosts, kill_all, node, nodes_alive
 
 from dlops_dist.command_line import read_settings
@@ -242,18 +240,6 @@ def test_nodes_that_are_lost_or_come_back_or_are_taken_away_change_no_bit(shapes
     assert (ours.name, ours.read_bytes()) == (theirs.name, theirs.read_bytes())
 
 
-def lines_of(process):
-    """What it prints, as it comes."""
-    lines = []
-
-    def read():
-        for line in process.stdout:
-            lines.append(line.rstrip())
-
-    threading.Thread(target=read, daemon=True).start()
-    return lines
-
-
 def begins(lines, *workers):
     """Whether, in time, the run has begun, and gone on, with these numbers of workers one after the other."""
     return wait_until(
@@ -379,12 +365,6 @@ def test_a_stopped_job_and_a_stopped_command_go_on_to_the_same_bits(cluster, sha
     assert code == 0, output
     assert f" from step {second}" in output
     assert_is_that_of_one_process(folder, "train", *command[3:])
-
-
-def last_step(folder):
-    """That was taken and logged."""
-    file = folder / "steps.jsonl"
-    return json.loads(file.read_text().splitlines()[-1])["step"] if file.exists() else 0
 
 
 def stopped_at(folder):
