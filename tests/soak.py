@@ -21,8 +21,9 @@ from pathlib import Path
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parent / "integration"))
-from command import TINY, last_checkpoint, last_step, lines_of, run, start, wait_until
-from ray_nodes import free_port, head_node, kill_all, node, nodes_alive
+from command import TINY, last_checkpoint, last_step, lines_of, run, start
+from fleet import Fleet, ray_processes
+from ray_nodes import kill_all
 from test_shard import sharers
 from test_torchrun import torchrun
 
@@ -54,8 +55,7 @@ class Soak:
         self.scratch, self.random = scratch, random.Random(seed)
         self.kills, self.ended, self.started = Counter(), Counter(), time.monotonic()
         self.numbers, self.references = itertools.count(1), {}
-        self.cluster, self.nodes, self.head = None, [], None
-        self.machines = ExitStack()
+        self.machines, self.fleet = ExitStack(), None
         self.prepare()
 
     def prepare(self):
@@ -143,13 +143,14 @@ class Soak:
         self.checked(run(*command, env=env or {}, timeout_s=PATIENCE_S))
 
     def kill(self, victim, kind, begun, progress):
-        try:
-            kill_all(victim) if kind == "node" else victim.kill()
-        except psutil.NoSuchProcess:  # it ended meanwhile
-            return
+        with suppress(psutil.NoSuchProcess):  # it ended meanwhile
+            victim.kill()
+            self.killed(kind, f"process {victim.pid}", begun, progress)
+
+    def killed(self, kind, what, begun, progress):
         self.kills[kind] += 1
         when = f"{time.monotonic() - begun:.1f} s after it began or the last one, at {progress()}"
-        self.say(f"kill {self.kills.total():4}  {kind}: process {victim.pid}, {when}")
+        self.say(f"kill {self.kills.total():4}  {kind}: {what}, {when}")
 
     # kinds
 
@@ -183,7 +184,7 @@ class Soak:
         """A worker of Ray's."""
         name = self.random.choice(SHORT)
         process = self.on_ray(name, folder, "--workers", str(self.random.randint(2, 3)), "--max-restarts", "99")
-        self.some_killed("worker", process, folder, lambda: ours("RayTrainWorker"))
+        self.some_killed("worker", process, folder, lambda: ray_processes("RayTrainWorker"))
         return self.compared(name, folder)
 
     def some_killed(self, kind, process, folder, victims):
@@ -204,14 +205,14 @@ class Soak:
         command, progress = self.training(name, folder), lambda: last_step(folder / "run")
         for _ in range(self.random.randint(1, 3)):
             self.on_ray_complete()
-            process = start(*command, "--workers", str(self.random.randint(1, 3)), env=self.cluster)
+            process = start(*command, "--workers", str(self.random.randint(1, 3)), env=self.fleet.cluster)
             with under_way(process) as lines:
                 begun = time.monotonic()
                 if not self.wait_for_moment(process, progress):
                     self.checked((process.returncode, "\n".join(lines)))
                     break
                 self.kill(process, "driver", begun, progress)
-        self.checked(run(*command, "--workers", "2", env=self.cluster, timeout_s=PATIENCE_S))
+        self.checked(run(*command, "--workers", "2", env=self.fleet.cluster, timeout_s=PATIENCE_S))
         return self.compared(name, folder)
 
     def node(self, folder):
@@ -222,9 +223,10 @@ class Soak:
                 begun = time.monotonic()
                 if not self.wait_for_moment(process, lambda: last_step(folder / "run")):
                     break
-                self.kill(self.nodes.pop(), "node", begun, lambda: last_step(folder / "run"))
+                self.fleet.kill(1)
+                self.killed("node", "a node", begun, lambda: last_step(folder / "run"))
                 time.sleep(self.random.uniform(0, 40))
-                self.add_node()
+                self.fleet.add(1)
             process.wait(timeout=PATIENCE_S)
         self.checked((process.returncode, "\n".join(lines)))
         return self.compared("long", folder)
@@ -241,7 +243,9 @@ class Soak:
         def progress():
             return sum(last_step(file.parent) for file in sweep.glob("*/steps.jsonl"))
 
-        self.command_killed("sweep", command, progress, self.cluster, others=lambda process: ours("ImplicitFunc"))
+        self.command_killed(
+            "sweep", command, progress, self.fleet.cluster, others=lambda process: ray_processes("ImplicitFunc")
+        )
         trials = [file.parent for file in sweep.glob("*/config.yaml")]
         for trial in trials:
             if trial.name not in self.references:
@@ -257,40 +261,14 @@ class Soak:
     def on_ray(self, name, folder, *options):
         """A run, begun."""
         self.on_ray_complete()
-        return start(*self.training(name, folder), *options, env=self.cluster)
+        return start(*self.training(name, folder), *options, env=self.fleet.cluster)
 
     def on_ray_complete(self):
-        """A head of two CPUs and a node of one, all there; anew where the head does not answer."""
-        try:
-            if self.cluster is not None and len(nodes_alive(self.cluster)) == 2:
-                return
-        except Exception as error:
-            self.say(f"Ray begins anew ({type(error).__name__})")
-            self.cluster = None
-        if self.cluster is None:
-            self.machines.close()
-            self.nodes.clear()
-            folder = Path(tempfile.mkdtemp(dir=self.scratch))
-            self.cluster = self.machines.enter_context(head_node(folder, 2, options=["--object-store-memory", 10**8]))
-        if not self.nodes or self.nodes[-1].poll() is not None:
-            self.add_node()
-        if not wait_until(lambda: len(nodes_alive(self.cluster)) == 2, 120, every_s=1):
-            raise TimeoutError("Ray's node does not come back")
-
-    def add_node(self):
-        options = ["--address", self.cluster["RAY_ADDRESS"], "--num-cpus", 1, "--object-store-memory", 10**8]
-        options += ["--dashboard-agent-listen-port", free_port()]
-        self.nodes.append(self.machines.enter_context(node(self.cluster, *options)))
-
-
-def ours(title):
-    """Ray's processes of this kind, of the nodes that were started here."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            if title in " ".join(process.cmdline()):
-                found.append(process)
-    return found
+        """A head of two CPUs and a node of one, all there."""
+        if self.fleet is None:
+            self.fleet = self.machines.enter_context(Fleet(self.scratch, 1, head_cpus=2))
+        elif len(self.fleet.alive()) < 2:
+            self.fleet.add(1)
 
 
 @contextmanager

@@ -83,7 +83,7 @@ def hosts(folder, number):
     """
     (folder / "hosts").write_text(f"127.0.0.1 localhost {socket.gethostname()}\n")
     named, private = f"mount --bind {folder}/hosts /etc/hosts", "mkdir -p /tmp/ray && mount -t tmpfs none /tmp/ray"
-    names = [f"dlops{os.getpid()}-{place}" for place in range(number)]
+    names = [host_name(place) for place in range(number)]
     first, places, inside = names[0], range(1, number), []
     try:
         for name in names:
@@ -105,6 +105,15 @@ def hosts(folder, number):
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], check=False)
+
+
+def host_name(place):
+    return f"dlops{os.getpid()}-{place}"
+
+
+def link(place, state):
+    """Let the link of a host to the first one be up or down: what is sent meanwhile is lost, and nobody is told."""
+    ip("-n", host_name(0), "link", "set", f"to{place}", state)
 
 
 def ip(*arguments):
