@@ -8,6 +8,7 @@ ended otherwise than what nothing disturbed; its folder is kept.
 
 import argparse
 import itertools
+import json
 import random
 import shutil
 import signal
@@ -103,12 +104,12 @@ class Soak:
         if name not in self.references:
             whole = self.scratch / f"whole-{name}"
             self.checked(run(*self.training(name, whole), "--local", timeout_s=PATIENCE_S))
-            self.references[name] = last_checkpoint(whole / "run")
-        return None if last_checkpoint(folder / "run") == self.references[name] else "other bits"
+            self.references[name] = ended(whole / "run")
+        return None if ended(folder / "run") == self.references[name] else "other bits, or steps"
 
     @staticmethod
-    def checked(ended):
-        code, output = ended
+    def checked(result):
+        code, output = result
         if code:
             raise RuntimeError(f"exit code {code}: {' | '.join(output.splitlines()[-6:])}")
 
@@ -137,13 +138,13 @@ class Soak:
                 if not self.wait_for_moment(process, progress):
                     self.checked((process.returncode, "\n".join(lines)))
                     break
-                victim = self.random.choice([process, process, *others(process)])
-                self.kill(victim, kind, begun, progress)
+                self.kill(lambda: [process, process, *others(process)], kind, begun, progress)
                 process.wait(timeout=PATIENCE_S)
         self.checked(run(*command, env=env or {}, timeout_s=PATIENCE_S))
 
-    def kill(self, victim, kind, begun, progress):
-        with suppress(psutil.NoSuchProcess):  # it ended meanwhile
+    def kill(self, victims, kind, begun, progress):
+        with suppress(psutil.NoSuchProcess, IndexError):  # it ended meanwhile, or has not begun
+            victim = self.random.choice(victims())
             victim.kill()
             self.killed(kind, f"process {victim.pid}", begun, progress)
 
@@ -194,8 +195,7 @@ class Soak:
                 begun = time.monotonic()
                 if not self.wait_for_moment(process, lambda: last_step(folder / "run")):
                     break
-                if found := victims():
-                    self.kill(self.random.choice(found), kind, begun, lambda: last_step(folder / "run"))
+                self.kill(victims, kind, begun, lambda: last_step(folder / "run"))
             process.wait(timeout=PATIENCE_S)
         self.checked((process.returncode, "\n".join(lines)))
 
@@ -211,7 +211,7 @@ class Soak:
                 if not self.wait_for_moment(process, progress):
                     self.checked((process.returncode, "\n".join(lines)))
                     break
-                self.kill(process, "driver", begun, progress)
+                self.kill(lambda: [process], "driver", begun, progress)
         self.checked(run(*command, "--workers", "2", env=self.fleet.cluster, timeout_s=PATIENCE_S))
         return self.compared(name, folder)
 
@@ -252,8 +252,8 @@ class Soak:
                 whole = self.scratch / f"whole-{trial.name}"
                 config = ["--config", trial / "config.yaml", "--name", "run", "--runs-dir", whole]
                 self.checked(run("train", "q1", *config, "--local", timeout_s=PATIENCE_S))
-                self.references[trial.name] = last_checkpoint(whole / "run")
-        same = [last_checkpoint(trial) == self.references[trial.name] for trial in trials]
+                self.references[trial.name] = ended(whole / "run")
+        same = [ended(trial) == self.references[trial.name] for trial in trials]
         return None if same == [True, True] else f"{same} of the trials equal"
 
     # Ray
@@ -278,6 +278,12 @@ def under_way(process):
         yield lines_of(process)
     finally:
         kill_all(process)
+
+
+def ended(run_folder):
+    """A run's last checkpoint, and each step with its loss."""
+    steps = [json.loads(line) for line in (run_folder / "steps.jsonl").read_text().splitlines()]
+    return *last_checkpoint(run_folder), [(row["step"], row["loss"]) for row in steps]
 
 
 def contents(folder):
