@@ -138,13 +138,13 @@ class Soak:
                 if not self.wait_for_moment(process, progress):
                     self.checked((process.returncode, "\n".join(lines)))
                     break
-                self.kill(lambda: [process, process, *others(process)], kind, begun, progress)
+                self.kill(process, kind, begun, progress, lambda it: [it, it, *others(it)])
                 process.wait(timeout=PATIENCE_S)
         self.checked(run(*command, env=env or {}, timeout_s=PATIENCE_S))
 
-    def kill(self, victims, kind, begun, progress):
+    def kill(self, process, kind, begun, progress, victims=lambda process: [process]):
         with suppress(psutil.NoSuchProcess, IndexError):  # it ended meanwhile, or has not begun
-            victim = self.random.choice(victims())
+            victim = self.random.choice(victims(process))
             victim.kill()
             self.killed(kind, f"process {victim.pid}", begun, progress)
 
@@ -178,14 +178,14 @@ class Soak:
         """A process that torchrun started."""
         name = self.random.choice(SHORT)
         process = torchrun(*self.training(name, folder)[1:], restarts=99)
-        self.some_killed("torchrun", process, folder, lambda: psutil.Process(process.pid).children())
+        self.some_killed("torchrun", process, folder, lambda it: psutil.Process(it.pid).children())
         return self.compared(name, folder)
 
     def worker(self, folder):
         """A worker of Ray's."""
         name = self.random.choice(SHORT)
         process = self.on_ray(name, folder, "--workers", str(self.random.randint(2, 3)), "--max-restarts", "99")
-        self.some_killed("worker", process, folder, lambda: ray_processes("RayTrainWorker"))
+        self.some_killed("worker", process, folder, lambda _: ray_processes("RayTrainWorker"))
         return self.compared(name, folder)
 
     def some_killed(self, kind, process, folder, victims):
@@ -195,7 +195,7 @@ class Soak:
                 begun = time.monotonic()
                 if not self.wait_for_moment(process, lambda: last_step(folder / "run")):
                     break
-                self.kill(victims, kind, begun, lambda: last_step(folder / "run"))
+                self.kill(process, kind, begun, lambda: last_step(folder / "run"), victims)
             process.wait(timeout=PATIENCE_S)
         self.checked((process.returncode, "\n".join(lines)))
 
@@ -211,7 +211,7 @@ class Soak:
                 if not self.wait_for_moment(process, progress):
                     self.checked((process.returncode, "\n".join(lines)))
                     break
-                self.kill(lambda: [process], "driver", begun, progress)
+                self.kill(process, "driver", begun, progress)
         self.checked(run(*command, "--workers", "2", env=self.fleet.cluster, timeout_s=PATIENCE_S))
         return self.compared(name, folder)
 
