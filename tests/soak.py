@@ -32,12 +32,12 @@ from dlops_dist.data.pack import pack
 from dlops_dist.data.shapes import write_stl10, write_tiny_imagenet
 from dlops_dist.data.sources import STL10, TinyImageNet
 
-DRAWN = {"process": 4, "packing": 4, "torchrun": 4, "worker": 4, "driver": 2, "node": 1, "sweep": 2}
+DRAWN = {"process": 8, "packing": 8, "torchrun": 4, "worker": 3, "driver": 2, "node": 1, "sweep": 2}
 """How often a kind of kill is drawn."""
 RUNS = {
-    "ce": ("q1", "--loss", "ce", "--ema-decay", "0.95", "--epochs", "10"),
+    "ce": ("q1", "--loss", "ce", "--ema-decay", "0.95", "--augment.mixup", "0.2", "--epochs", "10"),
     "triplet": ("q1", "--loss", "triplet", "--optimizer.lr", "0.002", "--epochs", "10"),
-    "center": ("q1", "--loss", "center", "--augment.mixup", "0.2", "--epochs", "10"),
+    "center": ("q1", "--loss", "center", "--augment.flip", "--augment.crop-padding", "2", "--epochs", "10"),
     "long": ("q1", "--loss", "center", "--epochs", "60"),
     "q2": ("q2", "--model.layers", "12", "9", "5", "--model.code-layer", "9", "--pretrain.epochs", "16", "--epochs",
            "16", "--finetune"),

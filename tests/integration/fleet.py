@@ -14,9 +14,9 @@ from ray_nodes import RAY, free_port, head_node, hosts, kill_all, link, node
 SMALL_STORE = ("--object-store-memory", 10**8)
 ASK = """
 import json, sys, ray
-ray.init(logging_level="ERROR")
+ray.init(logging_level="ERROR", log_to_driver=False)
 for _ in sys.stdin:
-    print(json.dumps([node["NodeID"] for node in ray.nodes() if node["Alive"]]), flush=True)
+    print("alive", json.dumps([node["NodeID"] for node in ray.nodes() if node["Alive"]]), flush=True)
 """
 
 
@@ -75,7 +75,8 @@ class Fleet:
         """Ids of the nodes that the cluster has."""
         self._asked.stdin.write("\n")
         self._asked.stdin.flush()
-        return set(json.loads(self._asked.stdout.readline()))
+        answer = next(line for line in self._asked.stdout if line.startswith("alive "))  # Ray prints, too
+        return set(json.loads(answer.removeprefix("alive ")))
 
     def add(self, place):
         """Start a node, until the cluster knows it."""
@@ -83,7 +84,7 @@ class Fleet:
         options = ["--address", self.cluster["RAY_ADDRESS"], "--num-cpus", 1, "--node-ip-address", address]
         options += [*SMALL_STORE, "--dashboard-agent-listen-port", free_port()]
         self._nodes[place] = self._all.enter_context(node(self.cluster, *options, within=within))
-        assert wait_until(lambda: self.alive() - before, 120, every_s=0.2), f"node {place} does not begin"
+        assert wait_until(lambda: self.alive() - before, 300, every_s=0.2), f"node {place} does not begin"
         (self._ids[place],) = self.alive() - before
 
     def kill(self, place):
