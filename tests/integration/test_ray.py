@@ -15,12 +15,14 @@ from pathlib import Path
 import psutil
 import pytest
 from command import CACHE, ROOT, TINY, call, last_checkpoint, last_step, rows, run, start, wait_until
-from drills import ELASTIC, Drilled, node_killed_and_back, preempted, undisturbed, worker_processes, worker_stopped
+from drilled import Drilled, lost_or_repeated, undisturbed
 from fleet import Fleet, can_have_hosts
+from happenings import node_killed_and_back, preempted, worker_processes, worker_stopped
 from ray_nodes import RAY, free_port, head_node, node, nodes_alive
 
 SETTINGS = [*TINY, "--blocks", "4", "--exactness", "bits", "--epochs", "2", "--name", "run"]
 STEPS_PER_EPOCH = 12
+ELASTIC = ["--workers", "3", "--min-workers", "1", "--collective-timeout", "20"]
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +192,7 @@ def killed_and_whole(command, after, epochs, cluster, tmp_path):
 def test_nodes_that_are_lost_or_come_back_and_a_worker_that_hangs_change_no_bit(shapes_shards, tmp_path):
     """On hosts whose names are this machine's, and stand for no address that the other can reach."""
     with Fleet(tmp_path, 2, on_hosts=True) as fleet:
-        drilled = Drilled(fleet, shapes_shards, tmp_path / "moved", *ELASTIC, "--collective-timeout", "20")
+        drilled = Drilled(fleet, shapes_shards, tmp_path / "moved", *ELASTIC)
         drilled.begin()
         drilled.trains(3)
         for event in (node_killed_and_back, worker_stopped, preempted):
@@ -210,8 +212,8 @@ def test_nodes_that_are_lost_or_come_back_and_a_worker_that_hangs_change_no_bit(
     told = [line for line in drilled.lines if line.startswith("warning: ")]
     assert len(told) == len(expected), told
     assert all(map(re.fullmatch, expected, told)), told
-    assert drilled.lost_or_repeated() == 0
-    assert last_checkpoint(drilled.folder) == undisturbed(drilled.command, {step}, tmp_path / "whole")[step]
+    assert lost_or_repeated(drilled.folder) == 0
+    assert last_checkpoint(drilled.folder) == undisturbed(shapes_shards, {step}, tmp_path / "whole")[step]
 
 
 @pytest.mark.root
