@@ -112,12 +112,24 @@ def train_group(
             ray.kill(controller)
             wait([ended], LEAVE_S)
         raise
+    _result(ended, settings.max_restarts)
+
+
+def _result(ended: Future[Any], restarts: int) -> None:
+    """Of the training, once it has ended; as an error of the run's own where Ray gave it up."""
+    import ray
+    from ray.exceptions import RayError
+
     try:
         ended.result()
     except ray.train.TrainingFailedError as error:
         failures = getattr(error, "worker_failures", {})
         why = last_line(next(iter(failures.values()), error))
-        raise RunError(f"{why} (after {settings.max_restarts} restarts)") from error
+        raise RunError(f"{why} (after {restarts} restarts)") from error
+    except RayError as error:
+        raise RunError(
+            f"what controls Ray's workers is lost ({first_line(error)}); the same command goes on"
+        ) from error
 
 
 def _trainer(

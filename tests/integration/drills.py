@@ -50,6 +50,7 @@ DRILLS = {
     "link-20": Drill(happenings.link_cut(20), ELASTIC, needs="root"),
     "link-300": Drill(happenings.link_cut(300), ELASTIC, needs="root"),
     "driver-killed": Drill(happenings.driver_killed, ALL),
+    "controller-killed": Drill(happenings.controller_killed, ALL),
     "head-killed": Drill(happenings.head_killed, ALL),
     "disk-full": Drill(happenings.disk_full, ALL, needs="root"),
     "store-full": Drill(happenings.store_full, ALL),

@@ -68,6 +68,17 @@ def driver_killed(drilled):
     yield "driver killed, the same command", drilled.stands_still(again)
 
 
+def controller_killed(drilled):
+    """The process that starts the workers, and starts them again."""
+
+    def again():
+        ray_processes("TrainController")[0].kill()
+        drilled.ends()
+        drilled.begin()
+
+    yield "Ray's controller killed, the same command", drilled.stands_still(again)
+
+
 def head_killed(drilled):
     def again():
         drilled.fleet.end()
