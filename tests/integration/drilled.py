@@ -3,9 +3,10 @@
 import json
 import re
 import signal
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 
 from command import TINY, last_step, lines_of, start, wait_until
@@ -62,20 +63,19 @@ class Drilled:
         """
         beginnings, best, since, longest = len(self.workers), self.step, time.monotonic(), 0.0
         is_over = is_over or (lambda: len(self.workers) > beginnings)
-        deadline = since + PATIENCE_S
-        with ThreadPoolExecutor(1) as pool:
-            happened = pool.submit(event)
-            while True:
-                over = happened.done() and is_over()
-                if happened.done():
-                    happened.result()
-                if (step := self.step) > best:
-                    now = time.monotonic()
-                    best, since, longest = step, now, max(longest, now - since)
-                    if over:
-                        return longest
-                assert time.monotonic() < deadline, "\n".join(self.lines)
-                time.sleep(0.03)
+        deadline, happened = since + PATIENCE_S, Future()
+        threading.Thread(target=_run, args=(event, happened), daemon=True).start()
+        while True:
+            over = happened.done() and is_over()
+            if happened.done():
+                happened.result()
+            if (step := self.step) > best:
+                now = time.monotonic()
+                best, since, longest = step, now, max(longest, now - since)
+                if over:
+                    return longest
+            assert time.monotonic() < deadline, "\n".join(self.lines)
+            time.sleep(0.03)
 
     def ends(self):
         """Wait until the command has ended by itself. Returns its exit code and its last line."""
@@ -88,6 +88,13 @@ class Drilled:
         self.process.wait(timeout=PATIENCE_S)
         assert self.process.returncode == 130, "\n".join(self.lines)
         return self.step
+
+
+def _run(event, outcome):
+    try:
+        outcome.set_result(event())
+    except BaseException as error:
+        outcome.set_exception(error)
 
 
 def lost_or_repeated(run_folder):

@@ -8,6 +8,7 @@ where there is iproute2, head and nodes are on hosts of their own: network names
 """
 
 import argparse
+import signal
 import subprocess
 import sys
 import tempfile
@@ -82,13 +83,15 @@ def drill(name, fleet, shards, scratch):
     drilled.begin()
     try:
         drilled.trains(3)
-        happened = list(DRILLS[name].event(drilled))
+        happened = []
+        for what, seconds in DRILLS[name].event(drilled):
+            happened.append((what, seconds))
+            print(f"  {what}: {seconds:.1f} s to the next step", flush=True)
         step = drilled.stop()
     finally:
         kill_all(drilled.process)
-        for line in drilled.lines:
-            if line.startswith(("warning: ", "error: ", "failed: ")):
-                print(f"    {line}", flush=True)
+        said = [line for line in drilled.lines if line.startswith(("warning: ", "error: ", "failed: "))]
+        print(*(f"    {line}\n" for line in said), sep="", end="", flush=True)
     return End(happened, lost_or_repeated(drilled.folder), step, last_checkpoint(drilled.folder))
 
 
@@ -114,7 +117,7 @@ def sweep_with_a_node_lost(name, fleet, shards, scratch):
         process.wait(timeout=PATIENCE_S)
     finally:
         kill_all(process)
-        print(*(f"    {line}\n" for line in lines if line.startswith("warning: ")), end="", flush=True)
+        print(*(f"    {line}\n" for line in lines if line.startswith("warning: ")), sep="", end="", flush=True)
     code, output = run(*command, env=fleet.cluster, within=fleet.within, timeout_s=PATIENCE_S)
     assert code == 0, output
     equal, lost = [], 0
@@ -151,7 +154,8 @@ def main():
         return 2
     if left_out := [name for name in names if name in DRILLS and DRILLS[name].needs and not can_have_hosts()]:
         print(f"left out, as they need root and iproute2: {', '.join(left_out)}", flush=True)
-    with tempfile.TemporaryDirectory(prefix="drills-") as folder:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # nothing is left behind
+    with tempfile.TemporaryDirectory(prefix="drills-", ignore_cleanup_errors=True) as folder:
         return drilled_all([name for name in names if name not in left_out], Path(folder))
 
 
@@ -169,12 +173,12 @@ def drilled_all(names, scratch):
                     if not fleet.lives(place):
                         fleet.add(place)
                 ended[name] = (sweep_with_a_node_lost if name == SWEEP else drill)(name, fleet, shards, scratch)
+            except KeyboardInterrupt:
+                failed.append((name, "interrupted"))
+                break
             except Exception as error:  # told, and the others go on
                 traceback.print_exc()
                 failed.append((name, error))
-                continue
-            for what, seconds in ended[name].happened:
-                print(f"  {what}: {seconds:.1f} s to the next step", flush=True)
     print("the same runs, undisturbed", flush=True)
     rows = rows_of(ended, scratch)
     print(f"\n{'event':46}  next step  bound  samples lost or repeated  final bits")
