@@ -15,9 +15,9 @@ from dlops_dist.config import Run, load_recipe
 from dlops_dist.console import Console
 from dlops_dist.engine.run_folder import CONFIG, RunFolder
 from dlops_dist.errors import RunError, UserError, first_line
-from dlops_dist.events import Begun, Event, Failed, Placed, Started
+from dlops_dist.events import Begun, Event, Failed, Placed, Started, Warned
 from dlops_dist.files import Folder, temporary_folder
-from dlops_dist.ray_cluster import check_nodes, cluster, resources_for
+from dlops_dist.ray_cluster import Head, check_nodes, cluster, resources_for
 from dlops_dist.ray_telling import last_line, teller
 from dlops_dist.ray_worker import WISH_EVERY_S, train_on_worker
 from dlops_dist.signals import stop_signals
@@ -87,12 +87,15 @@ def train_group(
 
     ended.add_done_callback(tell_the_end)
     controller = None
+    head = Head(ray.get_runtime_context().gcs_address)
     asked = events.actor.get.remote()  # an event that an interrupt keeps from us can still be had
     try:
         while True:
             if stop():
                 _internal_kv_put(wish, b"")
             if not ray.wait([asked], timeout=WISH_EVERY_S)[0]:
+                if (warning := head.warning()) is not None:
+                    yield Warned(warning)
                 continue
             if (event := ray.get(asked)) is None:
                 break
