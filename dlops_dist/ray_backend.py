@@ -15,9 +15,9 @@ from dlops_dist.config import Run, load_recipe
 from dlops_dist.console import Console
 from dlops_dist.engine.run_folder import CONFIG, RunFolder
 from dlops_dist.errors import RunError, UserError, first_line
-from dlops_dist.events import Begun, Event, Failed, Placed, Started
+from dlops_dist.events import Begun, Event, Failed, Placed, Started, Warned
 from dlops_dist.files import Folder, temporary_folder
-from dlops_dist.ray_cluster import cluster, places_for
+from dlops_dist.ray_cluster import Head, cluster, places_for
 from dlops_dist.ray_telling import last_line, teller
 from dlops_dist.ray_worker import WISH_EVERY_S, train_on_worker
 from dlops_dist.signals import stop_signals
@@ -90,12 +90,15 @@ def train_group(
 
     ended.add_done_callback(tell_the_end)
     controller = None
+    head = Head(ray.get_runtime_context().gcs_address)
     asked = events.actor.get.remote()  # an event that an interrupt keeps from us can still be had
     try:
         while True:
             if stop():
                 _internal_kv_put(wish, b"")
             if not ray.wait([asked], timeout=WISH_EVERY_S)[0]:
+                if (warning := head.warning()) is not None:
+                    yield Warned(warning)
                 continue
             if (event := ray.get(asked)) is None:
                 break
@@ -115,12 +118,24 @@ def train_group(
             ray.kill(controller)
             wait([ended], LEAVE_S)
         raise
+    _result(ended, settings.max_restarts)
+
+
+def _result(ended: Future[Any], restarts: int) -> None:
+    """Of the training, once it has ended; as an error of the run's own where Ray gave it up."""
+    import ray
+    from ray.exceptions import RayError
+
     try:
         ended.result()
     except ray.train.TrainingFailedError as error:
         failures = getattr(error, "worker_failures", {})
         why = last_line(next(iter(failures.values()), error))
-        raise RunError(f"{why} (after {settings.max_restarts} restarts)") from error
+        raise RunError(f"{why} (after {restarts} restarts)") from error
+    except RayError as error:
+        raise RunError(
+            f"what controls Ray's workers is lost ({first_line(error)}); the same command goes on"
+        ) from error
 
 
 def _trainer(

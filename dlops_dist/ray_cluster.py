@@ -5,13 +5,13 @@ import os
 import socket
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from dlops_dist import preflight
 from dlops_dist.config import Run
-from dlops_dist.errors import UserError
+from dlops_dist.errors import RunError, UserError
 from dlops_dist.files import leave_room_for_sockets
 
 CONNECT_TIMEOUT_S = 10
@@ -19,6 +19,8 @@ ANSWER_S = 60
 """What a node has to say what it sees: its first process starts for it."""
 LEAVING_S = 15
 """What a job that has just ended has to leave its CPUs."""
+HEAD_TELL_S, HEAD_WAIT_S = 10, 40
+"""How long a head has not answered that is told of, and given up: Ray ends our process after 60 s, without a word."""
 UPLOADED = "working_dir_files"
 TRAIN_V2 = "RAY_TRAIN_V2_ENABLED"
 REFUSALS = {
@@ -139,6 +141,32 @@ def address_of_head(given: str) -> str:
     except (OSError, UnicodeError) as error:
         raise UserError(f"{where}: no cluster answers ({error}); {START_ONE}") from None
     return address
+
+
+class Head:
+    """The head of the cluster that we are connected to, which ends with it."""
+
+    def __init__(self, address: str) -> None:
+        host, _, port = address.rpartition(":")
+        self._address, self._at = address, (host.strip("[]"), int(port))
+        self._answered, self._told = time.monotonic(), False
+
+    def warning(self) -> str | None:
+        """What is to be said, once, of a head that does not answer.
+
+        Raises:
+            RunError: it has not for too long.
+        """
+        with suppress(OSError):
+            socket.create_connection(self._at, timeout=2).close()
+            self._answered, self._told = time.monotonic(), False
+        silent = time.monotonic() - self._answered
+        if silent > HEAD_WAIT_S:
+            raise RunError(f"the cluster's head, {self._address}, is lost; start one, and the same command goes on")
+        if silent < HEAD_TELL_S or self._told:
+            return None
+        self._told = True
+        return f"the cluster's head, {self._address}, does not answer; it is waited for, {HEAD_WAIT_S} s in all"
 
 
 def refuse_uploaded_folder(settings: Run) -> None:

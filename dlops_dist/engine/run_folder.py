@@ -206,14 +206,16 @@ class RunFolder:
     def add_steps(self, rows: Sequence[dict[str, Any]]) -> None:
         """Rows of steps that were logged, after those that are there."""
         self._check_owner()
-        self.folder.append(STEPS, text_of(rows))
+        with _mended_by_hand():
+            self.folder.append(STEPS, text_of(rows))
 
     def add_row(self, row: dict[str, Any]) -> None:
         """That of an epoch whose checkpoint follows; the checkpoint before is safe by then."""
         self.checkpoints.wait()
         self._check_owner()
         self._trained.append(row)
-        self.folder.write_text(METRICS, text_of(self._trained))
+        with _mended_by_hand():
+            self.folder.write_text(METRICS, text_of(self._trained))
 
     def save(self, settings: Run, state: dict[str, Any]) -> None:
         """Write the checkpoint of state["step"], beside the steps that follow."""
@@ -282,6 +284,15 @@ class RunFolder:
 def _remove_empty(folder: Path) -> None:
     with suppress(OSError):  # something is in it
         folder.rmdir()
+
+
+@contextmanager
+def _mended_by_hand() -> Iterator[None]:
+    """A full disk ends a run: whoever starts it again would only meet it again."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{error.filename}: {error.strerror}; mend that, then the same command goes on") from error
 
 
 def _step_of(line: bytes) -> float:

@@ -1,6 +1,5 @@
 """Under a real Ray on this machine, which a run starts for itself or finds: train, refuse, submit, be killed."""
 
-import json
 import os
 import re
 import shutil
@@ -9,24 +8,23 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import urllib.error
 import urllib.request
-from contextlib import ExitStack
-from itertools import count
 from pathlib import Path
 
 import psutil
 import pytest
-from command import CACHE, ROOT, TINY, call, rows, run, start, wait_until
-from ray_nodes import RAY, free_port, head_node, hosts, kill_all, node, nodes_alive
+from command import CACHE, ROOT, TINY, call, last_checkpoint, last_step, rows, run, start, wait_until
+from drilled import Drilled, lost_or_repeated, undisturbed
+from fleet import Fleet, can_have_hosts
+from happenings import node_killed_and_back, preempted, worker_processes, worker_stopped
+from ray_nodes import RAY, free_port, head_node, node, nodes_alive
 
-from dlops_dist.command_line import read_settings
-from dlops_dist.engine import fit, prepare
 from dlops_dist.ray_metrics import GAUGES, RESTARTS
 
 SETTINGS = [*TINY, "--blocks", "4", "--exactness", "bits", "--epochs", "2", "--name", "run"]
 STEPS_PER_EPOCH, STOPPED_EPOCHS = 12, 20
+ELASTIC = ["--workers", "3", "--min-workers", "1", "--collective-timeout", "20"]
 LEFT_OUT = "; that node is left out"
 
 
@@ -60,8 +58,7 @@ def assert_is_that_of_one_process(run_folder, *command):
     code, output = call(*command, "--runs-dir", whole, "--workers", "1", "--local")
     assert code == 0, output
     assert rows(run_folder) == rows(whole / "run")
-    ours, theirs = (max((folder / "checkpoints").iterdir()) for folder in (run_folder, whole / "run"))
-    assert (ours.name, ours.read_bytes()) == (theirs.name, theirs.read_bytes())
+    assert last_checkpoint(run_folder) == last_checkpoint(whole / "run")
 
 
 def test_workers_of_a_ray_of_their_own_compute_what_one_process_computes_and_ask_no_stranger(shapes_shards, tmp_path):
@@ -190,8 +187,7 @@ def killed_and_whole(command, after, epochs, cluster, tmp_path):
     process = start(*command, "--runs-dir", tmp_path / "killed", env=cluster)
     metrics = tmp_path / "killed/run/metrics.jsonl"
     assert wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= after, 120)
-    workers = subprocess.run(["pgrep", "-f", "ray::RayTrainWorker"], capture_output=True, text=True, check=True)
-    os.kill(int(workers.stdout.split()[0]), signal.SIGKILL)
+    worker_processes()[0].kill()
     assert len(metrics.read_text().splitlines()) < epochs, "it finished before it was stopped"
     output, _ = process.communicate(timeout=180)
     assert process.returncode == 0, output
@@ -204,72 +200,32 @@ def killed_and_whole(command, after, epochs, cluster, tmp_path):
 
 
 @pytest.mark.root
-@pytest.mark.skipif(shutil.which("ip") is None, reason="no hosts without iproute2")
-def test_nodes_that_are_lost_or_come_back_or_are_taken_away_change_no_bit(shapes_shards, tmp_path):
+@pytest.mark.skipif(not can_have_hosts(), reason="no hosts without root and iproute2")
+def test_nodes_that_are_lost_or_come_back_and_a_worker_that_hangs_change_no_bit(shapes_shards, tmp_path):
     """On hosts whose names are this machine's, and stand for no address that the other can reach."""
-    arguments = ["--loss", "center", "--epochs", "400", "--log-every", "1"]
-    with hosts(tmp_path, 3) as ((here, address), *others), ExitStack() as nodes:
-        cluster = nodes.enter_context(head_node(tmp_path, 1, here, address))
-
-        def one_more(host):
-            within, address = host
-            options = ["--address", cluster["RAY_ADDRESS"], "--num-cpus", 1, "--node-ip-address", address]
-            return nodes.enter_context(node(cluster, *options, within=within))
-
-        lost, taken = map(one_more, others)
-        assert wait_until(lambda: len(nodes_alive(cluster, here)) == 3, 90)
-        elastic = [*arguments, "--workers", "3", "--min-workers", "1", "--runs-dir", tmp_path / "moved"]
-        command = ["train", "q1", "--data.shards", shapes_shards, *SETTINGS]
-        process = start(*command, *elastic, env=cluster, within=here)
-        told = lines_of(process)
-        assert wait_until(lambda: last_step(tmp_path / "moved/run") >= 3, 120)
-        kill_all(lost)
-        assert begins(told, 3, 2)
-        one_more(others[0])
-        assert begins(told, 3, 2, 3)
-        notice = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
-        taken_id = dict(nodes_alive(cluster, here))[others[1][1]]
-        notice += ["--deadline-remaining-seconds", "6", "--address", cluster["RAY_ADDRESS"], "--node-id", taken_id]
-        subprocess.run([*here, RAY, "drain-node", *notice], env={**os.environ, **cluster}, check=True)
-        assert begins(told, 3, 2, 3, 2)
-        kill_all(taken)
-        process.send_signal(signal.SIGTERM)
-        process.wait(timeout=120)
-    assert process.returncode == 130, told
+    with Fleet(tmp_path, 2, on_hosts=True) as fleet:
+        drilled = Drilled(fleet, shapes_shards, tmp_path / "moved", *ELASTIC)
+        drilled.begin()
+        drilled.trains(3)
+        for event in (node_killed_and_back, worker_stopped, preempted):
+            assert all(seconds < 120 for _, seconds in event(drilled))
+        step = drilled.stop()
+    assert drilled.workers == [3, 2, 3, 3, 2]
     name = socket.gethostname()
-    died, *warnings = [line for line in told if line.startswith("warning: ")]
-    assert re.fullmatch(rf"warning: worker \d on node {name} died; all go on from the last checkpoint, .*", died)
-    assert warnings == [
+    worker, goes_on = rf"warning: worker \d on node {name}", "all go on from the last checkpoint"
+    expected = [
+        f"{worker} died; {goes_on}, restart 1 of 20",
         "warning: the cluster has room for another number of workers; the step is saved",
+        rf"{worker} has not answered for 10 s; the others give up after 20 s without it \(--collective-timeout\)",
+        f"{worker} does not answer; {goes_on}, restart 2 of 20",
         f"warning: node {name} is going to be taken away; the step is saved",
-        f"warning: node {name} is taken away; all go on from the last checkpoint",
+        f"warning: node {name} is taken away; {goes_on}",
     ]
-    step, asked = last_step(tmp_path / "moved/run"), count()
-    epochs = -(-step // STEPS_PER_EPOCH)  # it is asked once more at the beginning of each
-    settings = read_settings("q1", [str(part) for part in (*command[2:], *arguments, "--runs-dir", tmp_path / "whole")])
-    with pytest.raises(KeyboardInterrupt):
-        fit(prepare("q1", settings), stop=lambda: next(asked) == step + epochs - 1)
-    ours, theirs = (max((tmp_path / name / "run/checkpoints").iterdir()) for name in ("moved", "whole"))
-    assert (ours.name, ours.read_bytes()) == (theirs.name, theirs.read_bytes())
-
-
-def lines_of(process):
-    """What it prints, as it comes."""
-    lines = []
-
-    def read():
-        for line in process.stdout:
-            lines.append(line.rstrip())
-
-    threading.Thread(target=read, daemon=True).start()
-    return lines
-
-
-def begins(lines, *workers):
-    """Whether, in time, the run has begun, and gone on, with these numbers of workers one after the other."""
-    return wait_until(
-        lambda: [int(n) for line in lines for n in re.findall(r" (\d) workers? on cpu", line)] == [*workers], 120
-    )
+    told = [line for line in drilled.lines if line.startswith("warning: ")]
+    assert len(told) == len(expected), told
+    assert all(map(re.fullmatch, expected, told)), told
+    assert lost_or_repeated(drilled.folder) == 0
+    assert last_checkpoint(drilled.folder) == undisturbed(shapes_shards, {step}, tmp_path / "whole")[step]
 
 
 @pytest.mark.root
@@ -405,12 +361,6 @@ def told_to_prometheus(cluster):
     with answer:
         lines = re.findall(r'^ray_dlops_dist_(\w+)\{.*run="run".*\} (\S+)$', answer.read().decode(), re.MULTILINE)
     return {name: float(value) for name, value in lines}
-
-
-def last_step(folder):
-    """That was taken and logged."""
-    file = folder / "steps.jsonl"
-    return json.loads(file.read_text().splitlines()[-1])["step"] if file.exists() else 0
 
 
 def stopped_at(folder):
