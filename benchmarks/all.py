@@ -64,7 +64,7 @@ def main() -> None:
             if arguments.out:
                 with arguments.out.open("a") as file:
                     file.write(json.dumps({**row, "quick": arguments.quick, **facts}) + "\n")
-    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table, markup=False)
+    Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, emoji=False).print(table)
     print(f"failed: {', '.join(failed) or 'none'}")
     sys.exit(bool(failed))
 

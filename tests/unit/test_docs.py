@@ -138,7 +138,7 @@ def test_links_lead_to_files_and_to_every_page():
     found = set()
     for page, text in PAGES.items():
         for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
-            path = ROOT / page / ".." / link
+            path = (ROOT / page).parent / link
             assert link.startswith("https://") or path.exists(), f"{page}: {link}"
             found.add(path.resolve())
     assert {(ROOT / page).resolve() for page in PAGES} - found == {ROOT / "README.md"}

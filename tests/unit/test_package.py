@@ -60,7 +60,9 @@ def test_an_sdist_makes_the_same_wheel_and_holds_no_test(wheel, tmp_path, monkey
 
 
 def test_each_module_that_is_a_command_is_on_the_path():
-    modules = [p.stem for p in (ROOT / "dlops_dist").glob("*.py") if '__name__ == "__main__"' in p.read_text()]
+    package = ROOT / "dlops_dist"
+    modules = [path.stem for path in package.glob("*.py") if '__name__ == "__main__"' in path.read_text()]
+    modules += [path.parent.name for path in package.glob("*/__main__.py")]
     assert PROJECT["scripts"] == {f"dlops-{name}": "dlops_dist.commands:main" for name in modules}
     assert all(callable(import_module(f"dlops_dist.{name}").main) for name in modules)
 
