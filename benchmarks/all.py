@@ -2,10 +2,10 @@
 
     python benchmarks/all.py [--only step losses] [--shards DIR] [--out FILE.jsonl] [--quick]
 
-Takes half an hour or more on two cores, so name those that matter. A machine that has other work to do is named as busy, and
-what is timed on it says little. --shards are packed images, for those that train on some; by default generated ones.
---quick runs all in miniature: whether they work, not how fast. --out gets a line of JSON for each. Exit code 1 where
-one failed.
+Takes half an hour or more on two cores: name those that matter. A machine that has other work to do is named as busy,
+and what is timed on it says little. --shards are packed images, for those that train on some; by default generated
+ones. --quick runs all in miniature: whether they work, not how fast. --out gets a line of JSON for each. Exit code 1
+where one failed.
 """
 
 import argparse

@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import yaml
 from hatchling import build
 
 import dlops_dist
@@ -46,6 +47,13 @@ def test_its_metadata_say_who_may_use_it_and_where_it_runs(wheel):
     assert (metadata["Name"], metadata["Version"]) == ("dlops_dist", dlops_dist.__version__)
     assert (metadata["License-Expression"], metadata["Requires-Python"]) == ("Apache-2.0", ">=3.11")
     assert metadata.get_payload() == (ROOT / "README.md").read_text()
+
+
+def test_version_and_licence_are_the_same_wherever_they_stand():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (PROJECT["version"], PROJECT["license"]) == (citation["version"], citation["license"])
+    assert f"\n## {dlops_dist.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    assert "Apache License" in (ROOT / "LICENSE").read_text()
 
 
 def test_an_sdist_makes_the_same_wheel_and_holds_no_test(wheel, tmp_path, monkeypatch):
