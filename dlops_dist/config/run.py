@@ -33,7 +33,7 @@ class Run(Section):
     source: ClassVar[str | None] = None
     """Hash of the user's recipe that they are for: another one makes another run."""
     config: str | None = None
-    """YAML file of settings; by default the task's own in configs/."""
+    """YAML file of settings, or the name of one in configs/ (quickstart); by default the task's own there."""
     name: str | None = Field(None, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._=-]*$")
     """Folder of the run under --runs-dir; by default task, loss and a hash of the settings that change the result."""
     runs_dir: str = "runs"

@@ -1,4 +1,4 @@
-"""launch/shard.py, from the command line: packing, killed and refused; is a folder as it was packed; what is in it."""
+"""dlops_dist.shard, from the command line: packing, killed and refused; is a folder as it was packed; what is in it."""
 
 import fcntl
 import os
@@ -363,7 +363,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(mistake, tmp_path):
 
 
 HELP = {
-    (): ["$ shard.py folder --source DIR --size 64", "--test-fraction FLOAT", "--skip-bad", "by sorted name"],
+    (): ["dlops_dist.shard folder --source DIR --size 64", "--test-fraction FLOAT", "--skip-bad", "by sorted name"],
     ("verify",): ["Hash every file", "PATH"],
     ("show",): ["Print classes", "PATH"],
     ("index",): ["must tell the split", "--class-names PATH", "--workers INT"],

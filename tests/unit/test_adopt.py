@@ -120,7 +120,7 @@ def test_shards_of_val_and_of_test_are_not_mixed(folder, sample, user_error):
 def test_what_was_packed_here_keeps_its_manifest(shapes_shards, tmp_path, user_error):
     shards = shutil.copytree(shapes_shards, tmp_path / "shards")
     before = (shards / "manifest.json").read_bytes()
-    with user_error(shards, "launch/shard.py"):
+    with user_error(shards, "dlops_dist.shard"):
         adopt(shards, "others", workers=1)
     assert (shards / "manifest.json").read_bytes() == before
 
@@ -207,7 +207,7 @@ FAULTS = {
     "a json without label": ({"train-0.tar": [("a", {"cls": None, "json": b"{}"})]}, ["train-0.tar", "a", "no label"]),
     "a json that is a list": ({"train-0.tar": [("a", {"cls": None, "json": b"[1]"})]}, ["train-0.tar", "no label"]),
     "a label of a half": ({"train-0.tar": [("a", {"cls": None, "json": b'{"label": 1.5}'})]}, ["a", "'1.5'"]),
-    "a png": ({"train-0.tar": [("a", {"jpg": None, "png": b""})]}, ["a.png", "neither jpg nor npy", "shard.py folder"]),
+    "a png": ({"train-0.tar": [("a", {"jpg": None, "png": b""})]}, ["a.png", "neither jpg nor npy", "shard folder"]),
     "dots in names": ({"train-0.tar": [("x", {}), ("a.b", {})]}, ["train-0.tar: a.b.jpg has a dot in its name"]),
     "a dot in one name": ({"train-0.tar": [("a", {}), ("a.b", {})]}, ["train-0.tar: a.b.jpg has a dot in its name"]),
     "another size elsewhere": (
@@ -387,5 +387,5 @@ def test_classes_of_an_open_set_that_only_its_test_has_are_no_doubt(sample, tmp_
 
 
 def test_shards_without_an_index_are_named_with_the_command_that_writes_it(folder, user_error):
-    with user_error(folder, f"launch/shard.py index {folder}"):
+    with user_error(folder, f"dlops_dist.shard index {folder}"):
         read_manifest(folder)

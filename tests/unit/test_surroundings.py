@@ -13,7 +13,7 @@ import ray
 from fsspec.implementations.memory import MemoryFileSystem
 from ray._private import services
 
-from dlops_dist import files, ray_cluster
+from dlops_dist import files, ray_cluster, shard
 from dlops_dist.engine import fit
 from dlops_dist.errors import RunError
 from dlops_dist.files import LONGEST_SOCKET, leave_room_for_sockets, temporary_folder
@@ -22,9 +22,6 @@ from dlops_dist.ray_telling import _loss
 from dlops_dist.ray_worker import num_threads
 from dlops_dist.recipes.q1 import Settings as Q1
 from dlops_dist.train import main as train
-
-sys.path.append(str(Path(__file__).parents[2] / "launch"))
-import shard
 
 
 def silent(text):
@@ -117,7 +114,7 @@ def test_a_runs_folder_that_cannot_be_written_to_is_one_line(place, shapes_shard
 
 @pytest.mark.parametrize("place", UNWRITABLE)
 def test_packing_to_where_nothing_can_be_written_is_one_line(place, tiny_zip, monkeypatch, user_error):
-    monkeypatch.setattr(sys, "argv", ["shard.py", "tiny-imagenet", "--source", str(tiny_zip), "--out", place])
+    monkeypatch.setattr(sys, "argv", ["shard", "tiny-imagenet", "--source", str(tiny_zip), "--out", place])
     with user_error("--out", place, "cannot be written to"):
         shard.main()
 
