@@ -248,6 +248,13 @@ def is_url(place: str) -> bool:
     return "://" in place
 
 
+def path_here(place: str) -> Path:
+    """A path as it was given, where it is none of a URL, which a path would change."""
+    if is_url(place):
+        raise UserError(f"{place} must be a path on this machine; nothing is fetched")
+    return Path(place)
+
+
 def make_writable(folder: Path, setting: str, advice: str) -> None:
     """Make a folder, and refuse one that nothing can be written to, before there is anything to lose.
 

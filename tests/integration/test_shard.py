@@ -395,6 +395,14 @@ def test_shards_that_are_no_folder_are_refused_and_nothing_is_run(where, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", [("show",), ("verify",), ("index",), ("shapes", "--out")])
+def test_a_url_where_a_path_must_be_is_one_line_and_makes_no_folder(command, tmp_path):
+    code, output = call("shard", *command, "s3://bucket/shards", cwd=tmp_path)
+    assert (code, len(output.splitlines())) == (2, 1), output
+    assert "'s3://bucket/shards' must be a path on this machine" in output
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 256 kB."""
