@@ -47,7 +47,7 @@ def main() -> None:
 
     from rich.console import Console
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)
     if settings and not arguments.recipe:
         raise UserError(f"unknown setting {settings[0]}; those of a recipe follow its file")
     if not arguments.bits and arguments.recipe:

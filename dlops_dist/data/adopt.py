@@ -59,7 +59,7 @@ def adopt(
     """
     paths = _shards_in(folder)
     if (folder / PLAN).is_file() or ((folder / MANIFEST).is_file() and read_manifest(folder).packing):
-        raise UserError(f"{folder} was packed by launch/shard.py, which also writes its index; pack it again")
+        raise UserError(f"{folder} was packed by dlops_dist.shard, which also writes its index; pack it again")
     _refuse_missing_splits(folder, set(map(_split_of, paths)))
     words = {word for path in paths for word in _split_words(path) if SPLIT_WORDS[word] == "test"}
     if len({"test" if word == "test" else "val" for word in words}) > 1:
@@ -201,7 +201,7 @@ def _image(key: str, parts: dict[str, Member]) -> Member:
             custom = "webdataset ends a sample's name at the first dot"
             raise ValueError(f"{member.name} has a dot in its name, and {custom}; leave only the last dot in all names")
         if kind in OTHER_IMAGES and not images:
-            way_out = "put the images into folders by class and run 'python launch/shard.py folder --source DIR'"
+            way_out = "put the images into folders by class and run 'python -m dlops_dist.shard folder --source DIR'"
             raise ValueError(f"{member.name} is none of jpg, png, webp and npy, which alone are read; {way_out}")
     if len(images) == 1:
         return images[0]

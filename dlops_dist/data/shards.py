@@ -101,7 +101,7 @@ class Manifest(BaseModel):
         """Of a file that is not what the manifest says."""
         if self.packing:
             return "pack the shards again"
-        return "bring back the file as it was, or write the index anew by launch/shard.py index"
+        return "bring back the file as it was, or write the index anew by python -m dlops_dist.shard index"
 
     @property
     def size(self) -> tuple[int, int]:
@@ -132,9 +132,10 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         what = "no such folder" if not folder.is_dir() else f"no {MANIFEST} in it: not packed, or not to the end"
         name = folder.name if folder.name in ("tiny-imagenet", "stl10", "shapes") else "DATASET"
-        way_out = f"make them with 'python launch/shard.py {name} --out {folder.parent}'"
+        way_out = f"make them with 'python -m dlops_dist.shard {name} --out {folder.parent}'"
         if any(folder.glob("*.tar")) and not (folder / PLAN).exists():
-            what, way_out = f"no {MANIFEST} beside its shards", f"write it by 'python launch/shard.py index {folder}'"
+            what = f"no {MANIFEST} beside its shards"
+            way_out = f"write it by 'python -m dlops_dist.shard index {folder}'"
         raise UserError(f"data.shards: {folder}: {what}; {way_out}")
     try:
         values = json.loads(path.read_bytes())

@@ -1,4 +1,4 @@
-"""launch/shard.py, from the command line: packing, killed and refused; is a folder as it was packed; what is in it."""
+"""dlops_dist.shard, from the command line: packing, killed and refused; is a folder as it was packed; what is in it."""
 
 import fcntl
 import os
@@ -138,6 +138,18 @@ def test_a_packing_that_is_killed_again_and_again_ends_with_the_same_bytes(packi
     assert seen == sorted(seen), "finished shards were forgotten"
     code, output = run(*packing, "--out", tmp_path)
     assert code == 0, output
+    assert contents(out) == undisturbed
+
+
+def test_what_a_packing_left_that_was_killed_once_all_was_there_is_gone_after_the_next(packing, undisturbed, tmp_path):
+    out = tmp_path / "tiny-imagenet"
+    out.mkdir()
+    for name, content in undisturbed.items():
+        (out / name).write_bytes(content)
+    for name in (".packing.json", ".train-000001.tar.done"):
+        (out / name).write_text("{}")
+    code, output = call(*packing, "--out", tmp_path)
+    assert (code, "already packed" in output) == (0, True), output
     assert contents(out) == undisturbed
 
 
@@ -351,7 +363,13 @@ def test_a_mistake_is_one_line_and_leaves_nothing(mistake, tmp_path):
 
 
 HELP = {
-    (): ["$ shard.py folder --source DIR --size 64", "--test-fraction FLOAT", "--skip-bad", "by sorted name", "--keep"],
+    (): [
+        "dlops_dist.shard folder --source DIR --size 64",
+        "--test-fraction FLOAT",
+        "--skip-bad",
+        "by sorted name",
+        "--keep",
+    ],
     ("verify",): ["Hash every file", "PATH"],
     ("show",): ["Print classes", "PATH"],
     ("index",): ["must tell the split", "--class-names PATH", "--workers INT"],
@@ -380,6 +398,14 @@ def test_shards_that_are_no_folder_are_refused_and_nothing_is_run(where, tmp_pat
     code, output = call("train", "q1", "--local", "--data.shards", where, *TINY, cwd=tmp_path)
     assert (code, len(output.splitlines())) == (2, 1), output
     assert "must be a folder" in output
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [("show",), ("verify",), ("index",), ("shapes", "--out")])
+def test_a_url_where_a_path_must_be_is_one_line_and_makes_no_folder(command, tmp_path):
+    code, output = call("shard", *command, "s3://bucket/shards", cwd=tmp_path)
+    assert (code, len(output.splitlines())) == (2, 1), output
+    assert "'s3://bucket/shards' must be a path on this machine" in output
     assert list(tmp_path.iterdir()) == []
 
 

@@ -143,7 +143,7 @@ def test_shards_of_val_and_of_test_are_not_mixed(folder, sample, user_error):
 def test_what_was_packed_here_keeps_its_manifest(shapes_shards, tmp_path, user_error):
     shards = shutil.copytree(shapes_shards, tmp_path / "shards")
     before = (shards / "manifest.json").read_bytes()
-    with user_error(shards, "launch/shard.py"):
+    with user_error(shards, "dlops_dist.shard"):
         adopt(shards, "others", workers=1)
     assert (shards / "manifest.json").read_bytes() == before
 
@@ -230,7 +230,7 @@ FAULTS = {
     "a json without label": ({"train-0.tar": [("a", {"cls": None, "json": b"{}"})]}, ["train-0.tar", "a", "no label"]),
     "a json that is a list": ({"train-0.tar": [("a", {"cls": None, "json": b"[1]"})]}, ["train-0.tar", "no label"]),
     "a label of a half": ({"train-0.tar": [("a", {"cls": None, "json": b'{"label": 1.5}'})]}, ["a", "'1.5'"]),
-    "a bmp": ({"train-0.tar": [("a", {"jpg": None, "bmp": b"BM"})]}, ["a.bmp", "none of jpg, png", "shard.py folder"]),
+    "a bmp": ({"train-0.tar": [("a", {"jpg": None, "bmp": b"BM"})]}, ["a.bmp", "none of jpg, png", "shard folder"]),
     "an empty png": ({"train-0.tar": [("a", {"jpg": None, "png": b""})]}, ["train-0.tar: a: a.png", "begins with b''"]),
     "a png of a page": ({"train-0.tar": [("a", {"jpg": None, "png": b"<!DOCTYPE"})]}, ["a: a.png is no jpg"]),
     "a bomb": (
@@ -455,5 +455,5 @@ def test_classes_of_an_open_set_that_only_its_test_has_are_no_doubt(sample, tmp_
 
 
 def test_shards_without_an_index_are_named_with_the_command_that_writes_it(folder, user_error):
-    with user_error(folder, f"launch/shard.py index {folder}"):
+    with user_error(folder, f"dlops_dist.shard index {folder}"):
         read_manifest(folder)

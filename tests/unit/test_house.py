@@ -19,11 +19,11 @@ LAYERS = [
     {"recipes"},
     {"console", "trackers", "smoke"},
     {"sweep"},
-    {"preflight"},
+    {"preflight", "ray_metrics"},
     {"ray_cluster", "ray_worker", "ray_telling"},
     {"ray_backend"},
     {"ray_tuner", "torchrun"},
-    {"train", "dry_run", "evaluate", "report", "verify", "tune", "predict", "embed", "export"},
+    {"train", "dry_run", "evaluate", "report", "verify", "tune", "predict", "embed", "export", "shard", "commands"},
 ]
 """Each may import from those before it, and from its own."""
 PURE = {"models", "losses", "optim", "metrics"}
@@ -89,8 +89,8 @@ def test_modules_stay_short(path):
 
 @pytest.mark.parametrize(
     "module",
-    ["train", "train q1", "train q2", "evaluate", "predict", "embed", "export", "report", "verify", "tune", "tune q1",
-     "tune q2"],
+    ["train", "train q1", "train q2", "evaluate", "predict", "embed", "export", "report", "verify", "shard",
+     "shard index", "tune", "tune q1", "tune q2"],
 )  # fmt: skip
 def test_help_imports_neither_torch_nor_ray(module):
     name, *task = module.split()

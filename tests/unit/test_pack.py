@@ -606,7 +606,7 @@ def test_a_folder_without_a_manifest_is_named_with_what_to_do(there, tmp_path, u
     folder = tmp_path / "stl10"
     if there:
         folder.mkdir()
-    with user_error("data.shards", folder, f"python launch/shard.py stl10 --out {tmp_path}"):
+    with user_error("data.shards", folder, f"python -m dlops_dist.shard stl10 --out {tmp_path}"):
         read_manifest(folder)
 
 
