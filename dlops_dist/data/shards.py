@@ -108,8 +108,8 @@ class Manifest(BaseModel):
         """(height, width) of all images."""
         if self.height is None or self.width is None:
             raise UserError(
-                f"data.shards: the images of {self.dataset} differ in size; pass --augment.size N, and N x N pixels "
-                f"of each are seen"
+                f"data.shards: the images of {self.dataset} differ in size; train with --augment.size N, and N x N "
+                f"pixels of each are seen"
             )
         return self.height, self.width
 

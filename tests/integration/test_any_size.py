@@ -101,7 +101,7 @@ def test_autoencoders_see_parts_too(any_size_shards, tmp_path):
 
 
 REFUSED = {
-    (): ["data.shards: the images of any-size differ in size", "pass --augment.size N"],
+    (): ["data.shards: the images of any-size differ in size", "train with --augment.size N"],
     (*SIZE, "--data.reader", "decoded"): ["data.reader: decoded", "leave out --data.reader"],
 }
 
