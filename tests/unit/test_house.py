@@ -20,7 +20,7 @@ LAYERS = [
     {"console", "trackers", "smoke"},
     {"sweep"},
     {"preflight", "ray_metrics"},
-    {"ray_cluster", "ray_worker", "ray_telling"},
+    {"ray_cluster", "ray_places", "ray_worker", "ray_telling"},
     {"ray_backend"},
     {"ray_tuner", "torchrun"},
     {"train", "dry_run", "evaluate", "report", "verify", "tune", "predict", "embed", "export", "shard", "commands"},
