@@ -17,6 +17,8 @@ from dlops_dist.errors import UserError, first_line
 
 PARTIAL = ".partial"
 """What is being written, or was when its process died."""
+OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss"})
+"""Where a name needs no folder; who asked for one would be given a new bucket in place of a mistyped one."""
 TELL_EVERY_S = 5.0
 SOCKET_PATH = 103 if sys.platform == "darwin" else 107
 LONGEST_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
@@ -83,17 +85,25 @@ class Folder:
             return (Path(self._place) / name).open("rb")
         return io.BytesIO(self._files.cat_file(f"{self._root}/{name}"))
 
-    def write(self, name: str, write_to: Callable[[BinaryIO], object]) -> None:
-        """Make or replace a file by what `write_to(file)` writes. It has its name once all of it is safe."""
+    def write(self, name: str, write_to: Callable[[BinaryIO], object], partial: str | None = None) -> None:
+        """Make or replace a file by what `write_to(file)` writes. It has its name once all of it is safe.
+
+        Args:
+            partial: as of `write_file`.
+        """
         if self._files is None:
             Path(self._place).mkdir(parents=True, exist_ok=True)
-            write_file(Path(self._place) / name, write_to, PARTIAL)
+            write_file(Path(self._place) / name, write_to, partial)
             return
-        content = io.BytesIO()
+        content, path = io.BytesIO(), f"{self._root}/{name}"
         write_to(content)
+        if self._stores_objects:  # each is there as a whole, or not
+            self._files.pipe_file(path, content.getvalue())
+            return
         self._files.makedirs(self._root, exist_ok=True)
-        self._files.pipe_file(f"{self._root}/{PARTIAL}", content.getvalue())
-        self._files.mv(f"{self._root}/{PARTIAL}", f"{self._root}/{name}")
+        until_whole = f"{self._root}/{partial or _partial(name)}"
+        self._files.pipe_file(until_whole, content.getvalue())
+        self._files.mv(until_whole, path)
 
     def write_text(self, name: str, text: str) -> None:
         self.write(name, lambda file: file.write(text.encode()))
@@ -105,11 +115,16 @@ class Folder:
                 with (Path(self._place) / name).open("x") as file:
                     file.write(text)
             else:
-                self._files.makedirs(self._root, exist_ok=True)
+                if not self._stores_objects:
+                    self._files.makedirs(self._root, exist_ok=True)
                 self._files.pipe_file(f"{self._root}/{name}", text.encode(), mode="create")
         except FileExistsError:
             return False
         return True
+
+    @property
+    def _stores_objects(self) -> bool:
+        return self._place.partition("://")[0] in OBJECT_STORES
 
     def append(self, name: str, text: str) -> None:
         """Add to the end of a file; a process that is killed meanwhile may leave a part of the text."""
@@ -148,12 +163,13 @@ def write_file(path: Path, write_to: Callable[[BinaryIO], object], partial: str 
     """Make or replace a file by what `write_to(file)` writes. It has its name once all of it is safe.
 
     Args:
-        partial: its name until then, which a killed process leaves behind; by default one that goes with its own.
+        partial: its name until then, which a killed process leaves behind; by default one that goes with its own, so
+            that other files may be written meanwhile.
 
     Raises:
         OSError: names the file, also where the system does not, as of a full disk. Nothing is left of it.
     """
-    until_whole = path.with_name(partial or f".{path.name}{PARTIAL}")
+    until_whole = path.with_name(partial or _partial(path.name))
     try:
         with until_whole.open("w+b") as file:
             write_to(file)
@@ -165,6 +181,10 @@ def write_file(path: Path, write_to: Callable[[BinaryIO], object], partial: str 
             error.filename = str(path)
         raise
     until_whole.rename(path)
+
+
+def _partial(name: str) -> str:
+    return f".{name}{PARTIAL}"
 
 
 @contextmanager

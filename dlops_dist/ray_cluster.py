@@ -4,13 +4,14 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from dlops_dist import preflight
 from dlops_dist.config import Run
-from dlops_dist.errors import UserError
+from dlops_dist.errors import RunError, UserError
 from dlops_dist.files import leave_room_for_sockets
 
 CONNECT_TIMEOUT_S = 10
@@ -18,6 +19,8 @@ ANSWER_S = 60
 """What a node has to say what it sees: its first process starts for it."""
 LEAVING_S = 15
 """What a job that has just ended has to leave its CPUs."""
+HEAD_TELL_S, HEAD_WAIT_S = 10, 40
+"""How long a head has not answered that is told of, and given up: Ray ends our process after 60 s, without a word."""
 UPLOADED = "working_dir_files"
 TRAIN_V2 = "RAY_TRAIN_V2_ENABLED"
 REFUSALS = {
@@ -80,6 +83,8 @@ def _connect(given: str) -> None:
 
     address = address_of_head(given)
     try:
+        if not _lets_us_in(address):
+            raise ConnectionError
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ray.exceptions.AuthenticationError):
         raise UserError(
@@ -90,6 +95,22 @@ def _connect(given: str) -> None:
         if (advice := next((advice for said, advice in REFUSALS.items() if said in str(error)), None)) is None:
             raise
         raise UserError(f"RAY_ADDRESS={given}: {' '.join(str(error).split())} {advice}") from None
+
+
+def _lets_us_in(address: str) -> bool:
+    """Whether a head takes our token, or that we have none; Ray would ask it again and again, with a line for each."""
+    import grpc
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated import gcs_service_pb2
+    from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
+
+    generated: Any = gcs_service_pb2
+    with init_grpc_channel(address) as channel:
+        try:
+            NodeInfoGcsServiceStub(channel).GetClusterId(generated.GetClusterIdRequest(), timeout=CONNECT_TIMEOUT_S)
+        except grpc.RpcError as error:
+            return error.code() != grpc.StatusCode.UNAUTHENTICATED
+    return True
 
 
 def address_of_head(given: str) -> str:
@@ -122,6 +143,32 @@ def address_of_head(given: str) -> str:
     return address
 
 
+class Head:
+    """The head of the cluster that we are connected to, which ends with it."""
+
+    def __init__(self, address: str) -> None:
+        host, _, port = address.rpartition(":")
+        self._address, self._at = address, (host.strip("[]"), int(port))
+        self._answered, self._told = time.monotonic(), False
+
+    def warning(self) -> str | None:
+        """What is to be said, once, of a head that does not answer.
+
+        Raises:
+            RunError: it has not for too long.
+        """
+        with suppress(OSError):
+            socket.create_connection(self._at, timeout=2).close()
+            self._answered, self._told = time.monotonic(), False
+        silent = time.monotonic() - self._answered
+        if silent > HEAD_WAIT_S:
+            raise RunError(f"the cluster's head, {self._address}, is lost; start one, and the same command goes on")
+        if silent < HEAD_TELL_S or self._told:
+            return None
+        self._told = True
+        return f"the cluster's head, {self._address}, does not answer; it is waited for, {HEAD_WAIT_S} s in all"
+
+
 def refuse_uploaded_folder(settings: Run) -> None:
     """A job's working directory is a copy that Ray deletes: nothing may be written there, and data is not in it."""
     for name, place in (("runs_dir", settings.runs_dir), ("data.shards", settings.data.shards)):
@@ -132,15 +179,20 @@ def refuse_uploaded_folder(settings: Run) -> None:
             )
 
 
-def resources_for(workers: int | None) -> tuple[dict[str, float], int]:
+def resources_for(workers: int | None, without: Collection[str] = ()) -> tuple[dict[str, float], int]:
     """What each worker gets, and how many there are: a GPU each where the cluster has GPUs, else CPUs.
 
     What other jobs use is not theirs to have. A job that has just ended is given time to leave.
+
+    Args:
+        without: ids of nodes that are not to be used.
     """
     import ray
     from ray._private.state import available_resources_per_node
 
-    nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+    nodes = {
+        node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in without
+    }
     gpus = int(sum(node.get("GPU", 0) for node in nodes.values()))
     num_workers = workers or gpus or 1
     if gpus and num_workers > gpus:
@@ -177,30 +229,62 @@ def cpus_for_each(nodes: Sequence[tuple[int, int]], num_workers: int, on_gpus: b
     raise UserError(f"workers: {num_workers} is more than the {total} {what}; pass fewer --workers or start more nodes")
 
 
-def check_nodes(shards: str, folder: str, file: str) -> None:
-    """Refuse a cluster whose other nodes see other shards, not the folder with its file, or run other versions."""
+def places_for(
+    workers: int | None, shards: str, folder: str, file: str, warn: Callable[[str], None] | None = None
+) -> tuple[dict[str, float], int, dict[str, str]]:
+    """What each worker gets, how many there are, and where: a label selector for nodes that are as this one.
+
+    Args:
+        workers: as `resources_for` takes it.
+        folder: that all must see, with the file in it.
+        warn: told of each node that is left out, where the others have room for all workers; None needs all nodes.
+
+    Raises:
+        UserError: other nodes see other shards, not the file, or run other versions.
+    """
+    resources, num_workers = resources_for(workers)
+    odd = _odd_nodes(resources, shards, folder, file)
+    lines = list(dict.fromkeys(line for found in odd.values() for line in found))
+    if not odd:
+        return resources, num_workers, {}
+    try:
+        if warn is None:
+            raise UserError
+        resources, _ = resources_for(num_workers, without=odd)
+    except UserError:
+        raise UserError("\nerror: ".join(lines)) from None
+    for line in lines:
+        warn(f"{line}; that node is left out")
+    return resources, num_workers, {"ray.io/node-id": f"!in({','.join(odd)})"}
+
+
+def _odd_nodes(worker: dict[str, float], shards: str, folder: str, file: str) -> dict[str, list[str]]:
+    """By id, what is wrong with each node that has what a worker needs and is not as this one."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    here = ray.get_runtime_context().get_node_id()
-    others = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
-    del others[here]
-    if not others:
-        return
+    nodes = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes() if _has_room(node, worker)}
+    nodes.pop(ray.get_runtime_context().get_node_id(), None)
+    if not nodes:
+        return {}
     look = ray.remote(num_cpus=0)(preflight.look)
     asked = {}
-    for node in others:
+    for node in nodes:
         there = NodeAffinitySchedulingStrategy(node, soft=False)
         asked[look.options(scheduling_strategy=there).remote(shards, folder, file)] = node
     answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S)
-    lines = [f"node {others[asked[call]]} does not answer in {ANSWER_S} s; restart Ray there" for call in silent]
-    seen = []
+    silence = f"does not answer in {ANSWER_S} s; restart Ray there"
+    odd = {asked[call]: [f"node {nodes[asked[call]]} {silence}"] for call in silent}
+    here = preflight.look(shards, folder, file)
     for call in answered:
+        node = asked[call]
         try:
-            seen.append(ray.get(call))
+            odd[node] = preflight.complaints(here, ray.get(call), shards, folder)
         except ray.exceptions.RayError as error:
             why = str(error).strip().splitlines()[-1]
-            lines.append(f"node {others[asked[call]]} cannot run dlops_dist ({why}); install the same version there")
-    lines += preflight.complaints(preflight.look(shards, folder, file), seen, shards, folder)
-    if lines:
-        raise UserError("\nerror: ".join(lines))
+            odd[node] = [f"node {nodes[node]} cannot run dlops_dist ({why}); install the same version there"]
+    return {node: found for node, found in odd.items() if found}
+
+
+def _has_room(node: dict[str, Any], worker: dict[str, float]) -> bool:
+    return node["Alive"] and all(node["Resources"].get(name, 0) >= amount for name, amount in worker.items())

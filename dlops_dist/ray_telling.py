@@ -1,5 +1,6 @@
 """What is told of a run's Ray workers: who controls them, which are lost, what is waited for."""
 
+import time
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from typing import Any
@@ -7,7 +8,13 @@ from typing import Any
 from dlops_dist.config import Run
 from dlops_dist.engine.run_folder import RunFolder
 from dlops_dist.events import Begun, Warned
+from dlops_dist.ray_metrics import RESTARTS, gauge
 from dlops_dist.ray_worker import SAVE_S, SIGTERM_SAVED, WITH_IT, begin, save_now
+
+SILENT_S = 30.0
+"""How long a worker has not answered that is told of, and named where the others then give up. Its process is stopped,
+or just busy: it is never ended for that.
+"""
 
 
 def teller(events: Any, settings: Run) -> Any:
@@ -26,15 +33,21 @@ def teller(events: Any, settings: Run) -> Any:
     why = {WorkerHealthCheckFailedError: "died", WorkerHealthCheckTimeoutError: "does not answer"}
     run = str(RunFolder.of(settings))
     limit, wait_s = settings.max_restarts, settings.node_wait if settings.min_workers is None else None
+    silent_s = min(SILENT_S, settings.collective_timeout / 2)
+    others_wait = f"; the others give up after {settings.collective_timeout} s without it (--collective-timeout)"
 
     class Teller(ControllerCallback, WorkerGroupCallback):
         def __init__(self) -> None:
             self.places: list[Any] = []
+            self.group: Any = None
             self.first: Any = None
+            self.silent: set[int] = set()
             self.restarts = 0
+            self.gauge: Any = None
 
         def after_controller_start(self, train_run_context: Any) -> None:
             events.actor.put_nowait.remote(Begun(ray.get_runtime_context().current_actor))
+            self.gauge = gauge(RESTARTS, "How often the workers were started again", str(settings.name))
             if wait_s is None:
                 _take_over(run, f"train-{train_run_context.run_id}")
 
@@ -44,7 +57,16 @@ def teller(events: Any, settings: Run) -> Any:
 
         def after_worker_group_start(self, worker_group: Any) -> None:
             workers = worker_group.get_workers()
-            self.first, self.places = workers[0], [worker.metadata for worker in workers]
+            self.group, self.first, self.silent = worker_group, workers[0], set()
+            self.places = [worker.metadata for worker in workers]
+
+        def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
+            self.gauge.set(self.restarts)  # Ray forgets what is not told again
+            polls = getattr(self.group, "_world_rank_to_ongoing_poll", {})
+            silent = {rank for rank, poll in polls.items() if time.monotonic() - poll.start_time > silent_s}
+            for rank in sorted(silent - self.silent):
+                self.warn(f"{self.named(rank)} has not answered for {silent_s:.0f} s{others_wait}")
+            self.silent = silent
 
         def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
             if isinstance(current_state, RestartingState):
@@ -67,6 +89,9 @@ def teller(events: Any, settings: Run) -> Any:
                 return bool(ray.get(self.first.execute_async(save_now, SAVE_S), timeout=2 * SAVE_S))
             return False
 
+        def named(self, rank: int) -> str:
+            return f"worker {rank} on node {self.places[rank].hostname}"
+
         def taken(self, preempted: Any) -> str:
             names = sorted({self.places[rank].hostname for rank in preempted.preempted_ranks})
             return f"node {', '.join(names)}"
@@ -77,13 +102,15 @@ def teller(events: Any, settings: Run) -> Any:
             self.restarts += 1
             failures = getattr(error, "worker_failures", {})
             lost = {rank: why[type(failed)] for rank, failed in failures.items() if type(failed) in why}
+            if not lost:  # whoever fails for want of a silent one only says so
+                lost = dict.fromkeys(self.silent, "does not answer")
             if not lost:
                 said = {rank: last_line(failed).removeprefix("RuntimeError: ") for rank, failed in failures.items()}
                 causes = {rank: text for rank, text in said.items() if text != WITH_IT} or said
                 rank, text = next(iter(causes.items()), (0, ""))
                 lost = {rank: text if text == SIGTERM_SAVED else f"failed: {text}"} if causes else {}
             there = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-            told = {f"worker {rank} on node {self.places[rank].hostname}": lost[rank] for rank in sorted(lost)}
+            told = {self.named(rank): lost[rank] for rank in sorted(lost)}
             gone = {self.places[rank].hostname for rank in lost if self.places[rank].node_id not in there}
             return _loss(told, gone, self.restarts, limit, wait_s)
 

@@ -160,7 +160,7 @@ def index(settings: Index) -> None:
 
 
 def pack_all(settings: Pack) -> None:
-    from dlops_dist.data.pack import packed_before
+    from dlops_dist.data.pack import clear_complete, packed_before
 
     if settings.source and (len(settings.datasets) != 1 or settings.datasets[0] not in WITH_SOURCE):
         raise UserError(f"--source goes with exactly one of {', '.join(WITH_SOURCE)}: name it")
@@ -173,6 +173,7 @@ def pack_all(settings: Pack) -> None:
         out = settings.out / name
         manifest = None if settings.again else packed_before(out, asked_for)
         if manifest is not None:
+            clear_complete(out)
             unread = "; --source was not looked at" if settings.source else ""
             print(f"{out}: already packed, {describe(manifest)}{unread} (--again packs anew)")
             continue

@@ -22,7 +22,7 @@ from dlops_dist.command_line import read_command_line
 from dlops_dist.config import SHIPPED, Run, stem_of
 from dlops_dist.errors import OneLineParser, exit_code_of
 from dlops_dist.signals import stop_signals
-from dlops_dist.torchrun import first_rank_first, joined, started_by_torchrun
+from dlops_dist.torchrun import first_rank_first, joined, started_by_torchrun, wait_at_most
 
 
 def main() -> None:
@@ -50,6 +50,7 @@ def train(task: str, arguments: list[str]) -> None:
 
         if started_by_torchrun():
             settings = settings.model_copy(update={"local": True})
+            wait_at_most(settings.collective_timeout)
         check_trackers(settings)
         if settings.smoke and not dry_run:
             settings = with_smoke_shards(task, settings)

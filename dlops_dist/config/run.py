@@ -52,7 +52,7 @@ class Run(Section):
     node_wait: int = Field(900, ge=0)
     """Seconds that Ray workers wait for a node in place of one that is lost."""
     collective_timeout: int = Field(300, ge=1)
-    """Seconds after which a Ray worker that hears nothing of the others gives up."""
+    """Seconds after which a worker that hears nothing of the others gives up."""
     wandb: Literal["online", "offline", "off"] = Field(default_factory=wandb_of_environment)
     """Log to Weights & Biases; offline needs neither key nor network. By default as WANDB_MODE says, else off."""
     tensorboard: bool = False

@@ -10,6 +10,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -202,11 +203,22 @@ def _begin(out: Path, dataset: str, packing: Packing, source: Source, stamp: str
         _clear(out, keep={PLAN})
 
 
+def clear_complete(out: Path) -> None:
+    """Remove what a packing has left that was killed once all was there; not from a folder that may only be read."""
+    if (out / PLAN).exists():
+        with suppress(OSError, UserError), locked(out, "packed"):
+            _clear(out, keep={shard.name for shard in read_manifest(out).shards})
+
+
 def _clear(out: Path, keep: set[str]) -> None:
-    """Remove what a packing leaves behind: its shards, half-written files, its plan. Never a stranger's file."""
+    """Remove what a packing leaves behind: its shards, half-written files, last of all its plan. Never a stranger's
+    file.
+    """
     for path in out.iterdir():
-        if path.name not in keep and (OWN_FILE.fullmatch(path.name) or path.name == PLAN):
+        if path.name not in keep and OWN_FILE.fullmatch(path.name):
             path.unlink()
+    if PLAN not in keep:
+        (out / PLAN).unlink(missing_ok=True)
 
 
 def _write(held: tuple[Source, Path, int | None, bool], planned: Planned) -> Facts:

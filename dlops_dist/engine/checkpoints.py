@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dlops_dist.errors import RunError, first_line
-from dlops_dist.files import Folder
+from dlops_dist.files import PARTIAL, Folder
 
 ANEW = "remove the run's folder to train anew, or choose another --name"
 FILE = re.compile(r"step-(\d{9,})\.pt")
@@ -104,7 +104,7 @@ class Checkpoints:
         return None
 
     def _write(self, step: int, state: dict[str, Any], also_kept: int | None) -> None:
-        self._folder.write(_file(step), lambda file: torch.save(state, file))
+        self._folder.write(_file(step), lambda file: torch.save(state, file), PARTIAL)  # a killed one's is replaced
         earlier = [s for s in self.steps() if s < step]
         for old in earlier[: max(0, len(earlier) + 1 - self.kept)]:
             if old != also_kept:

@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path, PurePath
 from typing import Any
@@ -16,7 +16,7 @@ from dlops_dist.config import SHIPPED, Run, common_settings, is_loaded, load_rec
 from dlops_dist.config.yaml_file import parse_yaml
 from dlops_dist.data.shards import Manifest, read_manifest
 from dlops_dist.engine.checkpoints import ANEW, Checkpoints
-from dlops_dist.engine.lease import lease, owner, taken_over, unwritable
+from dlops_dist.engine.lease import LEASE, lease, owner, taken_over, unwritable
 from dlops_dist.engine.resume import hindrance, refuse_other_settings
 from dlops_dist.engine.rows import best_row, is_out_of_patience, parsed, rows_before, text_of, timeless
 from dlops_dist.errors import RunError, UserError
@@ -84,12 +84,23 @@ class RunFolder:
 
     @contextmanager
     def locked(self, tell: Callable[[str], None] = lambda text: None) -> Iterator[None]:
-        """Keep other processes, of this machine and of others, from training the same run."""
+        """Keep other processes, of this machine and of others, from training the same run.
+
+        One that is refused before anything was trained leaves no folder.
+        """
         path = self.folder.local
-        if path is not None:
-            make_writable(path, "runs_dir", "choose another --runs-dir")
-        with nullcontext() if path is None else locked(path, "trained"), lease(self.folder, tell):
-            yield
+        with ExitStack() as stack:
+            if path is not None:
+                make_writable(path, "runs_dir", "choose another --runs-dir")
+                stack.enter_context(locked(path, "trained"))
+                stack.callback(_remove_empty, path)
+            stack.enter_context(lease(self.folder, tell))
+            try:
+                yield
+            except UserError:
+                if self.folder.names() == [CONFIG, LEASE] and not self.checkpoints.steps():
+                    self.folder.delete(CONFIG)
+                raise
 
     def check_room(self, weights: int, checkpoints: int) -> None:
         """Refuse a disk that will be full before so many checkpoints are written, of so many bytes of weights."""
@@ -195,14 +206,16 @@ class RunFolder:
     def add_steps(self, rows: Sequence[dict[str, Any]]) -> None:
         """Rows of steps that were logged, after those that are there."""
         self._check_owner()
-        self.folder.append(STEPS, text_of(rows))
+        with _mended_by_hand():
+            self.folder.append(STEPS, text_of(rows))
 
     def add_row(self, row: dict[str, Any]) -> None:
         """That of an epoch whose checkpoint follows; the checkpoint before is safe by then."""
         self.checkpoints.wait()
         self._check_owner()
         self._trained.append(row)
-        self.folder.write_text(METRICS, text_of(self._trained))
+        with _mended_by_hand():
+            self.folder.write_text(METRICS, text_of(self._trained))
 
     def save(self, settings: Run, state: dict[str, Any]) -> None:
         """Write the checkpoint of state["step"], beside the steps that follow."""
@@ -266,6 +279,20 @@ class RunFolder:
                 return file.read()
         except (FileNotFoundError, NotADirectoryError):
             return None
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):  # something is in it
+        folder.rmdir()
+
+
+@contextmanager
+def _mended_by_hand() -> Iterator[None]:
+    """A full disk ends a run: whoever starts it again would only meet it again."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{error.filename}: {error.strerror}; mend that, then the same command goes on") from error
 
 
 def _step_of(line: bytes) -> float:

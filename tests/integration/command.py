@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -82,6 +83,31 @@ def call(*arguments, cwd=None, env=None):
             torch.utils.deterministic.fill_uninitialized_memory = True
     output.seek(0)
     return code, output.read()
+
+
+def lines_of(process):
+    """What it prints, as it comes."""
+    lines = []
+
+    def read():
+        for line in process.stdout:
+            lines.append(line.rstrip())
+
+    threading.Thread(target=read, daemon=True).start()
+    return lines
+
+
+def last_step(run_folder):
+    """That was taken and logged; of a row of which only a part is written yet, the one before."""
+    file = run_folder / "steps.jsonl"
+    whole = file.read_text().rpartition("\n")[0].splitlines() if file.exists() else []
+    return json.loads(whole[-1])["step"] if whole else 0
+
+
+def last_checkpoint(run_folder):
+    """(name, bytes) of it."""
+    file = max((run_folder / "checkpoints").glob("step-*.pt"))
+    return file.name, file.read_bytes()
 
 
 def rows(run_folder):

@@ -15,18 +15,22 @@ RAY = Path(sys.executable).parent / "ray"
 
 
 @contextmanager
-def head_node(folder, cpus, within=(), address="127.0.0.1"):
+def head_node(folder, cpus, within=(), address="127.0.0.1", options=()):
     """Environment in which commands reach a cluster that asks for a token."""
-    ports = [free_port() for _ in range(3)]
+    ports = [free_port() for _ in range(4)]
     token = folder / "token"
     token.write_text("0123456789abcdef" * 4)
     mode = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
-    options = ["--head", "--port", ports[0], "--dashboard-port", ports[1], "--dashboard-agent-listen-port", ports[2]]
-    options += ["--node-ip-address", address]
-    with node(mode, *options, "--num-cpus", cpus, within=within) as process:
+    head = ["--head", "--port", ports[0], "--dashboard-port", ports[1], "--dashboard-agent-listen-port", ports[2]]
+    head += ["--node-ip-address", address, "--num-cpus", cpus, "--metrics-export-port", ports[3]]
+    head += ["--system-config", json.dumps({"metrics_report_interval_ms": 1000})]
+    with node(mode, *head, *options, within=within) as process:
         assert wait_until(lambda: process.poll() is not None or listens(ports[1], within), 120)
         assert process.poll() is None, "ray start ended"
-        dashboard = {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports[1]}"}
+        dashboard = {
+            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports[1]}",
+            "METRICS": f"http://{address}:{ports[3]}",
+        }
         yield {**mode, **dashboard, "RAY_ADDRESS": f"{address}:{ports[0]}"}
 
 
@@ -83,7 +87,7 @@ def hosts(folder, number):
     """
     (folder / "hosts").write_text(f"127.0.0.1 localhost {socket.gethostname()}\n")
     named, private = f"mount --bind {folder}/hosts /etc/hosts", "mkdir -p /tmp/ray && mount -t tmpfs none /tmp/ray"
-    names = [f"dlops{os.getpid()}-{place}" for place in range(number)]
+    names = [host_name(place) for place in range(number)]
     first, places, inside = names[0], range(1, number), []
     try:
         for name in names:
@@ -105,6 +109,15 @@ def hosts(folder, number):
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], check=False)
+
+
+def host_name(place):
+    return f"dlops{os.getpid()}-{place}"
+
+
+def link(place, state):
+    """Let the link of a host to the first one be up or down: what is sent meanwhile is lost, and nobody is told."""
+    ip("-n", host_name(0), "link", "set", f"to{place}", state)
 
 
 def ip(*arguments):

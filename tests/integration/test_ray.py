@@ -1,6 +1,5 @@
 """Under a real Ray on this machine, which a run starts for itself or finds: train, refuse, submit, be killed."""
 
-import json
 import os
 import re
 import shutil
@@ -9,23 +8,24 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import urllib.error
 import urllib.request
-from contextlib import ExitStack
-from itertools import count
 from pathlib import Path
 
 import psutil
 import pytest
-from command import CACHE, ROOT, TINY, call, rows, run, start, wait_until
-from ray_nodes import RAY, free_port, head_node, hosts, kill_all, node, nodes_alive
+from command import CACHE, ROOT, TINY, call, last_checkpoint, last_step, rows, run, start, wait_until
+from drilled import Drilled, lost_or_repeated, undisturbed
+from fleet import Fleet, can_have_hosts
+from happenings import node_killed_and_back, preempted, worker_processes, worker_stopped
+from ray_nodes import RAY, free_port, head_node, node, nodes_alive
 
-from dlops_dist.command_line import read_settings
-from dlops_dist.engine import fit, prepare
+from dlops_dist.ray_metrics import GAUGES, RESTARTS
 
 SETTINGS = [*TINY, "--blocks", "4", "--exactness", "bits", "--epochs", "2", "--name", "run"]
-STEPS_PER_EPOCH = 12
+STEPS_PER_EPOCH, STOPPED_EPOCHS = 12, 20
+ELASTIC = ["--workers", "3", "--min-workers", "1", "--collective-timeout", "20"]
+LEFT_OUT = "; that node is left out"
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +58,7 @@ def assert_is_that_of_one_process(run_folder, *command):
     code, output = call(*command, "--runs-dir", whole, "--workers", "1", "--local")
     assert code == 0, output
     assert rows(run_folder) == rows(whole / "run")
-    ours, theirs = (max((folder / "checkpoints").iterdir()) for folder in (run_folder, whole / "run"))
-    assert (ours.name, ours.read_bytes()) == (theirs.name, theirs.read_bytes())
+    assert last_checkpoint(run_folder) == last_checkpoint(whole / "run")
 
 
 def test_workers_of_a_ray_of_their_own_compute_what_one_process_computes_and_ask_no_stranger(shapes_shards, tmp_path):
@@ -125,6 +124,15 @@ def test_more_workers_than_the_cluster_has_is_one_line(cluster, shapes_shards, t
     assert output.splitlines()[-1].startswith("error: workers: 5 is more than the 3 CPUs")
 
 
+@pytest.mark.slow
+def test_a_cluster_whose_token_is_missing_says_so_and_no_more(cluster, shapes_shards, tmp_path):
+    code, output = train(shapes_shards, tmp_path, env={"RAY_ADDRESS": cluster["RAY_ADDRESS"], "HOME": tmp_path})
+    assert (code, len(output.splitlines())) == (2, 2), output
+    assert output.splitlines()[-1].startswith(
+        f"error: RAY_ADDRESS={cluster['RAY_ADDRESS']}: what answers there does not "
+    )
+
+
 OCCUPY = """
 import ray, time
 ray.init(logging_level="ERROR")
@@ -179,8 +187,7 @@ def killed_and_whole(command, after, epochs, cluster, tmp_path):
     process = start(*command, "--runs-dir", tmp_path / "killed", env=cluster)
     metrics = tmp_path / "killed/run/metrics.jsonl"
     assert wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= after, 120)
-    workers = subprocess.run(["pgrep", "-f", "ray::RayTrainWorker"], capture_output=True, text=True, check=True)
-    os.kill(int(workers.stdout.split()[0]), signal.SIGKILL)
+    worker_processes()[0].kill()
     assert len(metrics.read_text().splitlines()) < epochs, "it finished before it was stopped"
     output, _ = process.communicate(timeout=180)
     assert process.returncode == 0, output
@@ -193,76 +200,36 @@ def killed_and_whole(command, after, epochs, cluster, tmp_path):
 
 
 @pytest.mark.root
-@pytest.mark.skipif(shutil.which("ip") is None, reason="no hosts without iproute2")
-def test_nodes_that_are_lost_or_come_back_or_are_taken_away_change_no_bit(shapes_shards, tmp_path):
+@pytest.mark.skipif(not can_have_hosts(), reason="no hosts without root and iproute2")
+def test_nodes_that_are_lost_or_come_back_and_a_worker_that_hangs_change_no_bit(shapes_shards, tmp_path):
     """On hosts whose names are this machine's, and stand for no address that the other can reach."""
-    arguments = ["--loss", "center", "--epochs", "400", "--log-every", "1"]
-    with hosts(tmp_path, 3) as ((here, address), *others), ExitStack() as nodes:
-        cluster = nodes.enter_context(head_node(tmp_path, 1, here, address))
-
-        def one_more(host):
-            within, address = host
-            options = ["--address", cluster["RAY_ADDRESS"], "--num-cpus", 1, "--node-ip-address", address]
-            return nodes.enter_context(node(cluster, *options, within=within))
-
-        lost, taken = map(one_more, others)
-        assert wait_until(lambda: len(nodes_alive(cluster, here)) == 3, 90)
-        elastic = [*arguments, "--workers", "3", "--min-workers", "1", "--runs-dir", tmp_path / "moved"]
-        command = ["train", "q1", "--data.shards", shapes_shards, *SETTINGS]
-        process = start(*command, *elastic, env=cluster, within=here)
-        told = lines_of(process)
-        assert wait_until(lambda: last_step(tmp_path / "moved/run") >= 3, 120)
-        kill_all(lost)
-        assert begins(told, 3, 2)
-        one_more(others[0])
-        assert begins(told, 3, 2, 3)
-        notice = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
-        taken_id = dict(nodes_alive(cluster, here))[others[1][1]]
-        notice += ["--deadline-remaining-seconds", "6", "--address", cluster["RAY_ADDRESS"], "--node-id", taken_id]
-        subprocess.run([*here, RAY, "drain-node", *notice], env={**os.environ, **cluster}, check=True)
-        assert begins(told, 3, 2, 3, 2)
-        kill_all(taken)
-        process.send_signal(signal.SIGTERM)
-        process.wait(timeout=120)
-    assert process.returncode == 130, told
+    with Fleet(tmp_path, 2, on_hosts=True) as fleet:
+        drilled = Drilled(fleet, shapes_shards, tmp_path / "moved", *ELASTIC)
+        drilled.begin()
+        drilled.trains(3)
+        for event in (node_killed_and_back, worker_stopped, preempted):
+            assert all(seconds < 120 for _, seconds in event(drilled))
+        step = drilled.stop()
+    assert drilled.workers == [3, 2, 3, 3, 2]
     name = socket.gethostname()
-    died, *warnings = [line for line in told if line.startswith("warning: ")]
-    assert re.fullmatch(rf"warning: worker \d on node {name} died; all go on from the last checkpoint, .*", died)
-    assert warnings == [
+    worker, goes_on = rf"warning: worker \d on node {name}", "all go on from the last checkpoint"
+    expected = [
+        f"{worker} died; {goes_on}, restart 1 of 20",
         "warning: the cluster has room for another number of workers; the step is saved",
+        rf"{worker} has not answered for 10 s; the others give up after 20 s without it \(--collective-timeout\)",
+        f"{worker} does not answer; {goes_on}, restart 2 of 20",
         f"warning: node {name} is going to be taken away; the step is saved",
-        f"warning: node {name} is taken away; all go on from the last checkpoint",
+        f"warning: node {name} is taken away; {goes_on}",
     ]
-    step, asked = last_step(tmp_path / "moved/run"), count()
-    epochs = -(-step // STEPS_PER_EPOCH)  # it is asked once more at the beginning of each
-    settings = read_settings("q1", [str(part) for part in (*command[2:], *arguments, "--runs-dir", tmp_path / "whole")])
-    with pytest.raises(KeyboardInterrupt):
-        fit(prepare("q1", settings), stop=lambda: next(asked) == step + epochs - 1)
-    ours, theirs = (max((tmp_path / name / "run/checkpoints").iterdir()) for name in ("moved", "whole"))
-    assert (ours.name, ours.read_bytes()) == (theirs.name, theirs.read_bytes())
-
-
-def lines_of(process):
-    """What it prints, as it comes."""
-    lines = []
-
-    def read():
-        for line in process.stdout:
-            lines.append(line.rstrip())
-
-    threading.Thread(target=read, daemon=True).start()
-    return lines
-
-
-def begins(lines, *workers):
-    """Whether, in time, the run has begun, and gone on, with these numbers of workers one after the other."""
-    return wait_until(
-        lambda: [int(n) for line in lines for n in re.findall(r" (\d) workers? on cpu", line)] == [*workers], 120
-    )
+    told = [line for line in drilled.lines if line.startswith("warning: ")]
+    assert len(told) == len(expected), told
+    assert all(map(re.fullmatch, expected, told)), told
+    assert lost_or_repeated(drilled.folder) == 0
+    assert last_checkpoint(drilled.folder) == undisturbed(shapes_shards, {step}, tmp_path / "whole")[step]
 
 
 @pytest.mark.root
-def test_a_node_that_sees_other_files_is_refused_before_the_run_begins(cluster, shapes_shards, tmp_path):
+def test_a_node_that_sees_other_files_is_refused_where_it_is_needed_and_else_left_out(cluster, shapes_shards, tmp_path):
     """In a mount namespace of its own: without the shards and the run, and with other code."""
     (tmp_path / "runs").mkdir()
     shutil.copytree(ROOT / "dlops_dist", tmp_path / "other")
@@ -273,15 +240,18 @@ def test_a_node_that_sees_other_files_is_refused_before_the_run_begins(cluster, 
     within = ["unshare", "--mount", "sh", "-c", " && ".join([*hide, 'exec "$0" "$@"'])]
     with node(cluster, "--address", cluster["RAY_ADDRESS"], "--num-cpus", 1, within=within):
         assert wait_until(lambda: len(nodes_alive(cluster)) == 2, 90)
-        code, output = train(shapes_shards, tmp_path / "runs", "--workers", "2", env=cluster)
+        refused = train(shapes_shards, tmp_path / "runs", "--workers", "4", env=cluster)
+        assert not (tmp_path / "runs/run").exists()
+        trained = train(shapes_shards, tmp_path / "runs", "--workers", "3", "--epochs", "1", env=cluster)
     assert wait_until(lambda: len(nodes_alive(cluster)) == 1, 90)
-    assert code == 2, output
-    shards, runs, version = output.splitlines()[-3:]
-    assert shards.startswith(f"error: data.shards: {shapes_shards} are not there on node ")
-    assert runs.startswith(f"error: runs_dir: {tmp_path}/runs/run is not there on node ")
-    assert version.startswith("error: dlops_dist is ")
-    assert version.endswith("; install the same everywhere")
-    assert not (tmp_path / "runs/run/checkpoints").exists()
+    for (code, output), expected, prefix, suffix in ((refused, 2, "error: ", ""), (trained, 0, "warning: ", LEFT_OUT)):
+        assert code == expected, output
+        shards, runs, version = [line for line in output.splitlines() if line.startswith(prefix)]
+        assert shards.startswith(f"{prefix}data.shards: {shapes_shards} are not there on node ")
+        assert runs.startswith(f"{prefix}runs_dir: {tmp_path}/runs/run is not there on node ")
+        assert version.startswith(f"{prefix}dlops_dist is ")
+        assert version.endswith(f"; install the same everywhere{suffix}")
+    assert "3 workers on cpu" in trained[1]
 
 
 def job(cluster, *arguments, **options):
@@ -354,11 +324,12 @@ def test_ctrl_c_while_ray_starts_what_is_needed_is_one_line(after, cluster, shap
 @pytest.mark.slow
 def test_a_stopped_job_and_a_stopped_command_go_on_to_the_same_bits(cluster, shapes_shards, tmp_path):
     """No step is taken twice."""
-    command = training(shapes_shards, tmp_path / "stopped", "--epochs", "9", "--log-every", "1")
+    command = training(shapes_shards, tmp_path / "stopped", "--epochs", str(STOPPED_EPOCHS), "--log-every", "1")
     folder = tmp_path / "stopped/run"
     code, output = job(cluster, "submit", "--no-wait", "--submission-id", tmp_path.name, "--", *command)
     assert code == 0, output
     assert wait_until(lambda: last_step(folder) >= 15, 120)
+    assert wait_until(lambda: set(told_to_prometheus(cluster)) == {*GAUGES, RESTARTS}, 20, every_s=0.5)
     code, output = job(cluster, "stop", tmp_path.name)
     assert code == 0, output
     assert "STOPPED" in job(cluster, "status", tmp_path.name)[1].upper()
@@ -381,15 +352,20 @@ def test_a_stopped_job_and_a_stopped_command_go_on_to_the_same_bits(cluster, sha
     assert_is_that_of_one_process(folder, "train", *command[3:])
 
 
-def last_step(folder):
-    """That was taken and logged."""
-    file = folder / "steps.jsonl"
-    return json.loads(file.read_text().splitlines()[-1])["step"] if file.exists() else 0
+def told_to_prometheus(cluster):
+    """{name: value} of the run's gauges, where Ray lets Prometheus read them."""
+    try:
+        answer = urllib.request.urlopen(cluster["METRICS"])
+    except urllib.error.URLError:  # it does not listen yet
+        return {}
+    with answer:
+        lines = re.findall(r'^ray_dlops_dist_(\w+)\{.*run="run".*\} (\S+)$', answer.read().decode(), re.MULTILINE)
+    return {name: float(value) for name, value in lines}
 
 
 def stopped_at(folder):
     """The last step, which is saved."""
     step = last_step(folder)
     assert max((folder / "checkpoints").iterdir()).name == f"step-{step:09d}.pt"
-    assert step < 9 * STEPS_PER_EPOCH, "it finished before it was stopped"
+    assert step < STOPPED_EPOCHS * STEPS_PER_EPOCH, "it finished before it was stopped"
     return step

@@ -141,6 +141,18 @@ def test_a_packing_that_is_killed_again_and_again_ends_with_the_same_bytes(packi
     assert contents(out) == undisturbed
 
 
+def test_what_a_packing_left_that_was_killed_once_all_was_there_is_gone_after_the_next(packing, undisturbed, tmp_path):
+    out = tmp_path / "tiny-imagenet"
+    out.mkdir()
+    for name, content in undisturbed.items():
+        (out / name).write_bytes(content)
+    for name in (".packing.json", ".train-000001.tar.done"):
+        (out / name).write_text("{}")
+    code, output = call(*packing, "--out", tmp_path)
+    assert (code, "already packed" in output) == (0, True), output
+    assert contents(out) == undisturbed
+
+
 def sharers(process):
     """The processes that share a packing's work."""
     children = psutil.Process(process.pid).children()

@@ -7,9 +7,9 @@ import subprocess
 from contextlib import ExitStack, contextmanager
 
 import pytest
-from command import ROOT, TINY, wait_until
+from command import ROOT, TINY, last_step, wait_until
 from ray_nodes import hosts
-from test_ray import assert_is_that_of_one_process, last_step
+from test_ray import assert_is_that_of_one_process
 
 CONF = """
 ClusterName=trial

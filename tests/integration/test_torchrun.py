@@ -17,7 +17,7 @@ SETTINGS = [*TINY, "--blocks", "4", "--epochs", "6", "--checkpoint-every", "4", 
 def torchrun(*arguments, restarts=0):
     """The launcher, under way."""
     command = [Path(sys.executable).parent / "torchrun", "--nproc-per-node", "2", "--max-restarts", restarts]
-    command += ["--standalone", "-m", "dlops_dist.train", "q1", *arguments]
+    command += ["--standalone", "-m", "dlops_dist.train", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
@@ -33,7 +33,7 @@ def of_ours(output):
 
 @pytest.mark.slow
 def test_a_stopped_and_a_killed_process_of_torchrun_change_no_bit_and_each_line_comes_once(shapes_shards, tmp_path):
-    arguments = ["--data.shards", shapes_shards, *SETTINGS]
+    arguments = ["q1", "--data.shards", shapes_shards, *SETTINGS]
     checkpoints, steps = tmp_path / "ranks/run/checkpoints", tmp_path / "ranks/run/steps.jsonl"
     with torchrun(*arguments, "--runs-dir", tmp_path / "ranks") as process:
         assert wait_until(lambda: steps.exists() and len(steps.read_text().splitlines()) >= 7, 90)
@@ -57,7 +57,7 @@ def test_a_stopped_and_a_killed_process_of_torchrun_change_no_bit_and_each_line_
     assert " from step " in second
     assert [line.split("  ")[0] for line in told if line.startswith("epoch ")][-1] == "epoch 6/6"
     assert sum(line.startswith("result: q1 ce after 6 epochs: test loss ") for line in told) == 1
-    code, whole = call("train", "q1", *arguments, "--local", "--runs-dir", tmp_path / "one")
+    code, whole = call("train", *arguments, "--local", "--runs-dir", tmp_path / "one")
     assert code == 0, whole
     assert rows(tmp_path / "ranks/run") == rows(tmp_path / "one/run")
     last, expected = max(checkpoints.iterdir()), max((tmp_path / "one/run/checkpoints").iterdir())

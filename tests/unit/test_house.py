@@ -19,7 +19,7 @@ LAYERS = [
     {"recipes"},
     {"console", "trackers", "smoke"},
     {"sweep"},
-    {"preflight"},
+    {"preflight", "ray_metrics"},
     {"ray_cluster", "ray_worker", "ray_telling"},
     {"ray_backend"},
     {"ray_tuner", "torchrun"},

@@ -12,6 +12,7 @@ import ray
 import yaml
 
 from dlops_dist.command_line import read_settings
+from dlops_dist.ray_metrics import GAUGES, RESTARTS
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 JOB = {
@@ -56,6 +57,12 @@ def test_the_job_has_kuberays_fields_and_a_command_of_ours():
     gpus = sum(g["replicas"] * int(g["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"])
                for g in groups[1:])  # fmt: skip
     assert (settings.workers, settings.min_workers) == (gpus, 1)
+
+
+def test_the_dashboard_shows_what_runs_tell_prometheus():
+    panels = json.loads((LAUNCH / "grafana.json").read_text())["panels"]
+    shown = {target["expr"].partition("{")[0] for panel in panels for target in panel["targets"]}
+    assert shown == {f"ray_dlops_dist_{name}" for name in (*GAUGES, RESTARTS)}
 
 
 @pytest.mark.parametrize(

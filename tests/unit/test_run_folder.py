@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -355,3 +356,16 @@ def test_settings_of_a_loss_that_is_not_the_runs_may_differ(left, whole, setting
     assert_same(tmp_path / "run", whole)
     with user_error("ce.label_smoothing 0.0 there, 0.1 here"):
         go_on(settings_of(tmp_path, ce={"label_smoothing": 0.1}))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk that is always full")
+def test_a_full_disk_ends_a_run_in_one_line(tmp_path):
+    """An error of the run's own: Ray's workers are not started again for it."""
+    run = RunFolder(tmp_path)
+    for file, partial, write in (
+        ("steps.jsonl", "steps.jsonl", lambda: run.add_steps([{"step": 1}])),
+        ("metrics.jsonl", ".metrics.jsonl.partial", lambda: run.add_row({"step": 1})),
+    ):
+        (tmp_path / partial).symlink_to("/dev/full")
+        with pytest.raises(RunError, match=rf"{tmp_path}/{file}: No space left on device; mend that, then the same"):
+            write()

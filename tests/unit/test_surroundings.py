@@ -6,16 +6,18 @@ import socket
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
 from fsspec.implementations.memory import MemoryFileSystem
 from ray._private import services
 
-from dlops_dist import files, shard
+from dlops_dist import files, ray_cluster, shard
 from dlops_dist.engine import fit
+from dlops_dist.errors import RunError
 from dlops_dist.files import LONGEST_SOCKET, leave_room_for_sockets, temporary_folder
-from dlops_dist.ray_cluster import address_of_head, cluster
+from dlops_dist.ray_cluster import Head, address_of_head, cluster
 from dlops_dist.ray_telling import _loss
 from dlops_dist.ray_worker import num_threads
 from dlops_dist.recipes.q1 import Settings as Q1
@@ -131,8 +133,9 @@ def test_an_address_that_is_none_is_one_line(address, monkeypatch, user_error):
 
 
 @pytest.fixture
-def listening():
+def listening(monkeypatch):
     """HOST:PORT at which something answers, and nothing comes of it."""
+    monkeypatch.setattr(ray_cluster, "CONNECT_TIMEOUT_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield f"127.0.0.1:{server.getsockname()[1]}"
 
@@ -222,3 +225,20 @@ def test_a_lost_worker_is_told_and_its_lost_node_where_that_is_waited_for():
     assert _loss(lost, [], 2, 3, 900) == _loss(lost, ["b"], 2, 3, None) == told
     waiting = _loss(lost, ["b"], 2, 3, 900)
     assert waiting.startswith(f"{told}, once there is a node in place of b: they wait 900 s for it; with --min-workers")
+
+
+def test_a_head_that_does_not_answer_is_told_once_and_given_up_in_time(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(ray_cluster, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        head = Head(address)
+        now[0] = 100
+        assert head.warning() is None
+    told = []
+    for now[0] in (105, 111, 115, 139):
+        told.append(head.warning())
+    assert told == [None, f"the cluster's head, {address}, does not answer; it is waited for, 40 s in all", None, None]
+    now[0] = 141
+    with pytest.raises(RunError, match=rf"the cluster's head, {address}, is lost; start one, and the same"):
+        head.warning()
