@@ -10,6 +10,7 @@ where there is iproute2, head and nodes are on hosts of their own: network names
 
 import argparse
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -72,9 +73,8 @@ class End:
     """Each event with the seconds to the next step, and their bound."""
     lost: int = 0
     """Samples that were lost or repeated."""
-    step: int = 0
     checkpoint: tuple[str, bytes] = ("", b"")
-    """Of that step, with its name."""
+    """The last one, of a run."""
     equal: bool = False
     """Whether it ended with the undisturbed bits."""
 
@@ -100,12 +100,12 @@ def drill(names, fleet, shards, runs):
         said = [line for line in drilled.lines if line.startswith(("warning: ", "error: ", "failed: "))]
         print(*(f"    {line}\n" for line in said), sep="", end="", flush=True)
     try:
-        end.step = drilled.stop()
-        end.lost, end.checkpoint = lost_or_repeated(drilled.folder), last_checkpoint(drilled.folder)
+        drilled.stop()
     except Exception as error:
         end.happened.append((f"the run did not stop: {first_line(error)}", math.inf, 0))
     finally:
         kill_all(drilled.process)
+    end.lost, end.checkpoint = lost_or_repeated(drilled.folder), last_checkpoint(drilled.folder)
     return end
 
 
@@ -193,10 +193,10 @@ def drilled_all(names, scratch):
             for place, (options, group) in enumerate(groups.items())
         ]
     print("the same runs, undisturbed", flush=True)
-    trained = [end for end in ends if end.step]
-    whole = undisturbed(shards, {end.step for end in trained}, scratch / "one")
-    for end in trained:
-        end.equal = end.checkpoint == whole[end.step]
+    trained = [(int(re.findall(r"\d+", end.checkpoint[0])[0]), end) for end in ends if end.checkpoint[0]]
+    whole = undisturbed(shards, {step for step, _ in trained}, scratch / "one")
+    for step, end in trained:
+        end.equal = end.checkpoint == whole[step]
     print(f"\n{'event':46}  next step  bound  samples lost or repeated  final bits")
     for end in ends:
         for what, seconds, bound_s in end.happened:
