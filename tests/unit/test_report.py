@@ -8,11 +8,15 @@ import pytest
 import yaml
 from rich.console import Console
 
-from dlops_dist import report
+from dlops_dist import draw
 from dlops_dist.console import epoch_line
 from dlops_dist.data.shards import MANIFEST, Manifest
 from dlops_dist.recipes.q1 import Settings as Q1
 from dlops_dist.recipes.q2 import Settings as Q2
+from dlops_dist.report.panels import epoch_panels
+from dlops_dist.report.printing import Printed
+from dlops_dist.report.runs import Reported
+from dlops_dist.report.writing import write_run
 
 CLASSES = {"q1": 200, "q2": 10}
 
@@ -43,7 +47,7 @@ def reported(tmp_path, capsys):
         (run / "config.yaml").write_text(yaml.safe_dump({"task": task, **values}))
         rows = [row(epoch, num_classes or CLASSES[task]) for epoch in (1, 2)]
         (run / "metrics.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in rows))
-        report.report_runs([report.load(str(run))], Console(width=250))
+        write_run(str(run), Printed(console=Console(width=250)))
         return capsys.readouterr().out
 
     return print_of
@@ -85,8 +89,12 @@ def test_they_do_not_stand_beside_a_run_on(kind, reported):
 
 def test_a_loss_that_cannot_be_is_a_gap_in_the_curve(tmp_path):
     rows = [row(1, 3, **{"train/loss": None, "test/loss": None}), row(2, 3, **{"train/loss": None})]
-    report.plot_curves(report.Reported(str(tmp_path), "run", Q1(loss="triplet"), rows, None, None))
-    assert (tmp_path / "report/curves.png").read_bytes().startswith(b"\x89PNG")
+    panels = epoch_panels(Reported(str(tmp_path), "run", Q1(loss="triplet"), rows))
+    (test_loss,) = [line for line in panels[0].lines if line.label == "test loss"]
+    assert (len(panels[0].lines), test_loss.points) == (1, [(1, ANY), (2, 0.25)])
+    assert math.isnan(test_loss.points[0][1])
+    draw.curves(tmp_path / "curves.png", "run", panels)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def own_row(epoch, **figures):
@@ -105,14 +113,17 @@ def test_a_users_figures_are_shown_by_their_names_and_the_head_need_not_be_judge
         f"epoch 1/3  train loss 1.5000{head}  val loss 1.6000 mean_rank 0.2500  "
         f"test loss 1.7000{head} Recall@1 50.00% mean_rank 0.1235  9 images/s  1.0 s"
     )
-    run = report.Reported(str(tmp_path), "run", Q1(), rows, None, None)
-    report.report_runs([run], Console(width=250))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"task": "q1", **Q1().model_dump()}))
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in rows))
+    run = write_run(str(tmp_path), Printed(console=Console(width=250)))
     output = capsys.readouterr().out
     assert "test mean_rank" in output
     assert "0.3750" in output
     assert "arcface" not in output
-    titles = [axes.title for axes in report.panels_of(rows)]
-    assert titles == ["Loss", *["Accuracy of the head"] * bool(unjudged), "Figures of the recipe"]
-    lines = report.panels_of(rows)[-1].lines
-    assert lines == {"val mean_rank": ([1, 2, 3], [0.25] * 3), "test mean_rank": ([1, 2, 3], [0.12345, ANY, 0.375])}
+    panels = {panel.title: panel for panel in epoch_panels(run)}
+    assert ("Accuracy of the head" in panels) == ("train/top1" in rows[0] and rows[0]["train/top1"] is not None)
+    lines = {line.label: line.points for line in panels["Figures of the recipe"].lines}
+    assert lines == {
+        "val mean_rank": [(1, 0.25), (2, 0.25), (3, 0.25)], "test mean_rank": [(1, 0.12345), (2, ANY), (3, 0.375)],
+    }  # fmt: skip
     assert math.isnan(lines["test mean_rank"][1][1])
