@@ -19,8 +19,8 @@ from dlops_dist.figures import Panel
 COLUMNS, SAMPLE_ROWS = 10, 20
 ABREAST = 3
 """Plots that stand beside each other."""
-NAMED = 40
-"""Classes at most whose names are drawn."""
+NAMED, LONGEST = 40, 32
+"""Classes at most whose names are drawn, and letters of a name."""
 
 
 def image_grid(path: Path, images: np.ndarray, columns: int = COLUMNS, gap: int = 1) -> None:
@@ -134,8 +134,8 @@ def _parallel(
     lines = sorted(zip(*columns, strict=True), key=lambda heights: heights[-1])
     for place, heights in enumerate(lines, 1):
         is_best = place == len(lines)
-        width, marker = (3.0, "*") if is_best else (1.2, ".")
-        axes.plot(range(len(heights)), heights, color=colours(heights[-1]), marker=marker, linewidth=width)
+        look: dict[str, Any] = {"color": "C3", "linewidth": 3.0} if is_best else {"color": colours(heights[-1])}
+        axes.plot(range(len(heights)), heights, marker=".", **look)
     marks = [(x, _place(p, value), word(value)) for x, p in enumerate(parameters) for value in p.values]
     marks += [(len(parameters), 0.0, f"{worst:.3g}"), (len(parameters), 1.0, f"{best:.3g}")]
     for x, height, text in marks:
@@ -181,5 +181,6 @@ def _save(path: Path, figure: Any) -> None:
 
 
 def _plain(names: Sequence[str]) -> list[str]:
-    """Names as they are: a dollar sign begins no formula."""
-    return [name.replace("$", r"\$") for name in names]
+    """Names as they are, the beginning of long ones: a dollar sign begins no formula."""
+    short = (name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…" for name in names)
+    return [name.replace("$", r"\$") for name in short]

@@ -15,7 +15,6 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from dlops_dist.data.loader import Batch
 from dlops_dist.data.order import blocks
@@ -23,6 +22,7 @@ from dlops_dist.data.readers import Reader
 from dlops_dist.data.shards import read_manifest
 from dlops_dist.engine.device import default_device
 from dlops_dist.engine.evaluation import BLOCK, judged_alone, read_blocks
+from dlops_dist.engine.geometry import neighbours, pair_distances, plane
 from dlops_dist.engine.learner import Learner
 from dlops_dist.engine.result import result_of
 from dlops_dist.engine.rows import best_row
@@ -35,8 +35,8 @@ FILE, FORMAT = "gallery.npz", 1
 MOST, FEWEST = 10_000, 256
 TRAINED_FOR_ONE = 30
 """Samples of training for each test image that is looked at once more: a hundredth of the run's time at most."""
-MAPPED = 2000
-QUERIES, NEIGHBOURS = 8, 5
+MAPPED, PAIRED = 2000, 1000
+QUERIES = 8
 PAIRS, EXAMPLES = 8, 4
 CLASSES, OF_A_CLASS = 10, 6
 THUMBNAIL, QUALITY = 96, 90
@@ -61,6 +61,10 @@ class Gallery:
     """(m, 2) along the two directions in which their embeddings vary most."""
     explained: np.ndarray
     """(2,) the directions' parts of all variance."""
+    distances: np.ndarray
+    """(b + 1,) ends of ranges of the distance between two embeddings."""
+    alike: np.ndarray
+    """(2, b) part of the pairs in each range: of two images of one class, of two of different classes."""
     neighbours: np.ndarray
     """(q, 1 + k) an image, and those whose embeddings are nearest to its own, the nearest first."""
     pictured: np.ndarray
@@ -152,6 +156,8 @@ def look(learner: Learner, samples: Samples, trained: int, facts: dict[str, Any]
         predicted = np.full_like(labels, -1)
     mapped = _evenly(len(ids), MAPPED)
     places, explained = plane(x[mapped])
+    some = _evenly(len(ids), PAIRED)
+    distances, alike = pair_distances(x[some], labels[some])
     near = neighbours(x, _evenly(len(ids), QUERIES))
     examples = [image for _, images in confused(labels, predicted, len(classes)) for image in images[:EXAMPLES]]
     pictured = np.unique([*near.flatten().tolist(), *examples]).astype(np.int64)
@@ -160,7 +166,7 @@ def look(learner: Learner, samples: Samples, trained: int, facts: dict[str, Any]
     sampled = np.concatenate(of_classes)
     return Gallery(
         facts, tuple(classes), labels, predicted,
-        mapped, places, explained, near, pictured, train.labels[sampled],
+        mapped, places, explained, distances, alike, near, pictured, train.labels[sampled],
         [*_jpegs(test, ids[pictured]), *_jpegs(train, sampled)],
     )  # fmt: skip
 
@@ -210,31 +216,6 @@ def _judged(learner: Learner, reader: Reader, ids: np.ndarray) -> list[Judged]:
     while together := list(islice(read, len(learner.lanes))):
         found += learner.lanes.map(of_block, together)
     return found
-
-
-def plane(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Places (n, 2) of rows (n, D) along the two directions of largest variance, and these' parts of it.
-
-    Of the smaller of the two products with the centred rows; the place farthest out along a direction is positive.
-    """
-    x = x.double().nan_to_num()
-    x = x - x.mean(dim=0)
-    wide = x.shape[0] < x.shape[1]
-    values, vectors = torch.linalg.eigh(x @ x.T if wide else x.T @ x)
-    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-    places = vectors[:, :2] * values[:2].sqrt() if wide else x @ vectors[:, :2]
-    places, parts = (torch.nn.functional.pad(part, (0, 2))[..., :2] for part in (places, values / values.sum()))
-    farthest = places.gather(0, places.abs().argmax(dim=0, keepdim=True))
-    return (places * farthest.sign()).float().numpy(), parts.nan_to_num().numpy()
-
-
-def neighbours(x: Tensor, queries: np.ndarray) -> np.ndarray:
-    """(q, 1 + k): rows of x (n, D), each followed by the others nearest to it, nearest first."""
-    rows = torch.from_numpy(queries)
-    distances = torch.cdist(x[rows], x, compute_mode="donot_use_mm_for_euclid_dist")
-    distances.scatter_(1, rows[:, None], torch.inf)
-    nearest = distances.sort(dim=1, stable=True).indices[:, : min(NEIGHBOURS, len(x) - 1)]
-    return torch.cat([rows[:, None], nearest], dim=1).numpy()
 
 
 def _evenly(number: int, *most: int) -> np.ndarray:

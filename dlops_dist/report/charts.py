@@ -13,13 +13,15 @@ from dlops_dist.figures import Line, Panel
 
 WIDTH, HEIGHT = 420, 250
 LEFT, RIGHT, TOP, BOTTOM = 54, 12, 10, 36
-COLOURS = 8
+COLOURS, EDGE = 8, 8
 POINTS = 400
 """Of a line at most, evenly; the last one among them."""
 TOLD = 60
 """Points of a line at most that say their values."""
 NUMBERED = 20
 """Classes at most whose confusion is written down."""
+COUNTED = ("epoch", "step")
+"""What has no parts."""
 BLUE = (37, 113, 205)
 Ends = tuple[float, float]
 
@@ -47,7 +49,7 @@ def chart(panel: Panel) -> str:
                 if math.isfinite(py)
             ]
     keys = "".join(_key(line) for line in lines if line.label and not line.faint)
-    drawing = _svg(parts, f"{panel.name}, over the {panel.x}s")
+    drawing = _svg(parts, f"{panel.name}, over the {panel.x}")
     return f"<figure><figcaption>{escape(panel.name)}</figcaption>{drawing}<ul class=keys>{keys}</ul></figure>"
 
 
@@ -94,9 +96,11 @@ def _rules(
         y = down(value)
         parts.append(f"<path class=rule d='M{LEFT} {y:.1f}H{right}'/>")
         parts.append(f"<text x='{LEFT - 6}' y='{y + 4:.1f}' text-anchor=end>{_number(value)}</text>")
-    whole = {round(value) for value in ticks(*x_ends)}
-    for value in sorted(value for value in whole if x_ends[0] <= value <= x_ends[1]):
-        parts.append(f"<text x='{across(value):.1f}' y='{bottom + 15}' text-anchor=middle>{value:,}</text>")
+    numbers: Iterable[float] = ticks(*x_ends)
+    if panel.x in COUNTED:
+        numbers = sorted({round(value) for value in numbers})
+    for value in (value for value in numbers if x_ends[0] <= value <= x_ends[1]):
+        parts.append(f"<text x='{across(value):.1f}' y='{bottom + 15}' text-anchor=middle>{_number(value)}</text>")
     parts.append(f"<path class=axis d='M{LEFT} {TOP}V{bottom}H{right}'/>")
     middle = (LEFT + right) / 2
     parts.append(f"<text x='{middle}' y='{HEIGHT - 5}' text-anchor=middle>{escape(panel.x)}</text>")
@@ -179,20 +183,19 @@ def _cell(count: int, most: int) -> str:
 
 
 def scatter(title: str, places: np.ndarray, kinds: Sequence[tuple[str, np.ndarray]], others: np.ndarray) -> str:
-    """Spots (n, 2) in as many colours as there are kinds, each given by its spots; others are grey."""
+    """Spots (n, 2), both axes alike, in a colour for each kind, which is given by its spots; others are grey."""
     low, high = places.min(axis=0), places.max(axis=0)
-    span = np.where(high > low, high - low, 1)
-    xy = (places - low) / span * [WIDTH - 16, -(WIDTH - 56)] + [8, WIDTH - 48]
+    wide, tall = (high - low).tolist()
+    scale = (WIDTH - 2 * EDGE) / max(wide, tall, 1e-12)
+    xy = (places - low) * [1, -1] * scale + [EDGE, EDGE + tall * scale]
     parts = [f"<path class='spots others' d='{_spots(xy[others])}'/>"]
     lines = [Line(name, (), colour) for colour, (name, _) in enumerate(kinds)]
     for line, (_, spots) in zip(lines, kinds, strict=True):
         look = f"spots {_colour(line)}"
         parts.append(f"<path class='{look}' d='{_spots(xy[spots])}'><title>{escape(line.label)}</title></path>")
     keys = "".join(map(_key, lines)) + "<li><i class=others></i>all others</li>" * bool(len(others))
-    return (
-        f"<figure class=map><figcaption>{escape(title)}</figcaption>{_svg(parts, title, WIDTH - 40)}"
-        f"<ul class=keys>{keys}</ul></figure>"
-    )
+    drawing = _svg(parts, title, round(tall * scale) + 2 * EDGE)
+    return f"<figure class=map><figcaption>{escape(title)}</figcaption>{drawing}<ul class=keys>{keys}</ul></figure>"
 
 
 def _spots(xy: np.ndarray) -> str:

@@ -125,7 +125,7 @@ def difference_table(found: Sequence[Difference]) -> Table | None:
         for d in found
     ]  # fmt: skip
     columns = ["difference", "of", "seeds", "mean, points", "95 % interval", "told apart"]
-    return Table("paired by seeds", columns, rows, 2) if rows else None
+    return Table("paired by seeds", columns, rows, 2, remarks=True) if rows else None
 
 
 def _points(part: float) -> str:

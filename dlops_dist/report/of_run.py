@@ -12,7 +12,7 @@ from dlops_dist.figures import TITLES, Panel, figure, own_figures
 from dlops_dist.report import charts
 from dlops_dist.report.compared import BESIDE, class_names, told_of
 from dlops_dist.report.page import Section, facts, page, tables_beside, told
-from dlops_dist.report.panels import epoch_panels, step_panels, training_s
+from dlops_dist.report.panels import distance_panel, epoch_panels, step_panels, training_s
 from dlops_dist.report.runs import Reported, confusion_of
 from dlops_dist.tables import Table, html
 
@@ -28,7 +28,6 @@ DRAWN_ANEW = ("samples", "classes", "confusion", "curves")
 """Pictures whose content the page has in another form."""
 SHOWN_CLASSES = 24
 """Of more, the best and worst halves of as many are shown."""
-COLOURED = 10
 
 
 def run_page(run: Reported, stem: str) -> str:
@@ -161,9 +160,9 @@ def _map(run: Reported, gallery: Gallery) -> str:
     by_class = run.result.get("test/top1_by_class") or ()
     there = [int(label) for label in np.unique(labels)]
     which = "each class a colour"
-    if len(there) > COLOURED:
+    if len(there) > charts.COLOURS:
         ranked = sorted(there, key=lambda c: -((by_class[c] if c < len(by_class) else None) or 0))
-        there = [*ranked[: COLOURED // 2], *ranked[-COLOURED // 2 :]]
+        there = [*ranked[: charts.COLOURS // 2], *ranked[-charts.COLOURS // 2 :]]
         which = "in colour the classes that are told best and worst" if by_class else "some classes in colour"
     kinds = [(gallery.names[label], np.flatnonzero(labels == label)) for label in there]
     others = np.flatnonzero(~np.isin(labels, there))
@@ -173,7 +172,8 @@ def _map(run: Reported, gallery: Gallery) -> str:
         f"The two directions (PCA) hold {parts} of the variance: classes that overlap here may well lie apart in the "
         "others, which the map leaves out."
     )
-    return charts.scatter(caption, gallery.places, kinds, others) + told([said])
+    drawings = [charts.scatter(caption, gallery.places, kinds, others), charts.chart(distance_panel(gallery))]
+    return charts.grid(drawings) + told([said])
 
 
 def _neighbours(gallery: Gallery) -> str:

@@ -75,7 +75,8 @@ def _learning(ranked: Sequence[Ranked], name: str) -> str:
         lines.append(Line(f"{place + 1}: {described(point.point)}", points, place, faint=place > 0))
     left_out = f", the best {CURVES} points" if len(ranked) > CURVES else ""
     unit = "%" if is_part(name) else ""
-    return charts.chart(Panel(f"{title(name)} of each point{left_out}, the best one thick", lines, unit=unit))
+    drawing = charts.chart(Panel(f"{title(name)} of each point{left_out}, the best one thick", lines, unit=unit))
+    return f"<div class=alone>{drawing}</div>"
 
 
 def _runs(folder: SweepFolder, ranked: Sequence[Ranked]) -> str:

@@ -40,7 +40,7 @@ caption { text-align: left; padding-bottom: .3rem; } th, td { padding: .25rem .7
   font-variant-numeric: tabular-nums; white-space: nowrap; } th.number { white-space: normal; }
 .beside { color: var(--soft); font-style: italic; } td:first-child { overflow-wrap: anywhere; min-width: 7rem; }
 .bars { max-width: 46rem; } .bars > div {
-  display: grid; grid-template-columns: minmax(5rem, 11rem) 1fr 4.5rem; gap: .6rem; align-items: center;
+  display: grid; grid-template-columns: minmax(4rem, 30%) 1fr 4rem; gap: .6rem; align-items: center;
   font-size: .85rem; line-height: 1.35; margin-bottom: .15rem; } .bar { background: var(--card); height: .9rem; }
 .bar i { display: block; height: 100%; background: var(--c0); min-width: 1px; } .value { text-align: right;
   font-variant-numeric: tabular-nums; }
@@ -53,6 +53,8 @@ caption { text-align: left; padding-bottom: .3rem; } th, td { padding: .25rem .7
 .pixels { width: 100%; max-width: 40rem; image-rendering: pixelated; background: var(--card); display: block; }
 .wide { max-width: 100%; height: auto; display: block; image-rendering: pixelated; background: var(--card); }
 .matrix { max-width: 100%; } .map { max-width: 40rem; }
+.rows { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 31rem), 1fr)); gap: 0 1.5rem; }
+h3 { font-size: 1.05rem; margin: 1rem 0 .5rem; } .alone { max-width: 46rem; }
 .rows > div { display: flex; flex-wrap: wrap; gap: .5rem; align-items: flex-start; margin-bottom: .9rem; }
 .rows p { flex-basis: 100%; max-width: none; margin: 0; }
 .shot { width: 4.6rem; margin: 0; font-size: .72rem; line-height: 1.25; }

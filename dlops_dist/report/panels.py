@@ -6,9 +6,15 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
+from dlops_dist.engine.gallery import Gallery
 from dlops_dist.figures import TITLES, Line, Panel, drawn, is_part, own_figures, title
 from dlops_dist.report.runs import Group, Reported
 
+OF_EPOCHS = {
+    "train/embedding_spread": "Spread of the embeddings' directions in training",
+    "lr": "Learning rate at the epoch's end",
+    "train_images_per_s": "Images a second in training",
+}
 OF_STEPS = {
     "loss": "Loss", "lr": "Learning rate", "gradient_norm": "Norm of the gradient, before clipping",
     "active_triplets": "Part of the triplets that are active", "center_spread": "Spread of the centres",
@@ -16,7 +22,7 @@ OF_STEPS = {
 }  # fmt: skip
 BY_EPOCH = (
     "train/loss", "val/loss", "test/loss", "train/top1", "val/top1", "test/top1", "test/top5", "test/nearest_center",
-    "test/recall_at_1", "test/map_at_r", "train/embedding_spread", "lr", "train_images_per_s",
+    "test/recall_at_1", "test/map_at_r",
 )  # fmt: skip
 
 
@@ -58,9 +64,17 @@ def _split(names: Iterable[str]) -> list[str]:
 def step_panels(run: Reported) -> list[Panel]:
     """Whatever was logged of steps, each figure by its own chart."""
     names = dict.fromkeys(
-        n for row in run.steps for n, v in row.items() if isinstance(v, int | float) and n not in ("epoch", "step")
+        [name for name in OF_STEPS if any(name in row for row in run.steps)]
+        + [n for row in run.steps for n, v in row.items() if isinstance(v, int | float) and n not in ("epoch", "step")]
     )
     return _drawn(_alone(OF_STEPS.get(name, name), run.steps, name, "step") for name in names)
+
+
+def distance_panel(gallery: Gallery) -> Panel:
+    middles = ((gallery.distances[1:] + gallery.distances[:-1]) / 2).tolist()
+    of = zip(("of the same class", "of different classes"), 100 * gallery.alike, strict=True)
+    lines = [Line(name, list(zip(middles, parts.tolist(), strict=True)), i) for i, (name, parts) in enumerate(of)]
+    return Panel("Pairs of test images by the distance of their embeddings", lines, "distance", "% of the pairs")
 
 
 def _alone(title: str, rows: Sequence[dict[str, Any]], name: str, x: str = "epoch") -> Panel:
@@ -71,7 +85,7 @@ def _alone(title: str, rows: Sequence[dict[str, Any]], name: str, x: str = "epoc
 def _lines(rows: Sequence[dict[str, Any]], *names: str) -> list[Line]:
     """Those of the figures that the rows have."""
     there = [name for name in names if any(isinstance(row.get(name), int | float) for row in rows)]
-    return [Line(title(name).strip(), _points(rows, name), colour) for colour, name in enumerate(there)]
+    return [Line(title(name), _points(rows, name), colour) for colour, name in enumerate(there)]
 
 
 def _points(rows: Sequence[dict[str, Any]], name: str, x: str = "epoch") -> list[tuple[float, float]]:
@@ -92,9 +106,9 @@ def overlaid(groups: Sequence[Group]) -> list[Panel]:
     """The curves of several runs, laid over each other."""
     rows = [row for group in groups for run in group.runs.values() for row in run.rows[-1:]]
     own = [f"{split}/{name}" for split in ("val", "test") for row in rows for name in own_figures(row, split)]
-    names = dict.fromkeys([*BY_EPOCH, *own])
+    titles = {name: title(name) for name in (*BY_EPOCH, *own)} | OF_EPOCHS
     return _drawn(
-        Panel(title(name).strip(), _of_groups(groups, name), unit="%" if is_part(name) else "") for name in names
+        Panel(titled, _of_groups(groups, name), unit="%" if is_part(name) else "") for name, titled in titles.items()
     )
 
 

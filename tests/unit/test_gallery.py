@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from dlops_dist.engine.gallery import Gallery, confused, neighbours, plane
+from dlops_dist.engine.gallery import Gallery, confused
+from dlops_dist.engine.geometry import neighbours, pair_distances, plane
 
 
 @pytest.mark.parametrize("shape", [(50, 6), (6, 50), (4, 4)])
@@ -38,6 +39,17 @@ def test_neighbours_are_the_nearest_others_nearest_first():
     assert neighbours(x[:1], np.array([0])).tolist() == [[0]]
 
 
+def test_pairs_are_counted_by_their_distance_apart_for_the_same_class_and_others():
+    x, labels = torch.tensor([[0.0], [1.0], [10.0], [11.0]]), np.array([0, 0, 1, 1])
+    ends, parts = pair_distances(x, labels)
+    assert (ends[0], ends[-1], len(ends)) == (0, 11, 41)
+    assert [ends[parts[0].argmax()] <= 1, parts[0].max(), parts[0].sum()] == [True, 1, 1]
+    assert parts[1][ends[:-1] < 8.7].sum() == 0
+    assert parts[1].sum() == pytest.approx(1)
+    for few in (torch.zeros(1, 2), torch.zeros(3, 2)):
+        assert np.isfinite(pair_distances(few, np.arange(len(few)))[1]).all()
+
+
 def test_pairs_that_are_confused_come_most_frequent_first():
     labels = np.array([0, 0, 0, 1, 1, 2, 2, 2])
     predicted = np.array([0, 1, 1, 0, 0, 2, 0, 2])
@@ -50,7 +62,9 @@ def small():
     numbers = np.arange(4)
     return Gallery(
         {"dataset": "x", "test": 4}, ("<b>", "Ü, y"), numbers % 2, numbers % 2, numbers, np.zeros((4, 2), np.float32),
-        np.array([0.6, 0.2]), np.array([[0, 1], [3, 2]]), np.array([1, 3]), np.array([0]), [b"a", b"", b"ccc"],
+        np.array([0.6, 0.2]),
+        np.linspace(0, 1, 3), np.full((2, 2), 0.5),
+        np.array([[0, 1], [3, 2]]), np.array([1, 3]), np.array([0]), [b"a", b"", b"ccc"],
     )  # fmt: skip
 
 
@@ -77,7 +91,7 @@ def test_a_damaged_file_is_a_value_error(how, tmp_path, monkeypatch):
 
 def test_names_are_shortened_where_they_still_tell_classes_apart():
     def names(*classes):
-        return Gallery({}, classes, *[np.zeros(0)] * 8).names
+        return Gallery({}, classes, *[np.zeros(0)] * 10).names
 
     assert names("n01443537 goldfish, Carassius auratus", "n1 x") == ("goldfish", "n1 x")
     assert names("n02012849 crane", "n03126707 crane") == ("n02012849 crane", "n03126707 crane")
