@@ -20,7 +20,7 @@ from typing import Any
 
 from dlops_dist.command_line import read_command_line
 from dlops_dist.config import SHIPPED, Run, stem_of
-from dlops_dist.errors import OneLineParser, exit_code_of, first_line
+from dlops_dist.errors import OneLineParser, UserError, exit_code_of, first_line
 from dlops_dist.signals import stop_signals
 from dlops_dist.torchrun import first_rank_first, joined, started_by_torchrun, wait_at_most
 
@@ -112,8 +112,10 @@ def _page_of(folder: Any) -> str:
 
     try:
         return write_page(str(folder))
+    except UserError as error:
+        return f"none: {error}"
     except Exception as error:
-        return f"none ({type(error).__name__}: {first_line(error)})"
+        return f"none: {type(error).__name__}: {first_line(error)}"
 
 
 def result_figures(rows: list[dict[str, Any]], choose_by: str) -> str:

@@ -217,7 +217,7 @@ def told_of(run: Reported) -> list[str]:
             found.append(f"{_capital(title(name))} is {shown(name, row[name])}.")
     best, worst = extremes(row.get("test/top1_by_class") or (), run)
     if best and worst:
-        found.append(f"Of the classes, {best} is told best and {worst} worst.")
+        found.append(f"Told best: {best}; worst: {worst}.")
     if (folds := fold_figures(run.rows)) is not None:
         found.append(f"Over the folds, test {folds}.")
     spread_of = row.get("train/embedding_spread")
@@ -235,13 +235,15 @@ def _error(part: float, number: int) -> str:
 
 
 def extremes(by_class: Sequence[float | None], run: Reported) -> tuple[str, str]:
-    """The classes with the highest and the lowest accuracy, and these."""
-    judged = [(value, place) for place, value in enumerate(by_class) if value is not None]
-    if len(judged) < 2 or len({value for value, _ in judged}) < 2:
+    """The classes with the highest and with the lowest accuracy, and these; numbers of classes where several have."""
+    values = [value for value in by_class if value is not None]
+    if len(set(values)) < 2:
         return "", ""
-    (least, last), (most, first) = min(judged), max(judged, key=lambda of: (of[0], -of[1]))
-    names = class_names(run, len(by_class))
-    return f"{names[first]} ({most:.0%})", f"{names[last]} ({least:.0%})"
+    names, found = class_names(run, len(by_class)), []
+    for extreme in (max(values), min(values)):
+        of = [name for name, value in zip(names, by_class, strict=True) if value == extreme]
+        found.append(f"{of[0] if len(of) == 1 else f'{len(of)} classes'} ({extreme:.0%})")
+    return found[0], found[1]
 
 
 def class_names(run: Reported, number: int) -> Sequence[str]:

@@ -10,10 +10,10 @@ from dlops_dist.config import flat
 from dlops_dist.engine.gallery import EXAMPLES, Gallery
 from dlops_dist.figures import TITLES, Panel, figure, own_figures
 from dlops_dist.report import charts
-from dlops_dist.report.compared import BESIDE, class_names, told_of
+from dlops_dist.report.compared import BESIDE, class_names, class_table, told_of
 from dlops_dist.report.page import Section, facts, page, tables_beside, told
 from dlops_dist.report.panels import distance_panel, epoch_panels, step_panels, training_s
-from dlops_dist.report.runs import Reported, confusion_of
+from dlops_dist.report.runs import Reported, confusion_of, grouped
 from dlops_dist.tables import Table, html
 
 CAPTIONS = {
@@ -113,8 +113,10 @@ def _classes(run: Reported) -> str:
     shown = [(names[place], value) for value, place in ranked]
     caption = "Test top-1 of each class, best first"
     missing = f", {len(by_class) - len(ranked)} without test images" if len(ranked) < len(by_class) else ""
+    study = class_table(grouped([run])) if run.by_class else None
+    beside = html(study) if study else ""
     if len(shown) <= SHOWN_CLASSES:
-        return charts.bars(f"{caption}{missing}", shown)
+        return charts.bars(f"{caption}{missing}", shown) + beside
     half = SHOWN_CLASSES // 2
     best = charts.bars(f"The {half} best of {len(shown)} classes, test top-1{missing}", shown[:half])
     worst = charts.bars(f"The {half} worst", shown[-half:])

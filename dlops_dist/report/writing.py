@@ -44,7 +44,7 @@ class Place(NamedTuple):
             folder, stem = Folder(parent), name.removesuffix(".html")
             pictures = folder / f"{stem}_files"
         if folder.local is not None:
-            make_writable(folder.local, "--html", "name a file elsewhere by --html FILE")
+            make_writable(folder.local, "report", "name a file elsewhere by --html FILE")
         return cls(folder, stem, pictures)
 
     def write(self, page: str, tables: Sequence[Table], sentences: Sequence[str], records: Sequence[Record]) -> str:

@@ -129,6 +129,36 @@ def test_tables_are_printed_for_programs_and_pages_go_where_they_are_wanted(repo
     assert "name a file elsewhere" in output
 
 
+def test_what_cannot_be_written_fails_no_run_and_what_is_gone_is_said(reported, shapes_shards, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/report").write_text("in the way")
+    data = ("--data.shards", shapes_shards, "--runs-dir", tmp_path, "--name", "run", "--epochs", "1")
+    code, output = call("train", "q1", "--local", *data, *TINY)
+    assert code == 0, output
+    assert "File exists" in output
+    assert "report: none: report: " in output
+    assert output.splitlines()[-1].startswith("result: q1 ce after 1 epochs: test loss ")
+    code, output = call("report", tmp_path / "run")
+    assert (code, len(output.splitlines())) == (2, 1), output
+    assert "cannot be written to" in output
+
+    shutil.copytree(reported[0] / "ce-s0", tmp_path / "moved")
+    (tmp_path / "moved/report/gallery.npz").write_bytes(b"damaged")
+    config = tmp_path / "moved/config.yaml"
+    config.write_text(config.read_text().replace(str(reported[0].parent / "shards"), str(tmp_path / "gone")))
+    code, output = call("report", tmp_path / "moved")
+    assert code == 0, output
+    assert (
+        f"No test images are shown: data.shards: {tmp_path / 'gone'}"
+        in (tmp_path / "moved/report/index.html").read_text()
+    )
+    config.write_text(config.read_text().replace(str(tmp_path / "gone"), str(reported[0].parent / "shards")))
+    code, output = call("report", tmp_path / "moved")
+    assert code == 0, output
+    assert "its result looks at test images" in output
+    assert "Nearest neighbours" in (tmp_path / "moved/report/index.html").read_text()
+
+
 def seen_in_a_browser(text, width, folder):
     """(what is wrong with a page, how many pictures and drawings it has), in a frame: no window is as narrow as a
     phone's."""

@@ -4,18 +4,22 @@ import json
 import math
 from unittest.mock import ANY
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 from rich.console import Console
 
 from dlops_dist import draw
 from dlops_dist.console import epoch_line
 from dlops_dist.data.shards import MANIFEST, Manifest
+from dlops_dist.engine.gallery import Gallery
 from dlops_dist.recipes.q1 import Settings as Q1
 from dlops_dist.recipes.q2 import Settings as Q2
+from dlops_dist.report.of_run import run_page
 from dlops_dist.report.panels import epoch_panels
 from dlops_dist.report.printing import Printed
-from dlops_dist.report.runs import Reported
+from dlops_dist.report.runs import Reported, confusion_of
 from dlops_dist.report.writing import write_run
 
 CLASSES = {"q1": 200, "q2": 10}
@@ -95,6 +99,42 @@ def test_a_loss_that_cannot_be_is_a_gap_in_the_curve(tmp_path):
     assert math.isnan(test_loss.points[0][1])
     draw.curves(tmp_path / "curves.png", "run", panels)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_thousand_classes_are_a_page_too(tmp_path):
+    number, draws = 1000, np.random.default_rng(0)
+    labels = np.arange(3000) % number
+    predicted = np.where(draws.random(3000) < 0.3, labels, draws.integers(0, number, 3000))
+    places = draws.normal(size=(3000, 2)).astype(np.float32)
+    gallery = Gallery(
+        {"dataset": "many", "classes": number, "train": 9, "test": 3000}, tuple(f"class <{n}>" for n in range(number)),
+        labels, predicted, np.arange(3000), places, np.array([0.1, 0.1]), np.linspace(0, 1, 5), np.full((2, 4), 0.25),
+        np.array([[0, 1]]), np.array([0, 1]), np.zeros(0, np.int64), [b"jpeg"] * 2,
+    )  # fmt: skip
+    rows = [row(1, number, **{"test/top1_by_class": draws.random(number).round(2).tolist()})]
+    text = run_page(Reported(str(tmp_path), "run", Q1(), rows, gallery=gallery), "index")
+    assert len(text) < 3e6
+    assert "class <" not in text
+    assert "The 12 worst" in text
+    assert text.count("<tr>") > number, "all of them can be looked up"
+    draw.class_accuracies(tmp_path / "classes.png", rows[0]["test/top1_by_class"], gallery.classes)
+    draw.confusion(tmp_path / "confusion.png", confusion_of(gallery), gallery.classes)
+    with Image.open(tmp_path / "classes.png") as bars, Image.open(tmp_path / "confusion.png") as matrix:
+        assert max(*bars.size, *matrix.size) < 3000
+
+
+@pytest.mark.parametrize(
+    "figures",
+    [{}, {"train/loss": None, "test/top1": None}, {"stage": "layer 1", "val/loss": 0.1}, {"test/top1_by_class": []},
+     {"test/top1": 0.5, "test/top1_by_class": [None, None]}],
+)  # fmt: skip
+def test_rows_of_another_version_are_shown_as_far_as_they_go(figures, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"task": "q1", **Q1().model_dump()}))
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"epoch": 1, "step": 5, **figures}) + "\n")
+    (tmp_path / "steps.jsonl").write_text('{"step": 5, "loss": 1.0}\nhalf a li')
+    write_run(str(tmp_path), Printed("csv"))
+    assert capsys.readouterr().out.startswith("run,variant,seeds,dataset,epoch")
+    assert "No test images are shown" in (tmp_path / "report/index.html").read_text()
 
 
 def own_row(epoch, **figures):
