@@ -17,6 +17,8 @@ QUANTILES = (
     2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
 )  # fmt: skip
 """97.5 % of Student's t distribution, by degrees of freedom from 1 on; for more than these, a little too large."""
+FEWEST_SEEDS = 3
+"""That say anything of a deviation."""
 COMPARED = ("test/top1", "test/nearest_center", "test/recall_at_1")
 
 
@@ -33,8 +35,8 @@ class Difference(NamedTuple):
 
     @property
     def is_told(self) -> bool:
-        """Whether the interval leaves out 0."""
-        return self.low > 0 or self.high < 0
+        """Whether the interval leaves out 0. One without a length only shows that accuracies go by steps."""
+        return self.low < self.high and (self.low > 0 or self.high < 0)
 
 
 def paired(a: Group, b: Group, name: str) -> Difference | None:
@@ -42,12 +44,12 @@ def paired(a: Group, b: Group, name: str) -> Difference | None:
 
         mean -+ t(n - 1) s / sqrt(n),      s the differences' standard deviation
 
-    None where fewer than two seeds are in common.
+    None where fewer than three seeds are in common.
     """
     of, over = a.values(name), b.values(name)
     differences = [of[seed] - over[seed] for seed in of if seed in over]
     n = len(differences)
-    if n < 2:
+    if n < FEWEST_SEEDS:
         return None
     t = QUANTILES[min(n - 1, len(QUANTILES)) - 1]
     mean, half = statistics.mean(differences), t * statistics.stdev(differences) / math.sqrt(n)
@@ -145,7 +147,9 @@ def sentences(groups: Sequence[Group]) -> list[str]:
         for name in dict.fromkeys(d.name for d in found)
     ]
     if not found:
-        parts.append("No two of these have two seeds in common: what differs between them may be chance.")
+        parts.append(
+            f"No two of these have {FEWEST_SEEDS} seeds in common: what differs between them may well be chance."
+        )
     else:
         parts.append(
             "An interval says how much other seeds alone would move a difference, if differences are about normally "
@@ -153,9 +157,9 @@ def sentences(groups: Sequence[Group]) -> list[str]:
         )
     if len(found) > 1:
         parts.append(f"Of {len(found)} such intervals, one in twenty leaves out 0 by chance where nothing differs.")
-    short = [group for group in groups if len(group.runs) == 1]
+    short = [group.label for group in groups if len(group.runs) < FEWEST_SEEDS]
     if found and short:
-        parts.append(f"Of one seed each, and so not compared: {', '.join(group.label for group in short)}.")
+        parts.append(f"Of fewer than {FEWEST_SEEDS} seeds, and so not compared: {', '.join(short)}.")
     return parts
 
 

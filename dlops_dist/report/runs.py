@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ class Reported:
         """Of its data, and of what trained it."""
         return self.gallery.facts if isinstance(self.gallery, Gallery) else {}
 
-    @property
+    @cached_property
     def data(self) -> str:
         """What tells its data from others."""
         return str(self.facts.get("dataset_id") or _id_of(Path(self.settings.data.shards)))

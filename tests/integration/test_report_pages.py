@@ -10,7 +10,11 @@ from html.parser import HTMLParser
 from urllib.parse import unquote
 
 import pytest
+import yaml
 from command import TINY, call
+
+from dlops_dist.command_line import read_sweep
+from dlops_dist.sweep.folder import SweepFolder
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 NASTY = ["<script>boom()</script>", "a|b & 'c' \"d\"", "W" * 90, "n01443537 goldfish, Carassius auratus"]
@@ -55,9 +59,34 @@ class Links(HTMLParser):
         self.found += [value for name, value in attrs if name in ("href", "src")]
 
 
+def third_seed(run, copy):
+    """What another seed might have come to."""
+    shutil.copytree(run, copy)
+    config, metrics = copy / "config.yaml", copy / "metrics.jsonl"
+    config.write_text(config.read_text().replace("seed: 1", "seed: 2"))
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    metrics.write_text("".join(json.dumps({**row, "test/top1": row["test/top1"] + 0.02}) + "\n" for row in rows))
+
+
+def swept(folder, shards):
+    """A sweep of two seeds for each of four rates, one of which failed."""
+    given = ["--data.shards", str(shards), "--space", "optimizer.lr grid 0.01 0.1 1 10", "--seeds", "2"]
+    sweep = read_sweep("q1", [*given, "--epochs", "3"])
+    place = SweepFolder(folder, "q1", sweep)
+    place.create()
+    for number, settings in enumerate(place.known_trials()):
+        (folder / settings.name).mkdir()
+        (folder / settings.name / "config.yaml").write_text(yaml.safe_dump({"task": "q1", **settings.model_dump()}))
+        rows = [{"epoch": n, "step": n, "val/top1": number / 10 + n / 100} for n in range(1, 4 - (number > 5))]
+        (folder / settings.name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / settings.name / "ended.json").write_text(
+        json.dumps({"failed": "the loss became <nan>", "stopped": False})
+    )
+
+
 @pytest.fixture(scope="module")
 def reported(shapes_shards, tmp_path_factory):
-    """Runs of two losses with two seeds each, and their reports; the classes have names that mean something in HTML."""
+    """Runs of two losses with three seeds each, a sweep, and their reports; classes are named in HTML."""
     folder = tmp_path_factory.mktemp("reported")
     shutil.copytree(shapes_shards, folder / "shards")
     manifest = json.loads((folder / "shards/manifest.json").read_text())
@@ -70,12 +99,16 @@ def reported(shapes_shards, tmp_path_factory):
             code, output = call("train", "q1", "--local", *data, *TINY, *given)
             assert code == 0, output
             assert (folder / f"runs/{loss}-s{seed}/report/index.html").is_file(), output
-    code, output = call("report", *(folder / f"runs/{loss}-s{seed}" for loss in ("ce", "triplet") for seed in range(2)))
+        third_seed(folder / f"runs/{loss}-s1", folder / f"runs/{loss}-s2")
+    code, output = call("report", *(folder / f"runs/{loss}-s{seed}" for loss in ("ce", "triplet") for seed in range(3)))
     assert code == 0, output
+    (folder / "runs/sweep").mkdir()
+    swept(folder / "runs/sweep", folder / "shards")
+    assert call("report", folder / "runs/sweep")[0] == 0
     return folder / "runs", output
 
 
-PAGES = ["ce-s0/report/index.html", "triplet-s1/report/index.html", "report/index.html"]
+PAGES = ["ce-s0/report/index.html", "triplet-s1/report/index.html", "report/index.html", "sweep/report/index.html"]
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -106,15 +139,27 @@ def test_a_runs_page_holds_what_is_to_be_known_of_it(reported):
 def test_the_page_of_several_says_what_their_seeds_show(reported):
     runs, output = reported
     text, markdown = (runs / "report/index.html").read_text(), (runs / "report/index.md").read_text()
-    for words in ("ce-s0", "mean of 2 seeds", "95 % interval", "ce - triplet", "What differs"):
+    for words in ("ce-s0", "mean of 3 seeds", "95 % interval", "ce - triplet", "What differs"):
         assert words in text, words
-    assert "| ce | ce | 2 |" in markdown
+    assert "| ce | ce | 3 |" in markdown
     assert "By test top-1: ce" in " ".join(output.split())
     with (runs / "report/index.csv").open() as file:
         lines = list(csv.DictReader(file))
-    assert [(line["run"], line["seeds"]) for line in lines] == [("ce", "0 1"), ("triplet", "0 1")]
+    assert [(line["run"], line["seeds"]) for line in lines] == [("ce", "0 1 2"), ("triplet", "0 1 2")]
     assert 0 <= float(lines[0]["test/top1"]) <= 1
     assert (runs / "report/curves.png").is_file()
+
+
+def test_the_page_of_a_sweep_ranks_its_points(reported):
+    text = (reported[0] / "sweep/report/index.html").read_text()
+    failed = "failed: the loss became &lt;nan&gt;"
+    for words in ("3 of 4 points", "best point is optimizer.lr 1:", failed, "How the points learnt", "(seed 1)"):
+        assert words in text, words
+    with (reported[0] / "sweep/report/index.csv").open() as file:
+        best = next(csv.DictReader(file))
+    assert (best["optimizer.lr"], best["seeds"]) == ("1.0", "0 1")
+    assert float(best["val/top1"]) == pytest.approx(0.45 + 0.03)
+    assert len(best["runs"].split()) == 2
 
 
 def test_tables_are_printed_for_programs_and_pages_go_where_they_are_wanted(reported, tmp_path):
@@ -184,8 +229,9 @@ in_a_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium here")
 def test_in_a_browser_every_picture_loads_and_no_text_is_cut_off(name, width, reported, tmp_path):
     found, images, drawings = seen_in_a_browser((reported[0] / name).read_text(), width, tmp_path)
     assert found == []
-    assert drawings >= 5
-    assert images >= 50 or name == "report/index.html"
+    least = {"report": (0, 5), "sweep": (2, 1)}.get(name.split("/")[0], (50, 5))
+    assert images >= least[0]
+    assert drawings >= least[1]
 
 
 @pytest.mark.slow

@@ -370,3 +370,15 @@ def test_a_full_disk_ends_a_run_in_one_line(tmp_path):
         (tmp_path / partial).symlink_to("/dev/full")
         with pytest.raises(RunError, match=rf"{tmp_path}/{file}: No space left on device; mend that, then the same"):
             write()
+
+
+def test_the_gallery_is_of_the_result_which_may_be_an_earlier_epochs(settings_of, tmp_path):
+    fit(settings_of(tmp_path, epochs=3, choose_by="val/recall_at_1"))
+    rows = RunFolder(tmp_path / "run").rows()
+    best = best_row(rows, "val/recall_at_1")
+    gallery = load(str(tmp_path / "run")).gallery
+    assert best["epoch"] < 3
+    assert best["test/top1"] != rows[-1]["test/top1"]
+    assert (gallery.labels == gallery.predicted).mean() == pytest.approx(best["test/top1"])
+    by_class = [(gallery.predicted == c)[gallery.labels == c].mean() for c in range(10)]
+    assert by_class == pytest.approx(best["test/top1_by_class"])
