@@ -202,6 +202,16 @@ def _spots(xy: np.ndarray) -> str:
     return "".join(f"M{x:.0f} {y:.0f}h0" for x, y in xy.tolist())
 
 
+def picture(name: str, caption: str, png: bytes, kind: str = "pixels") -> str:
+    """A PNG file in the page.
+
+    Args:
+        kind: "pixels", each of which is to be seen, or a "plot", whose letters are to be read on a phone too.
+    """
+    image = f"<img class={kind} alt='{escape(name)}' src='{image_data(png, 'png')}'>"
+    return f"<figure><figcaption>{escape(caption)}</figcaption><div class=scrolls>{image}</div></figure>"
+
+
 def image_data(content: bytes, kind: str = "jpeg") -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 

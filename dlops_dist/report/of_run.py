@@ -209,12 +209,8 @@ def _samples(gallery: Gallery) -> str:
 
 def _pictures(run: Reported) -> str:
     left_out = DRAWN_ANEW if isinstance(run.gallery, Gallery) else ("curves",)
-    found = [(name, content) for name, content in run.pictures.items() if name not in left_out]
-    return "".join(
-        f"<figure><figcaption>{escape(CAPTIONS.get(name, name))}</figcaption>"
-        f"<img class=wide alt='{escape(name)}' src='{charts.image_data(content, 'png')}'></figure>"
-        for name, content in found
-    )
+    shown = {name: content for name, content in run.pictures.items() if name not in left_out}
+    return "".join(charts.picture(name, CAPTIONS.get(name, name), content) for name, content in shown.items())
 
 
 def _settings(run: Reported) -> str:

@@ -31,11 +31,7 @@ def sweep_page(folder: SweepFolder, ranked: Sequence[Ranked], pictures: dict[str
     """
     sweep, best = folder.sweep, ranked[0]
     figure = sweep.choose_by
-    drawings = "".join(
-        f"<figure><figcaption>{escape(CAPTIONS.get(name, name))}</figcaption>"
-        f"<img class=wide alt='{escape(name)}' src='{charts.image_data(content, 'png')}'></figure>"
-        for name, content in pictures.items()
-    )
+    drawings = "".join(charts.picture(name, CAPTIONS[name], png, "plot") for name, png in pictures.items())
     return page(
         folder.path.name,
         told(_said(sweep, ranked)) + tables_beside(stem),

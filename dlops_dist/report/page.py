@@ -51,7 +51,7 @@ caption { text-align: left; padding-bottom: .3rem; } th, td { padding: .25rem .7
   background: color-mix(in srgb, var(--c0) calc(var(--part) * 100%), var(--card)); } td.most { color: var(--paper); }
 .confusion thead td { border: 0; } .confusion td:first-child { min-width: 0; }
 .pixels { width: 100%; max-width: 40rem; image-rendering: pixelated; background: var(--card); display: block; }
-.wide { max-width: 100%; height: auto; display: block; image-rendering: pixelated; background: var(--card); }
+.plot { display: block; width: 100%; min-width: 46rem; max-width: 78rem; }
 .matrix { max-width: 100%; } .map { max-width: 40rem; }
 .rows { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 31rem), 1fr)); gap: 0 1.5rem; }
 h3 { font-size: 1.05rem; margin: 1rem 0 .5rem; } .alone { max-width: 46rem; }
