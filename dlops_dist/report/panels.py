@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -49,9 +49,7 @@ def epoch_panels(run: Reported) -> list[Panel]:
             Panel("Accuracy of the head", _lines(rows, *_split(["top1", "top5"])), unit="%"),
             Panel("Accuracy of the embedding", _lines(rows, *_split(retrieved)), unit="%"),
             Panel("Figures of the recipe", _lines(rows, *own_names)),
-            _alone("Spread of the embeddings' directions in training", rows, "train/embedding_spread"),
-            _alone("Learning rate at the epoch's end", run.rows, "lr"),
-            _alone("Images a second in training", run.rows, "train_images_per_s"),
+            *(_alone(name, rows if "/" in name else run.rows) for name in OF_EPOCHS),
             Panel("Time of each epoch", times, unit="s"),
         ]
     )
@@ -63,11 +61,9 @@ def _split(names: Iterable[str]) -> list[str]:
 
 def step_panels(run: Reported) -> list[Panel]:
     """Whatever was logged of steps, each figure by its own chart."""
-    names = dict.fromkeys(
-        [name for name in OF_STEPS if any(name in row for row in run.steps)]
-        + [n for row in run.steps for n, v in row.items() if isinstance(v, int | float) and n not in ("epoch", "step")]
-    )
-    return _drawn(_alone(OF_STEPS.get(name, name), run.steps, name, "step") for name in names)
+    there = dict.fromkeys(n for row in run.steps for n, v in row.items() if isinstance(v, int | float))
+    names = [*OF_STEPS, *(name for name in there if name not in OF_STEPS and name not in ("epoch", "step"))]
+    return _drawn(_alone(name, run.steps, "step", OF_STEPS) for name in names)
 
 
 def distance_panel(gallery: Gallery) -> Panel:
@@ -77,9 +73,9 @@ def distance_panel(gallery: Gallery) -> Panel:
     return Panel("Pairs of test images by the distance of their embeddings", lines, "distance", "% of the pairs")
 
 
-def _alone(title: str, rows: Sequence[dict[str, Any]], name: str, x: str = "epoch") -> Panel:
+def _alone(name: str, rows: Sequence[dict[str, Any]], x: str = "epoch", titles: Mapping[str, str] = OF_EPOCHS) -> Panel:
     """A single line, which the title names."""
-    return Panel(title, [Line("", _points(rows, name, x))], x)
+    return Panel(titles.get(name, name), [Line("", _points(rows, name, x))], x)
 
 
 def _lines(rows: Sequence[dict[str, Any]], *names: str) -> list[Line]:

@@ -63,8 +63,8 @@ def write_page(place: str) -> str:
 
 def write_run(place: str, told: Printed, file: str | None = None, recipe: str | None = None) -> Reported:
     """Report one run."""
-    to = Place.of(file, Folder(place) / "report")
     run = load(place, recipe, told.say)
+    to = Place.of(file, Folder(place) / "report")
     groups = grouped([run])
     tables = [compared.table(groups), *filter(None, [compared.class_table(groups)])]
     told.tables(tables, compared.records(groups))
@@ -77,9 +77,9 @@ def write_run(place: str, told: Printed, file: str | None = None, recipe: str | 
 
 def write_runs(places: Sequence[str], told: Printed, file: str | None = None, recipe: str | None = None) -> None:
     """Report several runs beside each other; each on a page of its own too, where the page's place is not given."""
+    runs = [load(place, recipe, told.say if file is None else None) for place in places]
     to = Place.of(file, _beside(places))
     own = [Place.of(None, Folder(place) / "report") for place in places] if file is None else []
-    runs = [load(place, recipe, told.say if file is None else None) for place in places]
     groups = grouped(runs)
     found = compared.difference_table(compared.differences(groups))
     tables = [compared.table(groups), *filter(None, [compared.class_table(groups), found])]

@@ -183,9 +183,11 @@ def test_what_cannot_be_written_fails_no_run_and_what_is_gone_is_said(reported, 
     assert "File exists" in output
     assert "report: none: report: " in output
     assert output.splitlines()[-1].startswith("result: q1 ce after 1 epochs: test loss ")
-    code, output = call("report", tmp_path / "run")
-    assert (code, len(output.splitlines())) == (2, 1), output
-    assert "cannot be written to" in output
+    for wrong, words in {"run": "cannot be written to", "typo": "is not a run"}.items():
+        code, output = call("report", tmp_path / wrong)
+        assert (code, "Traceback" in output) == (2, False), output
+        assert words in output.splitlines()[-1]
+    assert not (tmp_path / "typo").exists()
 
     shutil.copytree(reported[0] / "ce-s0", tmp_path / "moved")
     (tmp_path / "moved/report/gallery.npz").write_bytes(b"damaged")
