@@ -3,8 +3,9 @@
 import base64
 import io
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
+from itertools import pairwise
 
 import numpy as np
 from PIL import Image
@@ -12,7 +13,7 @@ from PIL import Image
 from dlops_dist.figures import Line, Panel
 
 WIDTH, HEIGHT = 420, 250
-LEFT, RIGHT, TOP, BOTTOM = 54, 12, 10, 36
+RIGHT, TOP, BOTTOM, LETTER = 12, 10, 36, 7.2
 COLOURS, EDGE = 8, 8
 POINTS = 400
 """Of a line at most, evenly; the last one among them."""
@@ -23,7 +24,6 @@ NUMBERED = 20
 COUNTED = ("epoch", "step")
 """What has no parts."""
 BLUE = (37, 113, 205)
-Ends = tuple[float, float]
 
 
 def grid(charts: Iterable[str]) -> str:
@@ -35,8 +35,10 @@ def chart(panel: Panel) -> str:
     lines = [line for line in panel.lines if any(panel.is_drawn(y) for _, y in line.points)]
     xs = [x for line in lines for x, _ in line.points]
     low, high = _ends([y for line in lines for _, y in line.points if panel.is_drawn(y)], panel.log)
-    across, down = _axis(min(xs), max(xs), LEFT, WIDTH - RIGHT), _axis(low, high, HEIGHT - BOTTOM, TOP, panel.log)
-    parts = [_rules(panel, (min(xs), max(xs)), across, (low, high), down)]
+    numbered = {y: _power(y) for y in _log_ticks(low, high)} if panel.log else _numbered(ticks(low, high))
+    left = LETTER * max(map(len, numbered.values())) + 12
+    across, down = _axis(min(xs), max(xs), left, WIDTH - RIGHT), _axis(low, high, HEIGHT - BOTTOM, TOP, panel.log)
+    parts = [_rules(panel, left, numbered, down), _foot(panel, left, (min(xs), max(xs)), across)]
     for line in lines:
         points = [(across(x), down(y if panel.is_drawn(y) else math.nan), x, y) for x, y in _thinned(line.points)]
         look = f"line {_colour(line)}{' faint' * line.faint}"
@@ -87,23 +89,28 @@ def _axis(low: float, high: float, start: float, end: float, log: bool = False) 
     return place
 
 
-def _rules(
-    panel: Panel, x_ends: Ends, across: Callable[[float], float], y_ends: Ends, down: Callable[[float], float]
-) -> str:
-    """Both axes, with their numbers."""
-    right, bottom, parts = WIDTH - RIGHT, HEIGHT - BOTTOM, []
-    for value in _log_ticks(*y_ends) if panel.log else ticks(*y_ends):
+def _rules(panel: Panel, left: float, numbered: Mapping[float, str], down: Callable[[float], float]) -> str:
+    """Lines at round values, with these on the left."""
+    parts = []
+    for value, text in numbered.items():
         y = down(value)
-        parts.append(f"<path class=rule d='M{LEFT} {y:.1f}H{right}'/>")
-        parts.append(f"<text x='{LEFT - 6}' y='{y + 4:.1f}' text-anchor=end>{_number(value)}</text>")
-    numbers: Iterable[float] = ticks(*x_ends)
+        parts.append(f"<path class=rule d='M{left} {y:.1f}H{WIDTH - RIGHT}'/>")
+        parts.append(f"<text x='{left - 6}' y='{y + 4:.1f}' text-anchor=end>{text}</text>")
+    return "".join(parts)
+
+
+def _foot(panel: Panel, left: float, ends: tuple[float, float], across: Callable[[float], float]) -> str:
+    """Both axes, with the numbers of the lower one."""
+    right, bottom, values = WIDTH - RIGHT, HEIGHT - BOTTOM, ticks(*ends)
     if panel.x in COUNTED:
-        numbers = sorted({round(value) for value in numbers})
-    for value in (value for value in numbers if x_ends[0] <= value <= x_ends[1]):
-        parts.append(f"<text x='{across(value):.1f}' y='{bottom + 15}' text-anchor=middle>{_number(value)}</text>")
-    parts.append(f"<path class=axis d='M{LEFT} {TOP}V{bottom}H{right}'/>")
-    middle = (LEFT + right) / 2
-    parts.append(f"<text x='{middle}' y='{HEIGHT - 5}' text-anchor=middle>{escape(panel.x)}</text>")
+        values = sorted({float(round(value)) for value in values})
+    parts = [
+        f"<text x='{across(value):.1f}' y='{bottom + 15}' text-anchor=middle>{text}</text>"
+        for value, text in _numbered(values).items()
+        if ends[0] <= value <= ends[1]
+    ]
+    parts.append(f"<path class=axis d='M{left} {TOP}V{bottom}H{right}'/>")
+    parts.append(f"<text x='{(left + right) / 2}' y='{HEIGHT - 5}' text-anchor=middle>{escape(panel.x)}</text>")
     return "".join(parts)
 
 
@@ -124,10 +131,18 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return [v for power in powers for v in (power, 2 * power, 5 * power) if low <= v <= high] or [low, high]
 
 
-def _number(value: float) -> str:
-    if value and not 1e-3 <= abs(value) < 1e6:
-        return f"{value:.2g}".replace("e-0", "e-").replace("e+0", "e")
-    return f"{value:,.5g}" if abs(value) < 1e5 else f"{value:,.0f}"
+def _numbered(values: Sequence[float]) -> dict[float, str]:
+    """Values at equal steps, written with the digits that tell them apart."""
+    largest, step = max(map(abs, values)), min((b - a for a, b in pairwise(values)), default=0) or abs(values[0]) or 1
+    if largest and not 1e-3 <= largest < 1e6:
+        digits = int(math.log10(largest / step)) + 2
+        return {value: _power(value, digits) for value in values}
+    decimals = max(0, math.ceil(-math.log10(step) - 1e-9))
+    return {value: f"{value:,.{decimals}f}" for value in values}
+
+
+def _power(value: float, digits: int = 6) -> str:
+    return f"{value:.{digits}g}".replace("e-0", "e-").replace("e+0", "e")
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:
