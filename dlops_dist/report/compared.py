@@ -208,8 +208,9 @@ def told_of(run: Reported) -> list[str]:
     if top1 is not None:
         classes = run.facts.get("classes") or len(row.get("test/top1_by_class") or ())
         error = f" of {number:,} images, with a standard error of {_error(top1, number)}" if number else ""
-        chance = f" Guessing would give about {1 / classes:.1%}." if classes else ""
-        found.append(f"Test top-1 is {top1:.1%}{error}.{chance}")
+        chance = f" Guessing would give a top-1 of about {1 / classes:.1%}." if classes else ""
+        top5 = f" Top-5 is {row['test/top5']:.1%}." if row.get("test/top5") is not None else ""
+        found.append(f"Test top-1 is {top1:.1%}{error}.{top5}{chance}")
     train = row.get("train/top1")
     if train is not None and top1 is not None:
         found.append(
