@@ -20,6 +20,8 @@ from dlops_dist.sweep.folder import Ranked, SweepFolder
 from dlops_dist.tables import Table
 from dlops_dist.trackers import log_report
 
+DRAWN_AFTER_S = 100
+
 
 class Place(NamedTuple):
     """Where a report goes."""
@@ -56,9 +58,15 @@ class Place(NamedTuple):
 
 
 def write_page(place: str) -> str:
-    """The page of a run that has just ended, from what is in its folder. Returns where it is."""
+    """The page of a run that has just ended, from what is in its folder; its pictures too, where the seconds that they
+    take are nothing to what it took. Returns where the page is.
+    """
     run = load(place)
-    return _write_run(run, Place.of(None, Folder(place) / "report"))
+    to = Place.of(None, Folder(place) / "report")
+    if sum(row.get("epoch_s") or 0 for row in run.rows) > DRAWN_AFTER_S:
+        _draw(run.name, epoch_panels(run), to.pictures)
+        _draw_classes(run, to.pictures)
+    return _write_run(run, to)
 
 
 def write_run(place: str, told: Printed, file: str | None = None, recipe: str | None = None) -> Reported:

@@ -20,7 +20,7 @@ from dlops_dist.report.of_run import run_page
 from dlops_dist.report.panels import epoch_panels
 from dlops_dist.report.printing import Printed
 from dlops_dist.report.runs import Reported, confusion_of
-from dlops_dist.report.writing import write_run
+from dlops_dist.report.writing import write_page, write_run
 
 CLASSES = {"q1": 200, "q2": 10}
 
@@ -121,6 +121,15 @@ def test_a_thousand_classes_are_a_page_too(tmp_path):
     draw.confusion(tmp_path / "confusion.png", confusion_of(gallery), gallery.classes)
     with Image.open(tmp_path / "classes.png") as bars, Image.open(tmp_path / "confusion.png") as matrix:
         assert max(*bars.size, *matrix.size) < 3000
+
+
+@pytest.mark.parametrize(("seconds", "drawn"), [(3.0, []), (60.0, ["curves.png"])])
+def test_a_run_of_minutes_ends_with_pictures_too(seconds, drawn, tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"task": "q1", **Q1().model_dump()}))
+    rows = [row(epoch, 10, epoch_s=seconds) for epoch in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in rows))
+    assert write_page(str(tmp_path)) == str(tmp_path / "report/index.html")
+    assert [path.name for path in (tmp_path / "report").glob("*.png")] == drawn
 
 
 @pytest.mark.parametrize(
