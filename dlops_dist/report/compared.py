@@ -13,8 +13,9 @@ from dlops_dist.tables import Table
 
 BESIDE = "original study, 10 epochs"
 QUANTILES = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
-    2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+    12.70620, 4.30265, 3.18245, 2.77645, 2.57058, 2.44691, 2.36462, 2.30600, 2.26216, 2.22814,
+    2.20099, 2.17881, 2.16037, 2.14479, 2.13145, 2.11991, 2.10982, 2.10092, 2.09302, 2.08596,
+    2.07961, 2.07387, 2.06866, 2.06390, 2.05954, 2.05553, 2.05183, 2.04841, 2.04523, 2.04227,
 )  # fmt: skip
 """97.5 % of Student's t distribution, by degrees of freedom from 1 on; for more than these, a little too large."""
 FEWEST_SEEDS = 3
@@ -38,6 +39,14 @@ class Difference(NamedTuple):
         """Whether the interval leaves out 0. One without a length only shows that accuracies go by steps."""
         return self.low < self.high and (self.low > 0 or self.high < 0)
 
+    @property
+    def interval(self) -> str:
+        return f"{self.written(self.low)} to {self.written(self.high)}{' points' * is_part(self.name)}"
+
+    def written(self, value: float) -> str:
+        """With a sign; of parts in hundredths."""
+        return f"{100 * value:+.2f}" if is_part(self.name) else f"{value:+.4f}"
+
 
 def paired(a: Group, b: Group, name: str) -> Difference | None:
     """Mean of the differences of runs with the same seed, and its interval of 95 % by Student's t.
@@ -57,10 +66,11 @@ def paired(a: Group, b: Group, name: str) -> Difference | None:
 
 
 def differences(groups: Sequence[Group]) -> list[Difference]:
-    """Between all that were trained on the same data."""
+    """Between all that were trained on the same data, by the usual figures and by what the runs are chosen by."""
+    chosen_by = (group.first.settings.choose_by.replace("val/", "test/", 1) for group in groups)
     found = (
         paired(a, b, name)
-        for name in COMPARED
+        for name in dict.fromkeys([*COMPARED, *chosen_by])
         for a, b in combinations(groups, 2)
         if a.first.data == b.first.data
     )  # fmt: skip
@@ -122,17 +132,12 @@ def class_table(groups: Sequence[Group]) -> Table | None:
 
 def difference_table(found: Sequence[Difference]) -> Table | None:
     rows = [
-        [f"{d.of} - {d.over}", title(d.name), str(d.seeds), _points(d.mean), f"{_points(d.low)} to {_points(d.high)}",
+        [f"{d.of} - {d.over}", title(d.name), str(d.seeds), d.written(d.mean), d.interval,
          "no" if not d.is_told else "above" if d.low > 0 else "below"]
         for d in found
     ]  # fmt: skip
-    columns = ["difference", "of", "seeds", "mean, points", "95 % interval", "told apart"]
+    columns = ["difference", "of", "seeds", "mean", "95 % interval", "told apart"]
     return Table("paired by seeds", columns, rows, 2, remarks=True) if rows else None
-
-
-def _points(part: float) -> str:
-    """Hundredths, with a sign."""
-    return f"{100 * part:+.2f}"
 
 
 def sentences(groups: Sequence[Group]) -> list[str]:
@@ -148,7 +153,8 @@ def sentences(groups: Sequence[Group]) -> list[str]:
     ]
     if not found:
         parts.append(
-            f"No two of these have {FEWEST_SEEDS} seeds in common: what differs between them may well be chance."
+            f"No two of these have {FEWEST_SEEDS} seeds in common with a figure to compare: what differs between them "
+            "may well be chance."
         )
     else:
         parts.append(
@@ -164,11 +170,10 @@ def sentences(groups: Sequence[Group]) -> list[str]:
 
 
 def _verdict(d: Difference) -> str:
-    seeds = f"95 % interval {_points(d.low)} to {_points(d.high)}, {d.seeds} seeds"
+    how = f"{d.written(d.mean)}, 95 % interval {d.interval}, {d.seeds} seeds"
     if not d.is_told:
-        return f"{d.of} and {d.over} are not told apart ({_points(d.mean)} points, {seeds})."
-    side = "above" if d.mean > 0 else "below"
-    return f"{d.of} is {side} {d.over} by {abs(100 * d.mean):.2f} points ({seeds})."
+        return f"{d.of} and {d.over} are not told apart ({how})."
+    return f"{d.of} is {'above' if d.mean > 0 else 'below'} {d.over} ({how})."
 
 
 def _by_data(groups: Sequence[Group]) -> list[list[Group]]:
