@@ -20,7 +20,7 @@ from typing import Any
 
 from dlops_dist.command_line import read_command_line
 from dlops_dist.config import SHIPPED, Run, stem_of
-from dlops_dist.errors import OneLineParser, exit_code_of
+from dlops_dist.errors import OneLineParser, UserError, exit_code_of, first_line
 from dlops_dist.signals import stop_signals
 from dlops_dist.torchrun import first_rank_first, joined, started_by_torchrun, wait_at_most
 
@@ -101,7 +101,21 @@ def run(task: str, settings: Run, console: Any) -> list[dict[str, Any]]:
             from dlops_dist.ray_backend import train_on_ray
 
             train_on_ray(task, settings, console)
+        if not rank():
+            console.say(f"report: {_page_of(folder)}")
         return folder.rows()
+
+
+def _page_of(folder: Any) -> str:
+    """A page that cannot be made fails no run that is trained."""
+    from dlops_dist.report.writing import write_page
+
+    try:
+        return write_page(str(folder))
+    except UserError as error:
+        return f"none: {error}"
+    except Exception as error:
+        return f"none: {type(error).__name__}: {first_line(error)}"
 
 
 def result_figures(rows: list[dict[str, Any]], choose_by: str) -> str:
