@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from dlops_dist.data.facts import Facts, refuse_other_size, write_index_and_manifest
 from dlops_dist.data.images import packable
+from dlops_dist.data.index import UNLABELED
 from dlops_dist.data.keys import key
 from dlops_dist.data.order import limited, shuffled
 from dlops_dist.data.processes import in_processes
@@ -25,16 +26,14 @@ from dlops_dist.data.shards import (
     FORMAT,
     MANIFEST,
     PLAN,
-    UNLABELED,
     Manifest,
     Packing,
     read_manifest,
-    sha256_of,
 )  # fmt: skip
 from dlops_dist.data.sources import Source
 from dlops_dist.data.tar import BLOCK, END, member_bytes
 from dlops_dist.errors import UserError
-from dlops_dist.files import PARTIAL, locked, write_file
+from dlops_dist.files import PARTIAL, locked, sha256_of, write_file
 
 OWN_FILE = re.compile(r"(train|test|unlabeled)-\d{6}\.tar|\..*\.(partial|done)")
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from dlops_dist.data.memory import available_memory
-from dlops_dist.data.shards import Split, sha256_of
-from dlops_dist.files import locked, temporary_folder, write_file
+from dlops_dist.data.shards import Split
+from dlops_dist.files import locked, sha256_of, temporary_folder, write_file
 
 Kind = Literal["auto", "decode", "decoded", "device"]
 LARGEST_PART = 4

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, tee
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -235,8 +235,8 @@ class _Fit:
     def _batches(self, epoch: int, first: int) -> Iterator[list[Batch]]:
         """This rank's parts of each global batch's micro-batches."""
         data, size = self.settings.data, self.settings.micro_batch_size
-        steps = [blocks(ids, size) for ids in self.stage.order.epoch(epoch)[first:]]
-        parts = ((ids, self.learner.blocks.share(len(ids))) for step in steps for ids in step)
+        steps, ahead = tee(blocks(ids, size) for ids in self.stage.order.epoch(epoch, first))
+        parts = ((ids, self.learner.blocks.share(len(ids))) for step in ahead for ids in step)
         batches = read_ahead(
             self.reader, parts, self.device, data.threads, data.prefetch, self.learner.reads_next
         )  # fmt: skip
