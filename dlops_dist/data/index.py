@@ -1,6 +1,6 @@
 """The index of a folder of shards: where each sample lies, and what it is.
 
-A process holds 24 bytes a sample; names stay on the disk until they are wanted.
+A process holds 20 bytes a sample; names stay on the disk until they are wanted.
 """
 
 from collections.abc import Iterator
@@ -16,10 +16,10 @@ from dlops_dist.files import sha256_of
 
 INDEX = "index.parquet"
 COLUMNS = {"key": "O", "shard": "i4", "offset": "i8", "size": "i4", "crc32": "u4", "label": "i4", "folds": "i4"}
-HELD = {"offset": "i8", "size": "i4", "crc32": "u4", "label": "i8"}
+HELD = ("offset", "size", "crc32", "label")
 """What a process holds; a sample's shard follows from its place, folds are rare."""
 UNLABELED = -1
-PART = 2**20
+PART = 2**18
 """Rows that are read at a time."""
 OTHER_NUMBERS = "other numbers of samples than in the manifest"
 
@@ -84,9 +84,8 @@ def _columns(path: Path, expected: Expected, _status: tuple[int, int, int]) -> d
         raise ValueError("keys that are no text")
     if file.metadata.num_rows != number:
         raise ValueError(OTHER_NUMBERS)
-    columns = {name: np.empty(number, kind) for name, kind in HELD.items()}
-    if expected.num_folds:
-        columns["folds"] = np.empty(number, np.int32)
+    held = (*HELD, "folds") if expected.num_folds else HELD
+    columns = {name: np.empty(number, COLUMNS[name]) for name in held}
     counts = np.zeros(len(expected.samples), np.int64)
     for batch in file.iter_batches(PART, columns=[name for name in COLUMNS if name != "key"]):
         part = {name: batch[name].to_numpy(zero_copy_only=False) for name in batch.schema.names}

@@ -60,7 +60,7 @@ class TrainingOrder:
         self.balance: order.Balance | None = None
         self.num_samples = size = len(ids)
         if batches is not None:
-            self._labels = labels[ids]
+            self._labels = labels[ids].astype(np.int64)
             self.steps_per_epoch = len(self._of_recipe(0))
         elif samples_per_class is not None:
             of_ids = labels if size == len(labels) else labels[ids]
@@ -135,7 +135,7 @@ def read_ahead(
 
     def load(global_ids: Ids, part: slice) -> Batch:
         places = np.arange(part.start, part.stop + and_next)
-        ids, labels = global_ids.take(places, mode="wrap").astype(np.int64), reader.labels[global_ids]
+        ids, labels = global_ids.take(places, mode="wrap").astype(np.int64), reader.labels[global_ids].astype(np.int64)
         images, own_ids, all_labels = (copied_ahead(a, device) for a in (reader.read(ids), ids, labels))
         return Batch(images, own_ids, all_labels, part, labels)
 

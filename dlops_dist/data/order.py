@@ -14,6 +14,7 @@ from dlops_dist.errors import UserError
 
 Ids = np.ndarray
 AT_ONCE = 2**20
+"""Samples, where a copy of all would take too much memory."""
 LEAST_SAMPLES_PER_CLASS = 4
 
 
@@ -121,15 +122,24 @@ class Balance:
 def by_class(labels: Ids, num_classes: int) -> Ids:
     """Places of the samples, those of a class in their order, one class after the other; int32 where that is enough.
 
-    Numbers of two bytes are sorted digit by digit, ten times sooner.
+    A part at a time, whose places go behind those of earlier parts. Numbers of two bytes are sorted digit by digit, ten
+    times sooner.
     """
-    narrow = np.uint16 if num_classes <= 2**16 else np.int32
-    return _narrow(np.argsort(labels.astype(narrow), kind="stable"))
+    narrow, places = np.uint16 if num_classes <= 2**16 else np.int32, np.empty(len(labels), _kind_for(len(labels)))
+    ends = np.cumsum(np.bincount(labels, minlength=num_classes))
+    begun = np.concatenate([[0], ends[:-1]]) if num_classes else ends
+    for start in range(0, len(labels), AT_ONCE):
+        part = labels[start : start + AT_ONCE].astype(narrow)
+        counts = np.bincount(part, minlength=num_classes)
+        to = np.repeat(begun - (np.cumsum(counts) - counts), counts) + np.arange(len(part))
+        places[to] = start + np.argsort(part, kind="stable")
+        begun += counts
+    return places
 
 
-def _narrow(ids: Ids) -> Ids:
-    """In half of the memory, where numbers are small enough."""
-    return ids.astype(np.int32) if len(ids) < 2**31 else ids
+def _kind_for(size: int) -> type[np.signedinteger]:
+    """Of ids below a size: half of the memory, where they are small enough."""
+    return np.int32 if size < 2**31 else np.int64
 
 
 def _most_batches(groups: Ids, classes_per_batch: int) -> int:
@@ -158,14 +168,15 @@ def fit_samples_per_class(global_batch_size: int, num_classes: int, wanted: int 
 def hold_out(labels: Ids, fraction: float) -> tuple[Ids, Ids]:
     """Ids (train, val): of each class, round(fraction * size) samples are held out. Independent of a run's seed."""
     if not fraction:
-        return np.arange(len(labels), dtype=np.int32 if len(labels) < 2**31 else np.int64), np.empty(0, np.int32)
+        return np.arange(len(labels), dtype=_kind_for(len(labels))), np.empty(0, np.int32)
     mixed = shuffled(key(0, 0, "holdout"), len(labels))
     sizes = np.bincount(labels)
     ordered = mixed[by_class(labels[mixed], len(sizes))]
     place = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     held = np.zeros(len(labels), bool)
     held[ordered[place < np.repeat(np.round(fraction * sizes), sizes)]] = True
-    return _narrow(np.flatnonzero(~held)), _narrow(np.flatnonzero(held))
+    kind = _kind_for(len(labels))
+    return np.flatnonzero(~held).astype(kind), np.flatnonzero(held).astype(kind)
 
 
 def limited(labels: Ids, limit: int | None, seed: int) -> Ids:

@@ -137,7 +137,7 @@ def device_sums(
             own.append(judged.embeddings)
     if isinstance(learner, Learner) and not all(map(sees_own, metrics.values())):
         everyone = gather(torch.cat(own) if own else _no_embeddings(learner), _sizes(parts))
-        _add_retrieval(learner, rows, metrics, everyone, reader.labels[ids], parts, mine)
+        _add_retrieval(learner, rows, metrics, everyone, reader.labels[ids].astype(np.int64), parts, mine)
     total = all_sum(torch.cat([rows.flatten(), classified.flatten()]))  # the other ranks' rows are zero: exact
     return DeviceSums(total[: rows.numel()].view_as(rows), total[rows.numel() :].view_as(classified))
 

@@ -110,7 +110,8 @@ class _Fit:
 
     def run(self) -> dict[str, Any]:
         self.samples.open(self._open)
-        state = self._loaded()
+        settings, id_ = self.settings, self.manifest.id
+        state = self.folder.load(settings, id_, self.device, warn=lambda text: self._tell(Warned(text)))
         step = 0 if state is None else state["step"]
         first = next(i for i, span in enumerate(self.spans) if step <= span.end_step)
         self._enter(first, state)
@@ -141,17 +142,6 @@ class _Fit:
         within = (last.end_step - step) // every if every else 0
         weights = sum(p.numel() * p.element_size() for p in self.learner.model.parameters())
         self.folder.check_room(weights, after_epochs + within)
-
-    def _loaded(self) -> dict[str, Any] | None:
-        """The latest checkpoint that all ranks see: a node's view of a shared folder may lag behind another's."""
-        state = self.folder.load(
-            self.settings, self.manifest.id, self.device, warn=lambda text: self._tell(Warned(text))
-        )
-        step = 0 if state is None else state["step"]
-        seen_by_all = int(of_all_ranks(torch.tensor(step, device=self.device)).min())
-        if step == seen_by_all:
-            return state
-        return self.folder.checkpoints.load(seen_by_all, self.device) if seen_by_all else None
 
     def _enter(self, index: int, state: dict[str, Any] | None) -> None:
         """Begin a stage, or go on in it."""

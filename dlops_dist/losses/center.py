@@ -8,7 +8,6 @@ from torch.nn import functional as F
 
 from dlops_dist.losses.terms import Terms, at_least_float32, checked_labels
 
-
 CENTERS_AT_ONCE = 2**13
 
 

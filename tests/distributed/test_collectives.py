@@ -3,6 +3,7 @@
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,13 +12,13 @@ from kept_ranks import WORLDS, on_ranks
 from torch import nn
 
 from dlops_dist.data.order import rank_part
+from dlops_dist.distributed import norm as norm_module
 from dlops_dist.distributed.collectives import all_sum, gather, rank, world_size
 from dlops_dist.distributed.norm import SyncBatchNorm1d, SyncBatchNorm2d, average_running_statistics
-from dlops_dist.distributed.objective import global_objective, update_state
+from dlops_dist.distributed.objective import global_objective
 from dlops_dist.distributed.ranks import run_ranks
-from dlops_dist.distributed.tree import Blocks
 from dlops_dist.errors import RunError
-from dlops_dist.losses import CenterLoss, CrossEntropyLoss, Terms
+from dlops_dist.losses import CrossEntropyLoss, Terms
 from dlops_dist.torchrun import meeting
 
 PARTS = {2: [3, 5], 3: [4, 0, 1], 4: [0, 2, 7, 1]}
@@ -111,29 +112,13 @@ def test_objective_is_that_of_one_process_for_unequal_counts(ranks):
         torch.testing.assert_close(values["positive"], positive.detach(), rtol=1e-12, atol=0)
 
 
-def centers_after(x, labels, sizes, num_classes):
-    loss = CenterLoss(num_classes, x.shape[1]).double()
-    part = slice(sum(sizes[: rank()]), sum(sizes[: rank() + 1]))
-    for _ in range(3):
-        update_state(loss, [x[part]], [labels[part]], sizes, Blocks())
-    return loss.centers
-
-
-@pytest.mark.parametrize("ranks", PARTS)
-@pytest.mark.parametrize("num_classes", [4, 1000], ids=["sums all-reduced", "embeddings gathered"])
-def test_centers_are_those_of_one_process_and_equal_bits_on_every_rank(ranks, num_classes):
-    sizes = PARTS[ranks]
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(sum(sizes), 5, generator=generator, dtype=torch.float64)
-    labels = torch.randint(num_classes, (sum(sizes),), generator=generator)
-    expected = centers_after(x, labels, [len(x)], num_classes)
-    centers = on_ranks(centers_after, ranks, x, labels, sizes, num_classes)
-    torch.testing.assert_close(centers[0], expected, rtol=1e-13, atol=1e-15)
-    assert all(torch.equal(c, centers[0]) for c in centers)
-
-
-def normalised(x, gradient, sizes):
+def normalised(x, gradient, sizes, gathered=8):
     """Two training steps of batch norm: output, gradients (of the parameters as DDP sums them), buffers."""
+    with mock.patch.object(norm_module, "GATHERED", gathered):
+        return normalised_twice(x, gradient, sizes)
+
+
+def normalised_twice(x, gradient, sizes):
     norm = (SyncBatchNorm2d if x.ndim == 4 else SyncBatchNorm1d)(x.shape[1]).double()
     with torch.no_grad():
         norm.weight.copy_(torch.linspace(0.5, 2, x.shape[1]))
@@ -148,13 +133,14 @@ def normalised(x, gradient, sizes):
 
 @pytest.mark.parametrize("ranks", PARTS)
 @pytest.mark.parametrize("size", [(3, 4, 2), (3,)], ids=["images", "units"])
-def test_sync_batch_norm_is_batch_norm_of_all_samples(ranks, size):
+@pytest.mark.parametrize("gathered", [8, 1], ids=["gathered", "added up"])
+def test_sync_batch_norm_is_batch_norm_of_all_samples(ranks, size, gathered):
     sizes = PARTS[ranks]
     generator = torch.Generator().manual_seed(ranks)
     x = torch.randn(sum(sizes), *size, generator=generator, dtype=torch.float64) * 3 + 1000  # E[x^2] would lose it
     gradient = torch.randn(x.shape, generator=generator, dtype=torch.float64)
     y, dx, dw, db, buffers = normalised(x, gradient, [len(x)])  # one process: torch's own
-    results = on_ranks(normalised, ranks, x, gradient, sizes)
+    results = on_ranks(normalised, ranks, x, gradient, sizes, gathered)
     torch.testing.assert_close(torch.cat([r[0] for r in results]), y, rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(torch.cat([r[1] for r in results]), dx, rtol=1e-9, atol=1e-10)
     for result in results:
