@@ -1,4 +1,4 @@
-"""How costs grow with samples, classes and workers: each row what it was at commit ab4d460, what it is now, what is wanted.
+"""How costs grow with samples, classes and workers: of each what it was at ab4d460, what it is now, what is wanted.
 
     python benchmarks/growth.py [--samples 10000000] [--only WORD ...]
 
@@ -87,9 +87,10 @@ def shards_of(folder: Path, number: int) -> Path:
 def first_step(shards: Path, loss: str) -> tuple[float, float]:
     """CPU seconds of a run to its first step, and its peak in MB."""
     runs = shards.parent / f"runs-{time.monotonic_ns()}"
-    command = [sys.executable, "-m", "dlops_dist.train", "q1", "--local", "--loss", loss, "--name", "run", "--model.width", "8"]
-    command += ["--runs-dir", str(runs), "--data.shards", str(shards), "--data.reader", "decode", "--checkpoint-every", "1"]
-    command += ["--model.stem", "imagenet", "--data.samples-per-class", "16"]
+    command = [sys.executable, "-m", "dlops_dist.train", "q1", "--local", "--loss", loss, "--name", "run"]
+    command += ["--runs-dir", str(runs), "--data.shards", str(shards), "--data.reader", "decode"]
+    command += ["--checkpoint-every", "1", "--model.stem", "imagenet", "--model.width", "8"]
+    command += ["--data.samples-per-class", "16"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while not list(runs.glob("run/checkpoints/step-*.pt")):
         if process.poll() is not None:
@@ -168,14 +169,15 @@ def recall(number: int):
     torch.set_num_threads(1)
     x, labels = torch.randn(number, D), torch.arange(number) // 4
 
-    def judged() -> float:
+    def all_judged() -> float:
         points, total = Points(x), 0.0
         for first in range(0, number, 256):
             place = slice(first, min(first + 256, number))
-            total += recall_at(1)(Judged(x[place], labels[place], x[:, :0], x, x, labels, place, 4, points=points)).sum()
+            judged = Judged(x[place], labels[place], x[:, :0], x, x, labels, place, 4, points=points)
+            total += recall_at(1)(judged).sum()
         return float(total)
 
-    return judged
+    return all_judged
 
 
 # workers
@@ -268,7 +270,7 @@ ROWS = [
     ("4 sync norm's bytes, of the gradients', formula", "5.5 % at 64, 87 % at 1,024", "1 %", sync_norm),
     ("3 sums in a checkpoint, W = 1,024, C = 1,000, D = 512, formula", "2.1 GB", "1.1 GB at most, or C (D + 1) once",
      lambda *_: f"{1000 * 513 * 4 / 1e6:.1f} MB, kept once"),
-    ("13 reads of a checkpoint on resume, W = 1,024, formula", "1,024 x 147 MB", "one", lambda *_: "1 x 147 MB, broadcast"),
+    ("13 reads of a checkpoint on resume, W = 1,024, formula", "1,024 x 147 MB", "one", lambda *_: "one, broadcast"),
 ]  # fmt: skip
 
 if __name__ == "__main__":
