@@ -61,8 +61,8 @@ def bytes_of_first_rank(result: Callable[[], bytes | None], device: torch.device
         return None if content is None else len(content)
 
     size = of_first_rank(read)
-    if size is None or world_size() == 1:
-        return content
+    if world_size() == 1 or not size:
+        return None if size is None else content or b""
     whole = torch.frombuffer(bytearray(content or size), dtype=torch.uint8)
     for part in whole.split(SENT_AT_ONCE):
         sent = part.to(device)

@@ -120,10 +120,13 @@ class TripletLoss(nn.Module):
     @torch.no_grad()
     def active_share(self, embeddings: Tensor, labels: Tensor, largest_class: int | None = None) -> Tensor:
         """The part of a batch's triplets whose loss is above 0, float64; NaN where there are none."""
-        chosen, shared = (self.margin, self.mining, self.normalize, self.squared), self.shared(embeddings, labels)
-        losses = (TripletLoss(*chosen, average) for average in ("valid", "active"))  # type: ignore[arg-type]
-        valid, active = (loss.terms(embeddings, labels, None, largest_class, shared).count for loss in losses)
-        return torch.as_tensor(active / valid)
+        loss = TripletLoss(self.margin, self.mining, self.normalize, self.squared, average="active")
+        active = loss.terms(embeddings, labels, None, largest_class).count
+        ordered = labels.sort().values
+        first, end = (torch.searchsorted(ordered, labels, right=right) for right in (False, True))
+        positives, negatives = (end - first - 1).double(), (len(labels) - (end - first)).double()
+        valid = positives.clamp(max=1) if self.mining == "batch-hard" else positives
+        return active / (valid * (negatives if self.mining == "all" else negatives.clamp(max=1))).sum()
 
     def _prepared(self, embeddings: Tensor) -> Tensor:
         embeddings = at_least_float32(embeddings)

@@ -12,6 +12,7 @@ from kept_ranks import WORLDS, on_ranks
 from torch import nn
 
 from dlops_dist.data.order import rank_part
+from dlops_dist.distributed import agreement, collectives
 from dlops_dist.distributed import norm as norm_module
 from dlops_dist.distributed.collectives import all_sum, gather, rank, world_size
 from dlops_dist.distributed.norm import SyncBatchNorm1d, SyncBatchNorm2d, average_running_statistics
@@ -21,6 +22,7 @@ from dlops_dist.errors import RunError
 from dlops_dist.losses import CrossEntropyLoss, Terms
 from dlops_dist.torchrun import meeting
 
+CPU = torch.device("cpu")
 PARTS = {2: [3, 5], 3: [4, 0, 1], 4: [0, 2, 7, 1]}
 KINDS = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool]
 
@@ -80,6 +82,37 @@ def test_all_sum_adds_up_and_leaves_its_argument(ranks):
     for rank_, (total, before) in enumerate(on_ranks(summed, ranks, values)):
         assert torch.equal(total, values.sum(dim=0).T)
         assert torch.equal(before, values[rank_].T)
+
+
+def told_by_the_first(contents):
+    numbers = collectives.of_first_rank(lambda: (rank(), [7]))
+    with mock.patch.object(collectives, "SENT_AT_ONCE", 3):
+        results = [lambda own=own: own if rank() == 0 else 1 / 0 for own in contents]
+        found = [collectives.bytes_of_first_rank(result, CPU) for result in results]
+    try:
+        collectives.of_first_rank(fails)
+    except ValueError as error:
+        return numbers, found, str(error)
+
+
+def fails():
+    raise ValueError(f"of rank {rank()}")
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_what_the_first_rank_finds_all_have_and_what_it_raises_all_raise(ranks):
+    contents = [b"twenty bytes and more", b"", None]
+    assert on_ranks(told_by_the_first, ranks, contents) == [((0, [7]), contents, "of rank 0")] * ranks
+
+
+@pytest.mark.parametrize("number", [1, 5, 2500])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_a_hash_of_bits_adds_up_each_value_times_the_odd_number_of_its_place(number, dtype, monkeypatch):
+    monkeypatch.setattr(agreement, "AT_ONCE", 1000)
+    x = (torch.randn(number) * 100).to(dtype)
+    bits = x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]).tolist()
+    expected = sum(b * (i * 0x9E3779B97F4A7C15 % 2**64 | 1) for i, b in enumerate(bits)) % 2**64
+    assert int(agreement.bits_hash(x)) % 2**64 == expected
 
 
 def objective_gradient(weight, x, labels, sizes):
