@@ -7,6 +7,7 @@ this process, and the growth of its peak, each in a process of its own: both hol
 """
 
 import argparse
+import io
 import json
 import multiprocessing
 import subprocess
@@ -213,13 +214,15 @@ def packed(number: int):
     from dlops_dist.data import pack as pack_module
     from dlops_dist.data.sources import Listing
 
+    image = io.BytesIO()
+    np.save(image, np.random.default_rng(0).integers(0, 256, (192, 192, 3), np.uint8))
+
     class Images:
         path, extension, classes = Path("memory"), "npy", ["all"]
         splits = {"train": Listing([f"{i:05d}" for i in range(number)], np.zeros(number, np.int64))}  # noqa: RUF012
-        pixels = np.random.default_rng(0).integers(0, 256, (192, 192, 3), np.uint8)
 
-        def read(self, split: str, index: int) -> np.ndarray:
-            return self.pixels
+        def read(self, split: str, index: int) -> bytes:
+            return image.getvalue()
 
         def name(self, split: str, index: int) -> str:
             return str(index)

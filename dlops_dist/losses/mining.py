@@ -1,6 +1,6 @@
 """Which triplets of a batch count: the samples of each class, how near all others are, and what is picked of them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -67,7 +67,7 @@ class Nearness:
 
     def __init__(self, x: Tensor) -> None:
         self.x, self._centered = x, x - x.mean(dim=0)
-        self._norms = torch.cat([part.square().sum(dim=1) for part in parts_of(self._centered)])
+        self._norms = by_rows(lambda part: part.square().sum(dim=1), self._centered)
         self._original = _first_equal(x)
         self._repeated = on_gpu(x) or bool((self._original != torch.arange(len(x))).any())
 
@@ -171,7 +171,7 @@ def _first_equal(x: Tensor) -> Tensor:
     bits = x.contiguous().view(torch.int32)
     factors = torch.arange(1, bits.shape[1] + 1, device=x.device) * WEYL
     factors = (factors.square() >> 32).int() | 1
-    hashes = torch.cat([(part * factors).sum(dim=1) for part in parts_of(bits)])  # integers: in any order
+    hashes = by_rows(lambda part: (part * factors).sum(dim=1), bits)  # integers: no order of summation matters
     ordered, index = hashes.sort(stable=True)
     lowest, own = index[torch.searchsorted(ordered, hashes)], torch.arange(len(x), device=x.device)
     if on_gpu(x):
@@ -186,9 +186,10 @@ def _argmin(x: Tensor) -> Tensor:
     return x.argmin(dim=1) if on_gpu(x) else torch.from_numpy(x.numpy().argmin(axis=1))
 
 
-def parts_of(x: Tensor) -> Sequence[Tensor]:
-    """The rows of x (N, D), a part at a time, which does not change what is computed of each; on a GPU all at once."""
-    return [x] if on_gpu(x) else x.split(max(1, PART_ELEMENTS // max(1, x.shape[1])))
+def by_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A function of each row of x (N, D), (N,): on a CPU a part at a time, which changes nothing but the time."""
+    parts = [x] if on_gpu(x) else x.split(max(1, PART_ELEMENTS // max(1, x.shape[1])))
+    return function(x) if len(parts) == 1 else torch.cat([function(part) for part in parts])
 
 
 def chunk_elements(x: Tensor) -> int:

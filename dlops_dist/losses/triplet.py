@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dlops_dist.losses.mining import Classes, ClassMates, Nearness, Triplets, chunk_elements, mined, on_gpu, parts_of
+from dlops_dist.losses.mining import Classes, ClassMates, Nearness, Triplets, by_rows, chunk_elements, mined, on_gpu
 from dlops_dist.losses.terms import Terms, at_least_float32, checked_labels, nan_unless_finite
 
 Mining = Literal["batch-hard", "semi-hard", "all"]
@@ -102,9 +102,9 @@ class TripletLoss(nn.Module):
     def shared(self, embeddings: Tensor, labels: Tensor) -> "Shared":
         """What the anchors of all blocks of a batch have in common."""
         with torch.autocast(embeddings.device.type, enabled=False):
-            x = self._prepared(embeddings.detach())
-            zero = sum((nan_unless_finite(part) for part in parts_of(x)), x.new_zeros(()))
-            return Shared(zero, None if self.mining == "all" else Nearness(x))
+            x = at_least_float32(embeddings.detach())
+            zero = nan_unless_finite(x) if on_gpu(x) else by_rows(lambda part: (part * 0).sum(dim=1), x).sum()
+            return Shared(zero, None if self.mining == "all" else Nearness(self._prepared(x)))
 
     def hints(self, labels: np.ndarray) -> dict[str, int]:
         """What `terms` is told of the labels (N,), which are on the host too."""

@@ -18,7 +18,9 @@ from dlops_dist.distributed.collectives import all_sum, gather, rank, world_size
 from dlops_dist.distributed.norm import SyncBatchNorm1d, SyncBatchNorm2d, average_running_statistics
 from dlops_dist.distributed.objective import global_objective
 from dlops_dist.distributed.ranks import run_ranks
+from dlops_dist.engine.checkpoints import Checkpoints
 from dlops_dist.errors import RunError
+from dlops_dist.files import Folder
 from dlops_dist.losses import CrossEntropyLoss, Terms
 from dlops_dist.torchrun import meeting
 
@@ -103,6 +105,29 @@ def fails():
 def test_what_the_first_rank_finds_all_have_and_what_it_raises_all_raise(ranks):
     contents = [b"twenty bytes and more", b"", None]
     assert on_ranks(told_by_the_first, ranks, contents) == [((0, [7]), contents, "of rank 0")] * ranks
+
+
+def read_back(folder):
+    """How often this rank opened a checkpoint, what it found, what it was warned of."""
+    opened, warnings, open_file = [], [], Folder.open
+    with mock.patch.object(Folder, "open", lambda *given: opened.append(given) or open_file(*given)):
+        found = Checkpoints(Folder(folder), 2).latest_of_all_ranks(CPU, warnings.append)
+    return len(opened), found, warnings
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_of_all_ranks_the_first_alone_reads_a_checkpoint_and_all_have_it(ranks, tmp_path):
+    assert on_ranks(read_back, ranks, tmp_path / "none") == [(0, None, [])] * ranks
+    checkpoints = Checkpoints(Folder(tmp_path), 2)
+    for step in (1, 2):
+        checkpoints.save(step, {"step": step, "x": torch.arange(5.0) * step})
+    checkpoints.wait()
+    path = tmp_path / "step-000000002.pt"
+    path.write_bytes(path.read_bytes()[:-100])
+    for place, (opened, found, warnings) in enumerate(on_ranks(read_back, ranks, tmp_path)):
+        assert (opened, len(warnings)) == ((2, 1) if place == 0 else (0, 0))
+        assert found["step"] == 1
+        assert torch.equal(found["x"], torch.arange(5.0))
 
 
 @pytest.mark.parametrize("number", [1, 5, 2500])
