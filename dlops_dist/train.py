@@ -69,7 +69,7 @@ def train(task: str, arguments: list[str]) -> None:
 def run(task: str, settings: Run, console: Any) -> list[dict[str, Any]]:
     """Train here, as one of several processes perhaps, or on Ray. Returns the rows of metrics."""
     from dlops_dist.data.shards import read_manifest
-    from dlops_dist.distributed.collectives import rank
+    from dlops_dist.distributed.collectives import of_first_rank, rank
     from dlops_dist.engine import fit, prepare
     from dlops_dist.engine.run_folder import RunFolder
 
@@ -86,7 +86,8 @@ def run(task: str, settings: Run, console: Any) -> list[dict[str, Any]]:
         with first_rank_first():
             if not rank():
                 folder.create(task, settings)
-            finished = folder.finished_row(settings, read_manifest(Path(settings.data.shards)), console.warn)
+        manifest = read_manifest(Path(settings.data.shards))
+        finished = of_first_rank(lambda: folder.finished_row(settings, manifest, console.warn))
         if finished is not None:
             console.say(f"run {folder} is complete; another --name trains anew")
         elif settings.local:

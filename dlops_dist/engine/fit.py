@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, tee
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -111,7 +111,7 @@ class _Fit:
 
     def run(self) -> dict[str, Any]:
         self.samples.open(self._open)
-        state = self._loaded()
+        state = self.folder.load(self.settings, self.manifest.id, self.device, warn=self._warn)
         step = 0 if state is None else state["step"]
         first = next(i for i, span in enumerate(self.spans) if step <= span.end_step)
         self._enter(first, state)
@@ -144,15 +144,6 @@ class _Fit:
         within = (last.end_step - step) // every if every else 0
         weights = sum(p.numel() * p.element_size() for p in self.learner.model.parameters())
         self.folder.check_room(weights, after_epochs + within)
-
-    def _loaded(self) -> dict[str, Any] | None:
-        """The latest checkpoint that all ranks see: a node's view of a shared folder may lag behind another's."""
-        state = self.folder.load(self.settings, self.manifest.id, self.device, warn=self._warn)
-        step = 0 if state is None else state["step"]
-        seen_by_all = int(of_all_ranks(torch.tensor(step, device=self.device)).min())
-        if step == seen_by_all:
-            return state
-        return self.folder.checkpoints.load(seen_by_all, self.device) if seen_by_all else None
 
     def _enter(self, index: int, state: dict[str, Any] | None) -> None:
         """Begin a stage, or go on in it."""
@@ -234,8 +225,8 @@ class _Fit:
     def _batches(self, epoch: int, first: int) -> Iterator[list[Batch]]:
         """This rank's parts of each global batch's micro-batches."""
         data, size = self.settings.data, self.settings.micro_batch_size
-        steps = [blocks(ids, size) for ids in self.stage.order.epoch(epoch)[first:]]
-        parts = ((ids, self.learner.blocks.share(len(ids))) for step in steps for ids in step)
+        steps, ahead = tee(blocks(ids, size) for ids in self.stage.order.epoch(epoch, first))
+        parts = ((ids, self.learner.blocks.share(len(ids))) for step in ahead for ids in step)
         batches = read_ahead(
             self.reader, parts, self.device, data.threads, data.prefetch, self.learner.reads_next
         )  # fmt: skip

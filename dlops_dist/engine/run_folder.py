@@ -230,8 +230,8 @@ class RunFolder:
     def load(
         self, settings: Run, dataset_id: str, device: torch.device, warn: Callable[[str], None]
     ) -> dict[str, Any] | None:
-        """The latest whole checkpoint, or None. One of other settings, data or format is refused by name."""
-        state = self.checkpoints.latest(device, warn)
+        """The latest whole checkpoint, or None: the same on every rank. Other settings, data or format are refused."""
+        state = self.checkpoints.latest_of_all_ranks(device, warn)
         if state is not None:
             self._check(state, settings, dataset_id)
         return state
