@@ -35,7 +35,7 @@ QUICK = {
     "outside": ["--epochs", "1"],
     "recovery": ["--runs", "1"],
     "step": ["--batch", "8", "--steps", "1", "--runs", "1"],
-    "wire": ["--batch", "8", "--steps", "1"],
+    "wire": ["--batch", "64", "--steps", "1"],
     "workers": ["--batch", "16", "--runs", "1"],
 }
 """{benchmark: what makes it small}"""
@@ -57,7 +57,7 @@ def main() -> None:
     failed = []
     with tempfile.TemporaryDirectory() as scratch:
         for name in arguments.only:
-            shards = [str(arguments.shards or generated(Path(scratch)))] if name in ON_SHARDS else []
+            shards = [str(arguments.shards or generated(Path(scratch), arguments.quick))] if name in ON_SHARDS else []
             row = benchmark(name, [*shards, *(QUICK[name] if arguments.quick else [])])
             table.add_row(name, "\n".join(row["printed"]), f"{row['seconds']:.0f}", f"{row['busy']:.0%}")
             failed += [name] * (row["code"] != 0)
@@ -85,10 +85,18 @@ def benchmark(name: str, arguments: list[str]) -> dict[str, object]:
     return {**shown, "busy": busy, "load": os.getloadavg()[0], "printed": printed}
 
 
-def generated(folder: Path) -> Path:
+def generated(folder: Path, quick: bool) -> Path:
     """Shards of 64x64 images, packed once."""
     if not (folder / "shapes").exists():
-        command = [sys.executable, "-m", "dlops_dist.shard", "shapes", "--out", str(folder)]
+        command = [
+            sys.executable,
+            "-m",
+            "dlops_dist.shard",
+            "shapes",
+            "--out",
+            str(folder),
+            *["--limit", "160"] * quick,
+        ]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return folder / "shapes"
 

@@ -32,7 +32,7 @@ from dlops_dist.data.images import decode
 from dlops_dist.data.loader import read_ahead
 from dlops_dist.data.memory import keep_freed_memory
 from dlops_dist.data.pack import pack
-from dlops_dist.data.readers import in_epoch
+from dlops_dist.data.random_crops import in_epoch
 from dlops_dist.data.shapes import CLASSES, draw
 from dlops_dist.data.shards import Split, read_manifest
 from dlops_dist.data.sources import ImageFolder

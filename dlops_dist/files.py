@@ -1,6 +1,7 @@
 """Files that are whole or not there, in folders here or at a URL, and locks on them."""
 
 import fcntl
+import hashlib
 import io
 import os
 import shutil
@@ -305,3 +306,8 @@ def leave_room_for_sockets(variable: str = "TMPDIR") -> None:
         f"{variable}: {place} is too long for the paths of sockets below it; set it to a folder of at most "
         f"{SOCKET_PATH - len(LONGEST_SOCKET)} bytes"
     )
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,17 +13,8 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from dlops_dist.data.shards import (
-    COLUMNS,
-    FORMAT,
-    FORMAT_OF_ANY,
-    INDEX,
-    MANIFEST,
-    SIZES,
-    Manifest,
-    Packing,
-    Shard,
-)
+from dlops_dist.data.index import COLUMNS, INDEX, SIZES
+from dlops_dist.data.shards import FORMAT, FORMAT_OF_ANY, MANIFEST, Manifest, Packing, Shard
 from dlops_dist.errors import UserError
 from dlops_dist.files import write_file
 

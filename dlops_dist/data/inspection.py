@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dlops_dist.data.shards import INDEX, MANIFEST, SIZES, Manifest, Split, read_index, sha256_of
+from dlops_dist.data.index import INDEX, SIZES, read_index
+from dlops_dist.data.shards import MANIFEST, Manifest, Split
+from dlops_dist.files import sha256_of
 
 SHOWN = 5
 """Classes that a sentence names."""
@@ -47,7 +49,7 @@ def shown_size(folder: Path, manifest: Manifest) -> str:
     """Height x width of the images, from the least to the largest where they differ."""
     if manifest.height is not None:
         return f"{manifest.height}x{manifest.width}"
-    columns = read_index(folder, manifest)
+    columns = read_index(folder / INDEX, manifest.of_index)
     return " x ".join(f"{columns[name].min()}-{columns[name].max()}" for name in SIZES)
 
 

@@ -2,7 +2,7 @@
 
 decode   each image from its shard, whenever it is wanted: `Split` itself, or `Cropped` a part of each
 decoded  from a file of raw pixels that all workers of a node map into memory: one process makes it while the others
-         wait, it gets its name when it is whole, and every process compares its hash before it reads from it
+         wait, it gets its name when it is whole, and one process compares its hash each time the node was started
 device   from a tensor on the GPU that holds all of them
 """
 
@@ -16,16 +16,14 @@ from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple, Protocol
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
-from dlops_dist.config import Augment
-from dlops_dist.data.crops import NUM_DRAWS, Cropped
-from dlops_dist.data.draws import VIEW, uniform
-from dlops_dist.data.keys import key
+from dlops_dist.data.crops import Cropped
 from dlops_dist.data.memory import available_memory
-from dlops_dist.data.shards import Split, sha256_of
-from dlops_dist.files import locked, temporary_folder, write_file
+from dlops_dist.data.shards import Split
+from dlops_dist.files import locked, sha256_of, temporary_folder, write_file
 
 Kind = Literal["auto", "decode", "decoded", "device"]
 LARGEST_PART = 4
@@ -40,7 +38,7 @@ class Reader(Protocol):
     """The images and labels of a split."""
 
     labels: np.ndarray
-    """(N,) int64."""
+    """(N,), int32 of shards."""
     in_memory: bool
     """Whether nothing is waited for, and nothing computed, to read."""
 
@@ -110,33 +108,6 @@ class Joined:
             places.append(place)
         images = torch.cat(parts)
         return images[on_device(np.argsort(np.concatenate(places), kind="stable"), images.device)]
-
-
-class RandomCrops:
-    """Parts of images that an epoch sees, of each view of a sample its own: keyed by (seed, epoch, sample, view)."""
-
-    in_memory = False
-
-    def __init__(self, reader: Cropped | Joined, seed: int, epoch: int, views: int) -> None:
-        self.labels, self._reader, self._views = reader.labels, reader, views
-        self._key = key(seed, epoch, "resized crop")
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def read(self, ids: np.ndarray) -> Tensor:
-        """uint8 (n, height, width, 3), or (n, views, height, width, 3) where there are several."""
-        views = torch.from_numpy(ids)[:, None] + torch.arange(self._views) * VIEW
-        draws = uniform(self._key, views.flatten(), NUM_DRAWS)
-        images = torch.as_tensor(self._reader.read(ids.repeat(self._views), draws.numpy()))
-        return images if self._views == 1 else images.view(len(ids), self._views, *images.shape[1:])
-
-
-def in_epoch(reader: Reader, chosen: Augment, seed: int, epoch: int, views: int = 1) -> Reader:
-    """What an epoch sees of images: random parts where these are cut out as images are decoded, else the same."""
-    if chosen.size is None or chosen.resized_crop is None or not isinstance(reader, Cropped | Joined):
-        return reader
-    return RandomCrops(reader, seed, epoch, views)
 
 
 def copied_ahead(array: np.ndarray | Tensor, device: torch.device) -> Tensor:
@@ -243,10 +214,10 @@ def decoded_pixels(split: Split, folder: Path, tell: Callable[[str], None]) -> n
     if not len(split):
         return np.empty(shape, np.uint8)
     path = pixels_file(split, folder)
-    if not _is_whole(path):
-        waiting = f"waiting for another process of this node to decode {path.name}"
+    if not _is_checked(path):
+        waiting = f"waiting for another process of this node to decode or check {path.name}"
         with locked(folder / f".{path.name}.lock", "decoded", lambda: tell(waiting)):
-            if not _is_whole(path):
+            if not _is_checked(path) and not _is_whole(path, tell):
                 _write(split, path, shape, tell)
     return np.memmap(path, np.uint8, "r", shape=shape)
 
@@ -255,20 +226,47 @@ def _hash_file(path: Path) -> Path:
     return path.with_suffix(".sha256")
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether the file holds the bytes that were written."""
-    return path.is_file() and _hash_file(path).is_file() and _hash_file(path).read_bytes() == sha256_of(path).encode()
+def _is_checked(path: Path) -> bool:
+    """Whether the file was whole since the node was started, and has not been written to since."""
+    return path.is_file() and _hash_file(path).is_file() and _hash_file(path).read_text().endswith(f"\n{_state(path)}")
+
+
+def _is_whole(path: Path, tell: Callable[[str], None]) -> bool:
+    """Whether the file holds the bytes that were written; if so, nobody has to look again until the node is started."""
+    if not (path.is_file() and _hash_file(path).is_file()):
+        return False
+    tell(f"checking {path.name} once for this node, {path.stat().st_size / 1e9:.2f} GB")
+    sha256 = _hash_file(path).read_text().partition("\n")[0]
+    if sha256 != sha256_of(path):
+        return False
+    _note(path, sha256)
+    return True
+
+
+def _state(path: Path) -> str:
+    """What would be another of a file that was written to, or after a start of the node."""
+    status = path.stat()
+    return f"{psutil.boot_time():.0f} {status.st_ino} {status.st_size} {status.st_mtime_ns}"
+
+
+def _note(path: Path, sha256: str) -> None:
+    """That the file has this hash now."""
+    write_file(_hash_file(path), lambda file: file.write(f"{sha256}\n{_state(path)}".encode()))
 
 
 def _write(split: Split, path: Path, shape: tuple[int, ...], tell: Callable[[str], None]) -> None:
+    sha256 = ""
+
     def write_to(file: BinaryIO) -> None:
+        nonlocal sha256
         os.posix_fallocate(file.fileno(), 0, int(np.prod(shape)))  # a full disk is an error here, not a bus error
         pixels = np.memmap(file, np.uint8, "r+", shape=shape)
         _decode_into(pixels, split, tell)
         pixels.flush()
-        _hash_file(path).write_text(hashlib.sha256(pixels.data).hexdigest())
+        sha256 = hashlib.sha256(pixels.data).hexdigest()
 
     write_file(path, write_to)
+    _note(path, sha256)
 
 
 def _decode_into(pixels: np.ndarray, split: Split, tell: Callable[[str], None]) -> None:

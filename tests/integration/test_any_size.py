@@ -70,7 +70,8 @@ def test_a_file_is_preprocessed_to_the_pixels_that_evaluation_sees(trained, any_
     model, manifest = dlops_dist.load(trained[0]), read_manifest(any_size_shards)
     assert model.image_size == (32, 32)
     split = opened(any_size_shards, manifest, "test", model.learner.settings.augment)
-    images = dict(zip(split.keys, split.read(np.arange(len(split))), strict=True))
+    ids = np.arange(len(split))
+    images = dict(zip(split.keys_of(ids), split.read(ids), strict=True))
     for path in (any_size_shards.parent / "tree/test").rglob("*.*"):
         pixels = images[f"{path.parent.name}_{path.stem}"]
         assert np.array_equal(model.preprocess(path).numpy(), pixels)

@@ -296,6 +296,8 @@ def test_an_open_set_is_trained_evaluated_and_reported(tmp_path):
     code, output = call("report", tmp_path / "runs/run")
     assert code == 0, output
     assert "test MAP@R" in " ".join(output.split())
+    page = (tmp_path / "runs/run/report/index.html").read_text()
+    assert ("Nearest neighbours" in page, "What is taken for what" in page, "ape" in page) == (True, False, True)
 
 
 def test_bad_images_are_left_out_and_a_test_split_is_held_out_where_that_is_asked_for(tmp_path):

@@ -21,7 +21,8 @@ from dlops_dist.data.draws import VIEW, uniform
 from dlops_dist.data.images import decode, decode_reduced, encode
 from dlops_dist.data.keys import key
 from dlops_dist.data.loader import read_ahead
-from dlops_dist.data.readers import Joined, RandomCrops, in_epoch, open_readers
+from dlops_dist.data.random_crops import RandomCrops, in_epoch
+from dlops_dist.data.readers import Joined, open_readers
 from dlops_dist.data.shards import Split, read_manifest
 from dlops_dist.engine.learner import _in_views
 

@@ -10,7 +10,8 @@ from dlops_dist.data.augment import Augmenter
 from dlops_dist.data.corruption import corrupted
 from dlops_dist.data.loader import Batch
 from dlops_dist.data.order import Ids
-from dlops_dist.data.readers import Reader, in_epoch
+from dlops_dist.data.random_crops import in_epoch
+from dlops_dist.data.readers import Reader
 from dlops_dist.engine.descent import Descent
 from dlops_dist.engine.epoch_sums import EpochSums
 from dlops_dist.engine.evaluation import device_sums, evaluated_blocks, figures_of_sums, read_blocks
