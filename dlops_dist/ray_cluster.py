@@ -11,7 +11,7 @@ from typing import Any
 
 from dlops_dist.config import Run
 from dlops_dist.errors import RunError, UserError
-from dlops_dist.files import leave_room_for_sockets
+from dlops_dist.sockets import leave_room_for_sockets
 
 CONNECT_TIMEOUT_S = 10
 HEAD_TELL_S, HEAD_WAIT_S = 10, 40

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "dlops_dist"
 LAYERS = [
     {"errors"},
-    {"files", "figures", "events", "signals", "tables"},
+    {"files", "sockets", "figures", "events", "signals", "tables"},
     {"config", "command_line", "models", "losses", "optim", "metrics", "data"},
     {"distributed", "draw"},
     {"engine"},
