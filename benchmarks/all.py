@@ -30,6 +30,7 @@ QUICK = {
     "data": ["--images", "256", "--runs", "1"],
     "first_step": ["--runs", "1"],
     "gpu": ["--sections", "1"],
+    "images": ["--images", "64", "--runs", "1"],
     "kernels": ["--classes", "10", "--batch", "2"],
     "losses": ["--runs", "1"],
     "outside": ["--epochs", "1"],

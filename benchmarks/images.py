@@ -39,7 +39,7 @@ from dlops_dist.data.sources import ImageFolder
 
 BATCH = 64
 CPU = torch.device("cpu")
-DIFFERENT = 64
+DIFFERENT = 16
 """Images that are generated; of more, each is there several times."""
 AREA = (0.08, 1.0)
 
