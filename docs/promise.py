@@ -23,7 +23,7 @@ from dlops_dist.data.shards import Split, read_manifest
 from dlops_dist.data.sources import TinyImageNet
 from dlops_dist.models.resnet import resnet18
 
-WORKERS, BATCH, EPOCHS, WIDTH, LR = (1, 2, 3, 4), 40, 6, 16, 0.01
+WORKERS, BATCH, EPOCHS, WIDTH, LR = (1, 2, 3, 4), 40, 6, 16, 0.05
 OURS = f"""q1 --loss ce --epochs {EPOCHS} --global-batch-size {BATCH} --blocks 4 --log-every 1
     --model.stem imagenet --model.width {WIDTH} --augment.crop-padding 0 --augment.no-flip
     --optimizer.lr {LR} --optimizer.weight-decay 0 --optimizer.schedule constant --optimizer.warmup-epochs 0""".split()
@@ -99,8 +99,8 @@ def draw(sides: dict[str, list[list[float]]], path: Path) -> None:
             axes.plot(range(1, len(losses) + 1), losses, color=COLOURS[place], linewidth=width, label=label)
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
+        axes.legend()
     figure.axes[0].set_ylabel("training loss")
-    figure.legend(*figure.axes[1].get_legend_handles_labels(), loc="outside right center")
     figure.savefig(path, dpi=100)
 
 
