@@ -14,16 +14,18 @@ from uuid import uuid4
 from dlops_dist.config import Run, load_recipe
 from dlops_dist.console import Console
 from dlops_dist.engine.run_folder import CONFIG, RunFolder
-from dlops_dist.errors import RunError, UserError, first_line
+from dlops_dist.errors import RunError, UserError, first_line, last_line
 from dlops_dist.events import Begun, Event, Failed, Placed, Started, Warned
 from dlops_dist.files import Folder, temporary_folder
-from dlops_dist.ray_cluster import Head, cluster, places_for
-from dlops_dist.ray_telling import last_line, teller
+from dlops_dist.ray_cluster import Head, cluster
+from dlops_dist.ray_places import places_for
 from dlops_dist.ray_worker import WISH_EVERY_S, train_on_worker
 from dlops_dist.signals import stop_signals
 
 START_TIMEOUT_S, ELASTIC_START_TIMEOUT_S = 60, 25
 """How long Ray waits for all workers; for fewer, where that is allowed, it waits less. (15 s was slower.)"""
+APART_S = 5
+"""How long a group may take to part before it is ended; one with a worker that hangs does not. (Ray gives it 30 s.)"""
 GROW_S = 20
 """Between looks at whether the cluster has room for more workers again."""
 LEAVE_S = 10
@@ -145,17 +147,22 @@ def _trainer(
     """What Ray trains by: how many workers, with what, how often they are started again, how long waited for."""
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.constants import TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 
+    from dlops_dist.ray_telling import Teller
+
     # else what cleans up after a run asks the last cluster that was started on its machine, dead or a stranger's
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
+    os.environ[TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S] = str(APART_S)
+    ENV_VARS_TO_PROPAGATE.update(("RAY_ADDRESS", TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S))
 
     least = settings.min_workers
     start_timeout_s = START_TIMEOUT_S if least is None else ELASTIC_START_TIMEOUT_S
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(start_timeout_s)
     storage = Folder(settings.runs_dir).local or temporary_folder()
+    teller: Any = Teller(events, settings)
     return TorchTrainer(
         train_on_worker,  # type: ignore[arg-type]
         train_loop_config={
@@ -169,7 +176,7 @@ def _trainer(
             elastic_resize_monitor_interval_s=GROW_S,  # type: ignore[call-arg]
         ),
         run_config=RunConfig(
-            name=settings.name, storage_path=str(storage / ".ray"), callbacks=[teller(events, settings)],
+            name=settings.name, storage_path=str(storage / ".ray"), callbacks=[teller],
             failure_config=FailureConfig(
                 max_failures=settings.max_restarts,
                 controller_failure_limit=settings.node_wait // start_timeout_s,  # type: ignore[call-arg]

@@ -11,10 +11,11 @@ from typing import Any
 
 from dlops_dist.config import Run, Sweep, load_recipe, recipe_from_source
 from dlops_dist.engine.run_folder import RunFolder
-from dlops_dist.errors import RunError, UserError
+from dlops_dist.errors import RunError, UserError, last_line
 from dlops_dist.events import EpochEnded, Event, Placed, Warned
 from dlops_dist.ray_backend import train_group, wandb_environment
-from dlops_dist.ray_cluster import cluster, places_for
+from dlops_dist.ray_cluster import cluster
+from dlops_dist.ray_places import places_for
 from dlops_dist.ray_worker import fit_here
 from dlops_dist.sweep.board import Board
 from dlops_dist.sweep.folder import ENDED, SWEEP, SweepFolder, gain_of, is_compared, note_end
@@ -227,4 +228,4 @@ def _why(trial: Any) -> str:
     error = trial.get_pickled_error()
     if error is None or isinstance(error, ActorDiedError):
         return "its process died, or was killed for memory"
-    return str(error).strip().splitlines()[-1]
+    return last_line(error)

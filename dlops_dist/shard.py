@@ -12,7 +12,7 @@ from urllib.parse import urlparse
 from pydantic import Field
 
 from dlops_dist.command_line import read_options
-from dlops_dist.config.section import Section
+from dlops_dist.config.section import LocalPath, Section
 from dlops_dist.errors import RunError, UserError, exit_code_of
 
 if TYPE_CHECKING:
@@ -42,9 +42,9 @@ class Pack(Section):
     """What to pack; by default tiny-imagenet and stl10."""
     source: str | None = None
     """Archive, folder or URL to read; by default the official archive."""
-    out: Path = Path("shards")
+    out: LocalPath = Path("shards")
     """Folder of all datasets."""
-    downloads: Path = Path("downloads")
+    downloads: LocalPath = Path("downloads")
     """Where archives are kept."""
     classes: int | None = Field(None, ge=1)
     """Only the first so many classes, by sorted name."""
@@ -70,7 +70,7 @@ class Verify(Section):
     """Hash every file of packed shards again: is each byte as it was packed?"""
 
     positional = "folder"
-    folder: Path
+    folder: LocalPath
     """Of one dataset, such as shards/tiny-imagenet."""
 
 
@@ -78,7 +78,7 @@ class Show(Section):
     """Print classes, counts and sizes of packed shards; write FOLDER-samples.png beside it."""
 
     positional = "folder"
-    folder: Path
+    folder: LocalPath
     """Of one dataset, such as shards/tiny-imagenet."""
 
 
@@ -89,9 +89,9 @@ class Index(Section):
     """
 
     positional = "folder"
-    folder: Path
+    folder: LocalPath
     """Of the .tar files."""
-    class_names: Path | None = None
+    class_names: LocalPath | None = None
     """File with a class name in each line, in the labels' order."""
     workers: int | None = Field(None, ge=1)
     """Processes; by default one for each core."""

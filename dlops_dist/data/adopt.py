@@ -11,12 +11,13 @@ from typing import BinaryIO
 
 from dlops_dist.data.facts import Facts, refuse_other_size, write_index_and_manifest
 from dlops_dist.data.images import decode
+from dlops_dist.data.index import UNLABELED
 from dlops_dist.data.processes import in_processes
-from dlops_dist.data.shards import MANIFEST, PLAN, SHARD_NAME, UNLABELED, Manifest, read_manifest, sha256_of
+from dlops_dist.data.shards import MANIFEST, PLAN, SHARD_NAME, Manifest, read_manifest
 from dlops_dist.data.sources.source import MAX_BYTES, is_litter
 from dlops_dist.data.tar import Member, members
 from dlops_dist.errors import UserError
-from dlops_dist.files import locked
+from dlops_dist.files import locked, sha256_of
 
 SPLIT_WORDS = {
     "train": "train", "training": "train", "val": "test", "valid": "test", "validation": "test", "test": "test",

@@ -64,7 +64,7 @@ class RunFolder:
         A run may have been moved or renamed, and its config been lost: what it was started with is in its checkpoints.
         """
         text = yaml.safe_dump({"task": task, **settings.model_dump()}, sort_keys=False).encode()
-        config = self._read(CONFIG)
+        config = self.read(CONFIG)
         if not self.checkpoints.steps() and (rows := self.rows()):
             if config is None or len(rows) > 1:  # a single row may wait for a checkpoint that was never written
                 raise UserError(
@@ -128,7 +128,7 @@ class RunFolder:
         """Recipe and settings that the run was trained with last; of a user's that this process has not been pointed
         to, those settings that every run has: nothing in the folder is executed.
         """
-        where, content = self.folder / CONFIG, self._read(CONFIG)
+        where, content = self.folder / CONFIG, self.read(CONFIG)
         if content is None:
             advice = "; the command that trained it writes it again" if self.checkpoints.steps() else ""
             raise UserError(f"{self} is not a run: no {CONFIG} in it{advice}")
@@ -144,7 +144,7 @@ class RunFolder:
 
     def rows(self) -> list[dict[str, Any]]:
         """One row of metrics for each epoch; those of the latest checkpoint, where the file is damaged or missing."""
-        content, damage = self._read(METRICS), ""
+        content, damage = self.read(METRICS), ""
         try:
             if content:
                 return parsed(content)
@@ -179,7 +179,7 @@ class RunFolder:
 
     def restore_rows(self, state: dict[str, Any] | None, warn: Callable[[str], None]) -> None:
         """Let metrics.jsonl hold the rows before the checkpoint that the run goes on from, and no others."""
-        wanted, content = rows_before(state), self._read(METRICS) or b""
+        wanted, content = rows_before(state), self.read(METRICS) or b""
         try:
             there = parsed(content)
         except ValueError:
@@ -198,7 +198,7 @@ class RunFolder:
 
     def _keep_steps(self, last_step: int) -> None:
         """Drop the rows of steps that are later than the checkpoint."""
-        lines = (self._read(STEPS) or b"").splitlines(keepends=True)
+        lines = (self.read(STEPS) or b"").splitlines(keepends=True)
         kept = list(takewhile(lambda line: _step_of(line) <= last_step, lines))
         if len(kept) < len(lines):
             self.folder.write(STEPS, lambda file: file.writelines(kept))
@@ -230,8 +230,8 @@ class RunFolder:
     def load(
         self, settings: Run, dataset_id: str, device: torch.device, warn: Callable[[str], None]
     ) -> dict[str, Any] | None:
-        """The latest whole checkpoint, or None. One of other settings, data or format is refused by name."""
-        state = self.checkpoints.latest(device, warn)
+        """The latest whole checkpoint, or None: the same on every rank. Other settings, data or format are refused."""
+        state = self.checkpoints.latest_of_all_ranks(device, warn)
         if state is not None:
             self._check(state, settings, dataset_id)
         return state
@@ -272,7 +272,7 @@ class RunFolder:
         wanted = {name: value for name, value in found.items() if not name.startswith(settings.unused)}
         refuse_other_settings(self, existing, wanted, hindrance(existing, wanted))
 
-    def _read(self, name: str) -> bytes | None:
+    def read(self, name: str) -> bytes | None:
         """The content of a file; None where there is none."""
         try:
             with self.folder.open(name) as file:

@@ -120,7 +120,7 @@ def undisturbed(shards, steps, folder):
             at[0] = event.row["step"]
 
     def look():
-        for step in set(steps) - found.keys():
+        for step in steps - found.keys():
             file = folder / f"run/checkpoints/step-{step:09d}.pt"
             if file.exists():
                 found[step] = file.name, file.read_bytes()

@@ -2,12 +2,15 @@
 
     bash launch/drill.sh [NAME ...]
 
-Each drill begins a run on a head and two nodes, lets its event happen, waits until the run goes on, and stops it. The
-checkpoint of that step is compared, byte for byte, with that of a run in one process which nothing disturbed. As root,
+A run on a head and two nodes: one event after another happens to it, each time it is waited for until the run goes on,
+and at last it is stopped. The checkpoint of that step is compared, byte for byte, with that of a run in one process
+which nothing disturbed. As root,
 where there is iproute2, head and nodes are on hosts of their own: network namespaces with addresses of their own.
 """
 
 import argparse
+import math
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +19,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import happenings
@@ -28,8 +31,9 @@ from ray_nodes import kill_all
 from dlops_dist.data.pack import pack
 from dlops_dist.data.shapes import write_tiny_imagenet
 from dlops_dist.data.sources import TinyImageNet
+from dlops_dist.errors import first_line
 
-ALL, ELASTIC = ("--workers", "3"), ("--workers", "3", "--min-workers", "1")
+ELASTIC = ("--workers", "3", "--min-workers", "1")
 WORKER_S, NODE_S = 20, 45
 """How long a run may stand still for one that is lost."""
 
@@ -37,75 +41,89 @@ WORKER_S, NODE_S = 20, 45
 @dataclass(frozen=True)
 class Drill:
     event: Callable[..., object]
-    options: tuple[str, ...]
     bound_s: int | None = None
-    needs: str = ""
-    """root, where it is only possible there."""
+    options: tuple[str, ...] = ("--collective-timeout", "20")
+    """Drills of the same ones happen to one run, in turn."""
+    needs_root: bool = False
 
 
 DRILLS = {
-    "worker-killed": Drill(happenings.worker_killed, ALL, WORKER_S),
-    "worker-stopped": Drill(happenings.worker_stopped, (*ALL, "--collective-timeout", "20")),
-    "node-killed": Drill(happenings.node_killed, ELASTIC, NODE_S),
-    "node-back": Drill(happenings.node_killed_and_back, ELASTIC, NODE_S),
-    "link-20": Drill(happenings.link_cut(20), ELASTIC, needs="root"),
-    "link-300": Drill(happenings.link_cut(300), ELASTIC, needs="root"),
-    "driver-killed": Drill(happenings.driver_killed, ALL),
-    "controller-killed": Drill(happenings.controller_killed, ALL),
-    "head-killed": Drill(happenings.head_killed, ALL),
-    "disk-full": Drill(happenings.disk_full, ALL, needs="root"),
-    "store-full": Drill(happenings.store_full, ALL),
-    "preempted": Drill(happenings.preempted, ELASTIC, NODE_S),
-    "writing": Drill(happenings.workers_killed_while_writing, (*ALL, "--checkpoint-every", "1")),
+    "worker-killed": Drill(happenings.worker_killed, WORKER_S),
+    "worker-stopped": Drill(happenings.worker_stopped),
+    "node-back": Drill(happenings.node_killed_and_back, NODE_S),
+    "preempted": Drill(happenings.preempted, NODE_S),
+    "driver-killed": Drill(happenings.driver_killed),
+    "writing": Drill(happenings.workers_killed_while_writing),
+    "disk-full": Drill(happenings.disk_full, needs_root=True),
+    "controller-killed": Drill(happenings.controller_killed),
+    "store-full": Drill(happenings.store_full),
+    "head-killed": Drill(happenings.head_killed),
+    "node-killed": Drill(happenings.node_killed, NODE_S),
+    "link-20": Drill(happenings.link_cut(20), options=(), needs_root=True),
+    "link-300": Drill(happenings.link_cut(300), options=(), needs_root=True),
 }
 SWEEP = "sweep"
 
 
-@dataclass(frozen=True)
+@dataclass
 class End:
-    """Of a drill."""
+    """Of a run that drills happened to, or a sweep."""
 
-    happened: list[tuple[str, float]]
-    """Each event with the seconds to the next step."""
-    lost: int
+    happened: list[tuple[str, float, int | None]] = field(default_factory=list)
+    """Each event with the seconds to the next step, and their bound."""
+    lost: int = 0
     """Samples that were lost or repeated."""
-    step: int = 0
     checkpoint: tuple[str, bytes] = ("", b"")
-    """Of that step, with its name."""
+    """The last one, of a run."""
     equal: bool = False
-    """Whether a sweep's trials ended with the undisturbed bits."""
+    """Whether it ended with the undisturbed bits."""
 
 
-def drill(name, fleet, shards, scratch):
-    """Let the event of a drill happen to a run."""
-    runs = scratch / "small" if name == "disk-full" else scratch / name
-    drilled = Drilled(fleet, shards, runs, *DRILLS[name].options)
+def drill(names, fleet, shards, runs):
+    """Let drills of the same options happen to a run, in turn."""
+    end, drilled = End(), Drilled(fleet, shards, runs, *ELASTIC, *DRILLS[names[0]].options)
     drilled.begin()
     try:
-        drilled.trains(3)
-        happened = []
-        for what, seconds in DRILLS[name].event(drilled):
-            happened.append((what, seconds))
-            print(f"  {what}: {seconds:.1f} s to the next step", flush=True)
-        step = drilled.stop()
+        for name in names:
+            for place in fleet.places:
+                if not fleet.lives(place):
+                    fleet.add(place)
+            drilled.trains(3)
+            print(f"drill {name}", flush=True)
+            for what, seconds in DRILLS[name].event(drilled):
+                end.happened.append((what, seconds, DRILLS[name].bound_s))
+                print(f"  {what}: {seconds:.1f} s to the next step", flush=True)
+    except (Exception, KeyboardInterrupt) as error:  # told; what happened before is compared
+        traceback.print_exc()
+        end.happened.append((f"{name} failed: {first_line(error)}", math.inf, 0))
     finally:
-        kill_all(drilled.process)
         said = [line for line in drilled.lines if line.startswith(("warning: ", "error: ", "failed: "))]
         print(*(f"    {line}\n" for line in said), sep="", end="", flush=True)
-    return End(happened, lost_or_repeated(drilled.folder), step, last_checkpoint(drilled.folder))
+    try:
+        drilled.stop()
+    except Exception as error:
+        end.happened.append((f"the run did not stop: {first_line(error)}", math.inf, 0))
+    finally:
+        kill_all(drilled.process)
+    end.lost, end.checkpoint = lost_or_repeated(drilled.folder), last_checkpoint(drilled.folder)
+    return end
 
 
-def sweep_with_a_node_lost(name, fleet, shards, scratch):
+def sweep_with_a_node_lost(fleet, shards, scratch):
     """A trial on each node; the same command takes up what was lost."""
     options = [*TINY, "--blocks", "4", "--epochs", "40", "--data.val-fraction", "0.25", "--log-every", "1"]
-    options += ["--checkpoint-every", "5", "--name", "sweep", "--runs-dir", scratch / name]
+    options += ["--checkpoint-every", "5", "--name", "sweep", "--runs-dir", scratch / "tune"]
     space = ["--space", "optimizer.lr grid 0.02 0.015 0.01"]
     command = ["tune", "q1", "--data.shards", shards, *options, *space]
-    sweep = scratch / name / "sweep"
+    sweep = scratch / "tune/sweep"
 
     def steps():
         return [last_step(file.parent) for file in sorted(sweep.glob("*/steps.jsonl"))]
 
+    for place in fleet.places:
+        if not fleet.lives(place):
+            fleet.add(place)
+    print(f"drill {SWEEP}", flush=True)
     process = start(*command, env=fleet.cluster, within=fleet.within)
     lines = lines_of(process)
     try:
@@ -128,7 +146,7 @@ def sweep_with_a_node_lost(name, fleet, shards, scratch):
         assert code == 0, output
         equal.append(last_checkpoint(trial) == last_checkpoint(whole / "run"))
         lost += lost_or_repeated(trial)
-    return End([("node lost in a sweep, the same command", seconds)], lost, equal=equal == [True] * 3)
+    return End([("node lost in a sweep, the same command", seconds, None)], lost, equal=equal == [True] * 3)
 
 
 @contextmanager
@@ -152,7 +170,7 @@ def main():
     if unknown := [name for name in names if name not in DRILLS and name != SWEEP]:
         print(f"error: {', '.join(unknown)}: no such drill; there are {', '.join([*DRILLS, SWEEP])}", file=sys.stderr)
         return 2
-    if left_out := [name for name in names if name in DRILLS and DRILLS[name].needs and not can_have_hosts()]:
+    if left_out := [name for name in names if name in DRILLS and DRILLS[name].needs_root and not can_have_hosts()]:
         print(f"left out, as they need root and iproute2: {', '.join(left_out)}", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # nothing is left behind
     with tempfile.TemporaryDirectory(prefix="drills-", ignore_cleanup_errors=True) as folder:
@@ -164,43 +182,29 @@ def drilled_all(names, scratch):
     write_tiny_imagenet(scratch / "shapes.zip", train_per_class=24, test_per_class=6, size=32)
     shards = scratch / "shards"
     pack(TinyImageNet(scratch / "shapes.zip"), shards, "shapes", shard_size=100, workers=1)
-    ended, failed = {}, []
+    groups = {}
+    for name in names:
+        groups.setdefault(SWEEP if name == SWEEP else DRILLS[name].options, []).append(name)
     with small_disk(scratch / "small"), Fleet(scratch, 2, on_hosts=can_have_hosts()) as fleet:
-        for name in names:
-            print(f"drill {name}", flush=True)
-            try:
-                for place in fleet.places:
-                    if not fleet.lives(place):
-                        fleet.add(place)
-                ended[name] = (sweep_with_a_node_lost if name == SWEEP else drill)(name, fleet, shards, scratch)
-            except KeyboardInterrupt:
-                failed.append((name, "interrupted"))
-                break
-            except Exception as error:  # told, and the others go on
-                traceback.print_exc()
-                failed.append((name, error))
+        ends = [
+            sweep_with_a_node_lost(fleet, shards, scratch)
+            if options == SWEEP
+            else drill(group, fleet, shards, scratch / "small" / str(place))
+            for place, (options, group) in enumerate(groups.items())
+        ]
     print("the same runs, undisturbed", flush=True)
-    rows = rows_of(ended, scratch)
+    trained = [(int(re.findall(r"\d+", end.checkpoint[0])[0]), end) for end in ends if end.checkpoint[0]]
+    whole = undisturbed(shards, {step for step, _ in trained}, scratch / "one")
+    for step, end in trained:
+        end.equal = end.checkpoint == whole[step]
     print(f"\n{'event':46}  next step  bound  samples lost or repeated  final bits")
-    for what, seconds, bound_s, lost, equal in rows:
-        bound = f"{bound_s} s" if bound_s else "-"
-        print(f"{what:46}  {seconds:7.1f} s  {bound:>5}  {lost:24}  {'equal' if equal else 'NOT EQUAL'}")
-    for name, error in failed:
-        print(f"{name} failed: {str(error).splitlines()[:1]}")
-    good = all(equal and not lost and (not bound or s <= bound) for _, s, bound, lost, equal in rows)
-    return 0 if good and not failed else 1
-
-
-def rows_of(ended, scratch):
-    """(event, seconds, bound, samples lost or repeated, whether the final bits are equal) of each event."""
-    trained = {name: end for name, end in ended.items() if name != SWEEP}
-    whole = undisturbed(scratch / "shards", {end.step for end in trained.values()}, scratch / "one")
-    rows = []
-    for name, end in ended.items():
-        equal = end.equal if name == SWEEP else end.checkpoint == whole[end.step]
-        bound_s = None if name == SWEEP else DRILLS[name].bound_s
-        rows += [(what, seconds, bound_s, end.lost, equal) for what, seconds in end.happened]
-    return rows
+    for end in ends:
+        for what, seconds, bound_s in end.happened:
+            bound = f"{bound_s} s" if bound_s else "-"
+            bits = "equal" if end.equal else "NOT EQUAL"
+            print(f"{what:46}  {seconds:7.1f} s  {bound:>5}  {end.lost:24}  {bits}")
+    late = any(seconds > bound_s for end in ends for _, seconds, bound_s in end.happened if bound_s is not None)
+    return int(late or not all(end.equal and not end.lost for end in ends))
 
 
 if __name__ == "__main__":

@@ -180,6 +180,7 @@ def test_a_killed_worker_of_q2_changes_no_bit_of_the_result(cluster, stl_shards,
     command += ["--model.code-layer", "9", "--pretrain.epochs", "8", "--finetune", "--checkpoint-every", "2"]
     killed_and_whole(command, 4, 26, cluster, tmp_path)
     assert (tmp_path / "killed/run/report/confusion.png").is_file()
+    assert "Nearest neighbours" in (tmp_path / "killed/run/report/index.html").read_text()
 
 
 def killed_and_whole(command, after, epochs, cluster, tmp_path):

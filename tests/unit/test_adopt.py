@@ -96,7 +96,7 @@ def test_stock_shard_writer_long_names_json_labels_and_raw_pixels(tmp_path):
     train, unlabeled = (Split(tmp_path, manifest, name) for name in ("train", "unlabeled"))
     assert np.array_equal(train.read(np.array([2])), pixels(2)[None])
     assert (train.labels.tolist(), unlabeled.labels.tolist()) == ([0, 1, 2], [-1])
-    assert train.keys[0].startswith("longlong")
+    assert train.keys_of(np.arange(1))[0].startswith("longlong")
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_files_without_an_ending_and_those_that_systems_leave_are_passed_over(fo
 def as_lists(folder):
     """Keys, labels and pixels of what is trained on."""
     split = Split(folder, read_manifest(folder), "train")
-    return split.keys.tolist(), split.labels.tolist(), split.read(np.arange(len(split))).tolist()
+    return split.keys_of(np.arange(len(split))), split.labels.tolist(), split.read(np.arange(len(split))).tolist()
 
 
 def test_archives_joined_by_cat_are_read_to_the_last(folder, sample):

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "dlops_dist"
 LAYERS = [
     {"errors"},
-    {"files", "figures", "events", "signals"},
+    {"files", "sockets", "figures", "events", "signals", "tables"},
     {"config", "command_line", "models", "losses", "optim", "metrics", "data"},
     {"distributed", "draw"},
     {"engine"},
@@ -20,7 +20,7 @@ LAYERS = [
     {"console", "trackers", "smoke"},
     {"sweep"},
     {"preflight", "ray_metrics"},
-    {"ray_cluster", "ray_worker", "ray_telling"},
+    {"ray_cluster", "ray_places", "ray_worker", "ray_telling"},
     {"ray_backend"},
     {"ray_tuner", "torchrun"},
     {"train", "dry_run", "evaluate", "report", "verify", "tune", "predict", "embed", "export", "shard", "commands"},

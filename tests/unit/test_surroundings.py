@@ -13,14 +13,15 @@ import ray
 from fsspec.implementations.memory import MemoryFileSystem
 from ray._private import services
 
-from dlops_dist import files, ray_cluster, shard
+from dlops_dist import ray_cluster, shard, sockets
 from dlops_dist.engine import fit
 from dlops_dist.errors import RunError
-from dlops_dist.files import LONGEST_SOCKET, leave_room_for_sockets, temporary_folder
+from dlops_dist.files import temporary_folder
 from dlops_dist.ray_cluster import Head, address_of_head, cluster
 from dlops_dist.ray_telling import _loss
 from dlops_dist.ray_worker import num_threads
 from dlops_dist.recipes.q1 import Settings as Q1
+from dlops_dist.sockets import LONGEST_SOCKET, leave_room_for_sockets
 from dlops_dist.train import main as train
 
 
@@ -66,7 +67,7 @@ def test_a_short_temporary_folder_stays(tmp_path, monkeypatch):
 
 
 def test_a_long_one_is_named_where_nothing_shorter_is_to_be_had(long_folder, monkeypatch, user_error):
-    monkeypatch.setattr(files, "SHORT_FOLDERS", ("/proc",))
+    monkeypatch.setattr(sockets, "SHORT_FOLDERS", ("/proc",))
     with user_error("TMPDIR", long_folder, "bytes"):
         leave_room_for_sockets()
 
