@@ -77,7 +77,7 @@ def under_ddp(shards: Path) -> None:
         for batch in order[: len(order) // BATCH * BATCH].reshape(-1, BATCH):
             own = np.array_split(batch, number)[rank]
             images = ((torch.from_numpy(split.read(own)) / 255 - mean) / std).permute(0, 3, 1, 2)
-            loss = F.cross_entropy(network(images), torch.from_numpy(split.labels[own]))
+            loss = F.cross_entropy(network(images), torch.from_numpy(split.labels[own]).long())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
