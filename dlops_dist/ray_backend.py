@@ -24,6 +24,8 @@ from dlops_dist.signals import stop_signals
 
 START_TIMEOUT_S, ELASTIC_START_TIMEOUT_S = 60, 25
 """How long Ray waits for all workers; for fewer, where that is allowed, it waits less. (15 s was slower.)"""
+APART_S = 5
+"""How long a group may take to part before it is ended; one with a worker that hangs does not. (Ray gives it 30 s.)"""
 GROW_S = 20
 """Between looks at whether the cluster has room for more workers again."""
 LEAVE_S = 10
@@ -142,12 +144,14 @@ def _trainer(
     """What Ray trains by: how many workers, with what, how often they are started again, how long waited for."""
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.constants import TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 
     # else what cleans up after a run asks the last cluster that was started on its machine, dead or a stranger's
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
+    os.environ.setdefault(TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S, str(APART_S))
+    ENV_VARS_TO_PROPAGATE.update(("RAY_ADDRESS", TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S))
 
     least = settings.min_workers
     start_timeout_s = START_TIMEOUT_S if least is None else ELASTIC_START_TIMEOUT_S
