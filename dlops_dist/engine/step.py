@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -86,6 +87,7 @@ class Step(ABC):
         self._own_terms = compiled(loss.own_terms, settings, device)
         self._weights = torch.tensor(list(loss.weights.values()), dtype=torch.float64, device=device)
         self.plan, self.blocks, self.lanes = descent.plan, descent.plan.blocks, descent.lanes
+        self._layout = lru_cache(maxsize=2)(lambda lengths: Layout(self.blocks, lengths, self.views))
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -132,7 +134,7 @@ class Step(ABC):
         cut = [self.cut(batch) for batch in micro_batches]
         seen = [self.lanes.map(lambda _, block: self.seen(block, epoch), own) for own in cut]
         lengths = [len(own[0].labels) for own in cut]
-        layout = Layout(self.blocks, lengths, self.views)
+        layout = self._layout(tuple(lengths))
         everyone = Everyone(layout, _joined([own[0].labels for own in cut]))
         shares = [[(block.part.stop - block.part.start) / sum(lengths) for block in own] for own in cut]
         host_labels = np.concatenate([own[0].host_labels for own in cut])
