@@ -174,7 +174,8 @@ class Step(ABC):
         descent.step(step, figures)
         losses = torch.stack([values[name] for name in loss.weights])
         self.sums.add_losses(losses, [len(labels) for labels in own_labels], loss.defined(host_labels))
-        move(loss.moved, descent.gradients.carried, sums[0], ours, everyone)
+        if loss.moved:
+            move(loss.moved, descent.gradients.carried, sums[0], ours, everyone)
         if figures is not None:
             every = {name: _joined([outputs[name] for outputs in ours]) for name in ours[0]}
             figures |= figures_of(loss.of_own.values(), every, _joined(own_labels), host_labels)
