@@ -13,6 +13,7 @@ from PIL import Image
 from dlops_dist import figures
 from dlops_dist.config import Parameter, Point, Value
 from dlops_dist.config.sweep import word
+from dlops_dist.data.crops import Crop, Cropped
 from dlops_dist.data.shards import Manifest, Split
 from dlops_dist.figures import Panel
 
@@ -21,6 +22,8 @@ ABREAST = 3
 """Plots that stand beside each other."""
 NAMED, LONGEST = 40, 32
 """Classes at most whose names are drawn, and letters of a name."""
+THUMBNAIL = Crop(96, center=1.0)
+"""What is drawn of images that differ in size."""
 
 
 def image_grid(path: Path, images: np.ndarray, columns: int = COLUMNS, gap: int = 1) -> None:
@@ -36,9 +39,10 @@ def image_grid(path: Path, images: np.ndarray, columns: int = COLUMNS, gap: int 
 
 def samples(path: Path, shards: Path, manifest: Manifest) -> None:
     """A row of training images for each of the first classes; black where one has few."""
-    train = Split(shards, manifest, "train")
+    is_of_one_size = manifest.height is not None
+    train = Split(shards, manifest, "train") if is_of_one_size else Cropped(shards, manifest, "train", THUMBNAIL)
     rows = min(SAMPLE_ROWS, len(manifest.classes))
-    images = np.zeros((rows, COLUMNS, manifest.height, manifest.width, 3), np.uint8)
+    images = np.zeros((rows, COLUMNS, *train.size, 3), np.uint8)
     for label in range(rows):
         ids = np.flatnonzero(train.labels == label)[:COLUMNS]
         images[label, : len(ids)] = train.read(ids)

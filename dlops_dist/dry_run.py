@@ -59,7 +59,7 @@ def describe(task: str, settings: Run, origins: dict[str, str]) -> Iterator[str]
         "unlabeled": len(samples.unlabeled or ()),
     }  # fmt: skip
     splits = ", ".join(f"{number:,} {name}" for name, number in counts.items() if number)
-    image = f"{manifest.height}x{manifest.width}"
+    image = "x".join(map(str, samples.inputs.image_size))
     yield f"data: {manifest.dataset}, id {manifest.id[:12]}, {len(manifest.classes)} classes, {image}: {splits}"
     for stage, size in zip(stages, sizes, strict=True):
         epochs, steps = stage.epochs, stage.order.steps_per_epoch

@@ -43,8 +43,9 @@ def embed(
     """Write the file, whole or not at all. Returns its number of rows."""
     import torch
 
+    from dlops_dist.data.crops import opened
     from dlops_dist.data.memory import keep_freed_memory
-    from dlops_dist.data.shards import Split, read_manifest
+    from dlops_dist.data.shards import read_manifest
     from dlops_dist.engine.device import default_device, memory_errors_explained, use
     from dlops_dist.engine.embedding import ADVICE, embeddings_of, parts_of, write_rows
     from dlops_dist.engine.result import load
@@ -56,10 +57,11 @@ def embed(
     manifest = read_manifest(shards)
     with memory_errors_explained(device, ADVICE):
         model = load(run, recipe, device)
-        if (size := (manifest.height, manifest.width)) != model.image_size:
+        names = split or manifest.splits
+        splits = {name: opened(shards, manifest, name, model.learner.settings.augment) for name in names}
+        if (size := next(iter(splits.values())).size) != model.image_size:
             ours, theirs = ("x".join(map(str, pixels)) for pixels in (model.image_size, size))
             raise UserError(f"{shards}: its images are {theirs}, {run} was trained on {ours}; pack them at that size")
-        splits = {name: Split(shards, manifest, name) for name in split or manifest.splits}
         parts = list(parts_of(splits))
         if workers is None:
             found = (embeddings_of(model, splits[part.split], part.ids) for part in parts)

@@ -59,8 +59,9 @@ def _evaluated(
 ) -> tuple[dict[str, Any], float]:
     import numpy as np
 
+    from dlops_dist.data.crops import opened
     from dlops_dist.data.memory import keep_freed_memory
-    from dlops_dist.data.shards import Split, read_manifest
+    from dlops_dist.data.shards import read_manifest
     from dlops_dist.engine.evaluation import evaluate
     from dlops_dist.engine.recipe import code_of
     from dlops_dist.engine.result import result_of
@@ -69,16 +70,15 @@ def _evaluated(
     keep_freed_memory()
     if recipe is not None:
         load_recipe(recipe)
-    shards = shards or Path(RunFolder(run).settings()[1].data.shards)
+    trained = RunFolder(run).settings()[1]
+    shards = shards or Path(trained.data.shards)
     manifest = read_manifest(shards)
-    settings, learner, state = result_of(
-        run, device, lambda text: print(f"warning: {text}"), recipe, (manifest.height, manifest.width)
-    )
+    split = opened(shards, manifest, split_name, trained.augment)
+    settings, learner, state = result_of(run, device, lambda text: print(f"warning: {text}"), recipe, split.size)
     if len(manifest.classes) != learner.inputs.num_classes:
         raise UserError(
             f"data.shards: {shards} has {len(manifest.classes)} classes, the run has {learner.inputs.num_classes}"
         )
-    split = Split(shards, manifest, split_name)
     if (split.labels < 0).any():
         raise UserError(f"--split {split_name}: {shards} has samples without a label in it")
     with_confusion = hasattr(code_of(settings), "stages")

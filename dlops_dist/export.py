@@ -95,14 +95,14 @@ def some_images(predictor: Any, number: int) -> tuple[Any, str]:
     import numpy as np
     import torch
 
-    from dlops_dist.data.shards import Split, read_manifest
+    from dlops_dist.data.crops import opened
+    from dlops_dist.data.shards import read_manifest
 
     shards, size = Path(predictor.learner.settings.data.shards), predictor.image_size
     try:
-        manifest = read_manifest(shards)
-        if (manifest.height, manifest.width) != size:
+        split = opened(shards, read_manifest(shards), "test", predictor.learner.settings.augment)
+        if split.size != size:
             raise UserError(f"data.shards: {shards} has images of another size than the run's")
-        split = Split(shards, manifest, "test")
         return torch.from_numpy(split.read(np.linspace(0, len(split) - 1, number).astype(int))), f"images of {shards}"
     except UserError as error:
         print(f"warning: {error}", file=sys.stderr)

@@ -32,6 +32,7 @@ class Pack(Section):
     $ python -m dlops_dist.shard tiny-imagenet --source FILE.zip   from an archive or folder at hand
     $ python -m dlops_dist.shard shapes                            generated images: no network needed
     $ python -m dlops_dist.shard folder --source DIR --size 64     any tree with a folder for each class
+    $ python -m dlops_dist.shard folder --source DIR --keep        the same, its images as they are
     $ python -m dlops_dist.shard index DIR                         WebDataset shards at hand, left as they are
     $ python -m dlops_dist.shard verify shards/tiny-imagenet       is every byte as it was packed?
     $ python -m dlops_dist.shard show shards/tiny-imagenet         classes, counts, sizes, and a picture of samples
@@ -51,7 +52,10 @@ class Pack(Section):
     limit: int | None = Field(None, ge=1)
     """At most so many images of each split, evenly over the classes."""
     size: int | None = Field(None, ge=1, le=8192)
-    """Scale and crop images to so many pixels square, where they differ."""
+    """Scale and crop images to so many pixels square, where they differ; with --keep, scale down shorter sides of more,
+    and crop nothing."""
+    keep: bool = False
+    """Keep images of any size as they are, JPEG, PNG and WebP byte by byte: training sees --augment.size of each."""
     test_fraction: float | None = Field(None, gt=0, lt=1)
     """Part of each class to test on where a folder has no test; by default 0.1."""
     skip_bad: bool = False
@@ -85,7 +89,8 @@ class Show(Section):
 class Index(Section):
     """Write index.parquet and manifest.json beside WebDataset shards, whose bytes stay as they are.
 
-    File names must tell the split (train, val or test, unlabeled); samples hold jpg or npy; cls, json or txt.
+    File names must tell the split (train, val or test, unlabeled); samples hold jpg, png, webp or npy, of any size, and
+    cls, json or txt.
     """
 
     positional = "folder"
@@ -125,7 +130,7 @@ def verify(settings: Verify) -> None:
 
 def show(settings: Show) -> None:
     from dlops_dist import draw
-    from dlops_dist.data.inspection import counts_by_class
+    from dlops_dist.data.inspection import counts_by_class, shown_size
     from dlops_dist.data.shards import read_manifest
 
     folder = settings.folder
@@ -137,7 +142,7 @@ def show(settings: Show) -> None:
         print(f"{name:{width}} " + " ".join(f"{numbers[label]:9,}" for numbers in counts.values()))
     picture = folder.absolute().parent / f"{folder.absolute().name}-samples.png"
     draw.samples(picture, folder, manifest)
-    kind = f"{manifest.height}x{manifest.width} {manifest.extension}"
+    kind = f"{shown_size(folder, manifest)} {manifest.extension}"
     print(f"{folder}: {describe(manifest)} of {kind}, id {manifest.id[:12]}; samples in {picture}")
 
 
@@ -167,7 +172,7 @@ def pack_all(settings: Pack) -> None:
     if settings.test_fraction is not None and settings.datasets != ("folder",):
         raise UserError("--test-fraction goes with folder: other datasets have a test split")
     asked_for = {name: getattr(settings, name) for name in ("seed", "shard_size", "classes", "limit", "size")}
-    asked_for |= {n: v for n in ("test_fraction", "skip_bad") if (v := getattr(settings, n))}
+    asked_for |= {n: v for n in ("test_fraction", "skip_bad", "keep") if (v := getattr(settings, n))}
     for dataset in settings.datasets or STUDY:
         name = folder_name(settings.source) if dataset == "folder" else dataset
         out = settings.out / name
@@ -194,7 +199,7 @@ def pack_one(dataset: str, name: str, out: Path, settings: Pack, asked_for: "Pac
         manifest = pack(
             source, out, name, settings.seed, settings.shard_size, settings.workers,
             progress(f"packing {name}", "images"), asked_for, settings.again,
-            size=settings.size, limit=settings.limit, skip_bad=settings.skip_bad, on_note=print,
+            size=settings.size, limit=settings.limit, skip_bad=settings.skip_bad, keep=settings.keep, on_note=print,
         )  # fmt: skip
     seconds = time.monotonic() - started
     rate = sum(manifest.splits.values()) / seconds
@@ -267,7 +272,8 @@ def progress(title: str, unit: str) -> Callable[[int, int], None]:
 def describe(manifest: "Manifest") -> str:
     splits = "".join(f"{number:,} {split}, " for split, number in manifest.splits.items())
     size = sum(shard.bytes for shard in manifest.shards) / 1e6
-    return f"{splits}{len(manifest.classes)} classes, {len(manifest.shards)} shards, {size:.1f} MB"
+    any_size = ", images of any size: train with --augment.size N" * (manifest.height is None)
+    return f"{splits}{len(manifest.classes)} classes, {len(manifest.shards)} shards, {size:.1f} MB{any_size}"
 
 
 if __name__ == "__main__":

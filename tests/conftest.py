@@ -7,11 +7,12 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: several processes share the cores
 
 import torch
+from PIL import Image
 from xdist.scheduler import LoadScopeScheduling
 
 from dlops_dist.data.pack import pack
-from dlops_dist.data.shapes import write_stl10, write_tiny_imagenet
-from dlops_dist.data.sources import STL10, TinyImageNet
+from dlops_dist.data.shapes import CLASSES, draw, write_stl10, write_tiny_imagenet
+from dlops_dist.data.sources import STL10, ImageFolder, TinyImageNet
 
 
 def group_of(nodeid):
@@ -49,6 +50,21 @@ def shapes_shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shapes")
     write_tiny_imagenet(folder / "shapes.zip", train_per_class=24, test_per_class=6, size=32)
     pack(TinyImageNet(folder / "shapes.zip"), folder / "shards", "shapes", shard_size=100, workers=1)
+    return folder / "shards"
+
+
+@pytest.fixture(scope="session")
+def any_size_shards(tmp_path_factory):
+    """Folder of `shapes` as they came: 10 classes, 5 training and 2 test images each, jpg, png and webp of 20 to 60."""
+    folder = tmp_path_factory.mktemp("any-size")
+    for number in range(70):
+        label, split = number % 10, "train" if number < 50 else "test"
+        kind, options = [("jpg", {"quality": 90}), ("png", {}), ("webp", {"lossless": True})][number % 3]
+        image = Image.fromarray(draw(label, number, 60)).resize((20 + number * 7 % 41, 20 + number * 11 % 41))
+        path = folder / "tree" / split / CLASSES[label] / f"{number}.{kind}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path, **options)
+    pack(ImageFolder(folder / "tree"), folder / "shards", "any-size", shard_size=20, workers=1, keep=True)
     return folder / "shards"
 
 

@@ -4,9 +4,9 @@ import hashlib
 import json
 import os
 from collections.abc import Collection
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from dlops_dist.config.section import Section, mistake_in
 from dlops_dist.config.training import Augment, Data, Optimizer
@@ -106,6 +106,15 @@ class Run(Section):
     augment: Augment = Augment()
     optimizer: Optimizer = Optimizer()
 
+    @model_validator(mode="after")
+    def _parts_are_decoded(self) -> Self:
+        if self.augment.size is not None and self.data.reader in ("decoded", "device"):
+            raise ValueError(
+                f"data.reader: {self.data.reader} holds whole images of one size, and augment.size cuts a part out of "
+                f"each as it is decoded; leave out --data.reader"
+            )
+        return self
+
     @field_validator("choose_by")
     @classmethod
     def _is_held_out(cls, name: str) -> str:
@@ -149,7 +158,8 @@ class Run(Section):
 
 LATER: dict[str, Any] = {
     "init_from": None, "freeze": (), "choose_by": "val/top1", "patience": None, "augment.mixup": 0.0,
-    "augment.cutmix": 0.0, "exactness": None, "blocks": None, "threads_per_block": 1,
+    "augment.cutmix": 0.0, "exactness": None, "blocks": None, "threads_per_block": 1, "augment.size": None,
+    "augment.center_crop": 0.875, "augment.largest_crop": 1.0, "augment.aspect": (3 / 4, 4 / 3),
 }  # fmt: skip
 """Settings that earlier versions did not have, and their defaults, with which a run is what it was without them."""
 MAY_CHANGE = frozenset({

@@ -37,12 +37,22 @@ class Data(Section):
 class Augment(Section):
     """Random changes of the training images, keyed by (seed, epoch, sample): equal for any number of workers."""
 
+    size: int | None = Field(None, ge=8, le=8192)
+    """Cut a part out of each image, whatever its size, and scale it to so many pixels square, as it is decoded; by
+    default images are seen as the shards hold them, all of one size."""
+    center_crop: float = Field(0.875, gt=0, le=1)
+    """With size: evaluation, and training without resized_crop, sees the middle of each image, a square of this part of
+    the shorter side."""
     crop_padding: int = Field(4, ge=0)
     """Pad by so many pixels, then crop at a random place back to the size; 0 for none."""
     flip: bool = True
     """Mirror every second image, left to right."""
     resized_crop: float | None = Field(None, gt=0, le=1)
-    """Instead of padding, cut out a part of at least this share of the area and enlarge it to the image's size."""
+    """Instead of padding, cut out a part of at least this share of the area and scale it to the size."""
+    largest_crop: float = Field(1.0, gt=0, le=1)
+    """With size: the part is at most this share of the area."""
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    """With size: least and largest ratio of the part's width to its height."""
     brightness: float = Field(0.0, ge=0, le=1)
     """Multiply each image's brightness by a factor from 1 - x to 1 + x; so too contrast and saturation."""
     contrast: float = Field(0.0, ge=0, le=1)
@@ -56,6 +66,19 @@ class Augment(Section):
     """Lay over each image the next one of the batch, labels too: a part of it by Beta(x, x); 0 for none."""
     cutmix: float = Field(0.0, ge=0)
     """Paste a box of the next image into each, whose area is such a part; with mixup, one or the other by a coin."""
+
+    @model_validator(mode="after")
+    def _ranges_of_parts(self) -> "Augment":
+        least, most = self.aspect
+        if not 0 < least <= most:
+            raise ValueError(f"aspect: {self.aspect} must be two numbers above 0, the least first")
+        if self.size is not None and (self.resized_crop or 0) > self.largest_crop:
+            raise ValueError(f"largest_crop: {self.largest_crop} is less than resized_crop {self.resized_crop}")
+        fields = type(self).model_fields
+        for name in ("center_crop", "largest_crop", "aspect"):
+            if self.size is None and getattr(self, name) != fields[name].default:
+                raise ValueError(f"{name}: changes nothing without size; pass --augment.size, in pixels")
+        return self
 
     @property
     def mixes(self) -> bool:

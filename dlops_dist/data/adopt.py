@@ -9,8 +9,8 @@ from pathlib import Path, PurePosixPath
 from shlex import quote
 from typing import BinaryIO
 
-from dlops_dist.data.facts import Facts, refuse_other_size, write_index_and_manifest
-from dlops_dist.data.images import decode
+from dlops_dist.data.facts import Facts, write_index_and_manifest
+from dlops_dist.data.images import decode, kind_of
 from dlops_dist.data.index import UNLABELED
 from dlops_dist.data.processes import in_processes
 from dlops_dist.data.shards import MANIFEST, PLAN, SHARD_NAME, Manifest, read_manifest
@@ -25,8 +25,9 @@ SPLIT_WORDS = {
 }  # fmt: skip
 """Of these words a shard's file name must hold one, which tells its split."""
 MAX_CLASSES = 10**6
-IMAGES = {"jpg": "jpg", "jpeg": "jpg", "npy": "npy"}
-OTHER_IMAGES = ("png", "webp", "bmp", "gif", "ppm", "tif", "tiff", "avif", "heic", "jxl", "jp2")
+IMAGES = ("jpg", "jpeg", "npy"), ("png", "webp")
+"""Endings of images; of the later ones where a sample has none of the first: they may be masks."""
+OTHER_IMAGES = ("bmp", "gif", "ppm", "tif", "tiff", "avif", "heic", "jxl", "jp2")
 LABEL_FIELDS = ("label", "class", "cls")
 """Of a json, the first that it has."""
 UNPACKERS = {
@@ -49,8 +50,9 @@ def adopt(
 ) -> Manifest:
     """Write index and manifest beside the shards of a folder.
 
-    A sample is what shares a name up to its first dot, wherever it stands in its shard: an image (jpg, jpeg or npy) and
-    a label (cls, or a field of json, or txt). Other members are passed over; pickles are refused.
+    A sample is what shares a name up to its first dot, wherever it stands in its shard: an image (jpg, jpeg, npy, png
+    or webp, of any size) and a label (cls, or a field of json, or txt). Other members are passed over; pickles are
+    refused.
 
     Args:
         class_names: in the order of the labels, which may also be names; by default the labels themselves.
@@ -65,17 +67,12 @@ def adopt(
         raise UserError(f"{folder} holds shards of val and of test: put those that are not to be tested on elsewhere")
     with locked(folder, "indexed"):
         found: list[Facts] = []
-        kinds = set()
-        for kind, facts in in_processes(_read, class_names or [], paths, workers or os.cpu_count() or 1):
+        for facts in in_processes(_read, class_names or [], paths, workers or os.cpu_count() or 1):
             found.append(facts)
-            refuse_other_size(found, lambda of: f"{folder / of.name}: {of.columns['key'][0]}")
-            kinds |= {kind} if kind else set()
             on_progress(len(found), len(paths))
-        if len(kinds) != 1:
-            raise UserError(f"{folder} holds {' and '.join(sorted(kinds)) or 'no'} images; one kind is needed")
         _refuse_missing_splits(folder, {facts.split for facts in found if facts.shape})
         names = _names(folder, max(label for facts in found for label in facts.columns["label"]), class_names)
-        return write_index_and_manifest(folder, dataset, {}, kinds.pop(), names, found)
+        return write_index_and_manifest(folder, dataset, {}, names, found)
 
 
 def _shards_in(folder: Path) -> list[Path]:
@@ -134,26 +131,23 @@ def read_class_names(path: Path) -> list[str]:
     return names
 
 
-def _read(class_names: list[str], path: Path) -> tuple[str, Facts]:
-    """The kind of images in a shard, "" where it is empty, and its facts."""
+def _read(class_names: list[str], path: Path) -> Facts:
+    """Of a shard and its images."""
     split = _split_of(path)
-    facts, kind = Facts(name=path.name, split=split), ""
-    key = ""
+    facts, key = Facts(name=path.name, split=split, kinds=set(), sizes=[]), ""
     try:
         with path.open("rb") as file:
             for key, image, label in _samples(path):
-                own_kind = IMAGES[_extension(image)]
-                if kind not in ("", own_kind):
-                    raise ValueError(f"a {own_kind} image beside {kind}")
-                kind = own_kind
                 data = _content(file, image)
+                if (kind := kind_of(data)) is None:
+                    raise ValueError(f"{image.name} is no jpg, npy, png or webp: it begins with {data[:8]!r}")
                 number = _label(file, label, class_names, split)
-                facts.add(key, image.offset, data, decode(data, kind), number, folds=0)
+                facts.add(key, image.offset, data, kind, decode(data, kind), number, folds=0)
     except (ValueError, RecursionError) as error:
         where = f"{path}: {key}" if key else str(path)
         raise UserError(f"{where}: {error}") from None
     facts.num_bytes, facts.sha256 = path.stat().st_size, sha256_of(path)
-    return kind, facts
+    return facts
 
 
 def _split_of(path: Path) -> str:
@@ -200,19 +194,20 @@ def _samples(path: Path) -> list[tuple[str, Member, Member | None]]:
 
 
 def _image(key: str, parts: dict[str, Member]) -> Member:
-    images = [member for extension, member in parts.items() if extension in IMAGES]
+    images = next(filter(None, ([parts[e] for e in parts if e in endings] for endings in IMAGES)), [])
     for extension, member in parts.items():
         more, _, kind = extension.rpartition(".")
         has_label = any(f"{more}.{label}" in parts for label in LABELS)
-        if more and kind in (*IMAGES, *OTHER_IMAGES) and (has_label or not images):
+        if more and kind in (*IMAGES[0], *IMAGES[1], *OTHER_IMAGES) and (has_label or not images):
             custom = "webdataset ends a sample's name at the first dot"
             raise ValueError(f"{member.name} has a dot in its name, and {custom}; leave only the last dot in all names")
         if kind in OTHER_IMAGES and not images:
             way_out = "put the images into folders by class and run 'python -m dlops_dist.shard folder --source DIR'"
-            raise ValueError(f"{member.name} is neither jpg nor npy, which alone are read; {way_out}")
+            raise ValueError(f"{member.name} is none of jpg, png, webp and npy, which alone are read; {way_out}")
     if len(images) == 1:
         return images[0]
-    raise ValueError(f"{key}: {len(images)} images (jpg, jpeg, npy) among its members {', '.join([*parts][:SHOWN])}")
+    kinds, found = ", ".join((*IMAGES[0], *IMAGES[1])), ", ".join([*parts][:SHOWN])
+    raise ValueError(f"{key}: {len(images)} images ({kinds}) among its members {found}")
 
 
 def _key(member: Member) -> str:

@@ -42,7 +42,7 @@ class Augmenter:
         def changed(images: Tensor, ids: Tensor, keys: Tensor) -> Tensor:
             return augment(images, ids, keys, chosen, fill)
 
-        whole_numbers = chosen.resized_crop is None and not _colors(chosen)
+        whole_numbers = (chosen.resized_crop is None or chosen.size is not None) and not _colors(chosen)
         self._changed = torch.compile(changed, dynamic=False) if compiled and whole_numbers else changed
         self._seed, self._device, self._more = seed, device, more
         self._keys: tuple[int, Tensor] | None = None
@@ -67,11 +67,11 @@ def augment(images: Tensor, ids: Tensor, keys: Tensor, chosen: Augment, fill: Te
         keys: of the epoch; all functions here take them.
         fill: colour of a cutout, uint8 (3,).
     """
-    if chosen.resized_crop is not None:
+    if chosen.resized_crop is None:
+        images = crop_and_flip(images, ids, keys, chosen.crop_padding, chosen.flip)
+    elif chosen.size is None:  # else that was done as they were decoded
         images = random_resized_crop(images, ids, keys, chosen.resized_crop)
         images = crop_and_flip(images, ids, keys, 0, chosen.flip)
-    else:
-        images = crop_and_flip(images, ids, keys, chosen.crop_padding, chosen.flip)
     if _colors(chosen):
         images = color_jitter(images, ids, keys, (chosen.brightness, chosen.contrast, chosen.saturation))
     if chosen.cutout:

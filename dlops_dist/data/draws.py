@@ -8,6 +8,9 @@ from dlops_dist.data.keys import GOLDEN, MIX_1, MIX_2, PURPOSES, key
 PER_GOLDEN = pow(GOLDEN, -1, 2**64)
 """Draws are counted before they are multiplied by GOLDEN: Triton folds a constant product of an arange into 32 bits."""
 
+VIEW = 2**40
+"""Ids of a sample's views lie so far apart."""
+
 
 def epoch_keys(seed: int, epoch: int, device: torch.device | None = None) -> Tensor:
     """The key of each purpose, (P,) int64: a compiled function takes them like images, and any epoch's alike."""

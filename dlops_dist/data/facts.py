@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from dlops_dist.data.index import COLUMNS, INDEX
-from dlops_dist.data.shards import MANIFEST, Manifest, Packing, Shard
+from dlops_dist.data.index import COLUMNS, INDEX, SIZES
+from dlops_dist.data.shards import FORMAT, FORMAT_OF_ANY, MANIFEST, Manifest, Packing, Shard
 from dlops_dist.errors import UserError
 from dlops_dist.files import write_file
 
@@ -30,7 +30,11 @@ class Facts(BaseModel):
     num_bytes: int = 0
     sha256: str = ""
     shape: tuple[int, ...] = ()
-    """(height, width, 3) of each image."""
+    """(height, width, 3) of each image, of the first where they may differ."""
+    sizes: list[tuple[int, ...]] | None = None
+    """(height, width) of each image, where they may differ; None where they must not."""
+    kinds: set[str]
+    """Of the images: jpg, npy, png, webp."""
     pixel_sums: list[list[int]] = [[0] * 3] * 3
     """(3, 3) exact integers, count, sum and sum of squares by channel, of a training shard; zeros for others."""
     columns: dict[str, list[Any]] = {name: [] for name in COLUMNS if name != "shard"}
@@ -44,10 +48,13 @@ class Facts(BaseModel):
         samples = len(self.columns["key"])
         return Shard(name=self.name, split=self.split, samples=samples, bytes=self.num_bytes, sha256=self.sha256)
 
-    def add(self, key: str, offset: int, data: bytes, image: np.ndarray, label: int, folds: int) -> None:
-        """Raises ValueError for an image of another size than those before it."""
+    def add(self, key: str, offset: int, data: bytes, kind: str, image: np.ndarray, label: int, folds: int) -> None:
+        """Raises ValueError for an image of another size than those before it, where it must not be."""
         self.shape = self.shape or image.shape
-        if image.shape != self.shape:
+        self.kinds.add(kind)
+        if self.sizes is not None:
+            self.sizes.append(image.shape[:2])
+        elif image.shape != self.shape:
             raise ValueError(_other_size(image.shape, self.shape))
         if self.split == "train":
             rows = image.reshape(len(image), -1)  # summed row by row: seven times faster than by pixel
@@ -63,12 +70,12 @@ class Facts(BaseModel):
 def refuse_other_size(facts: list[Facts], name: Callable[[Facts], str]) -> None:
     """Of the last shard, against the first one with an image in it; `name` tells where a shard's first image lies."""
     last, first = facts[-1], next((f for f in facts if f.shape), facts[-1])
-    if last.shape not in ((), first.shape):
+    if last.sizes is None and last.shape not in ((), first.shape):
         raise UserError(f"{name(last)}: {_other_size(last.shape, first.shape)}")
 
 
 def _other_size(shape: tuple[int, ...], first: tuple[int, ...]) -> str:
-    way_out = "sizes must be equal; images that are packed from files become so by --size"
+    way_out = "sizes must be equal: images become so by --size, or are kept as they are by --keep"
     return f"it is {shape}, others are {first}: {way_out}"
 
 
@@ -76,25 +83,28 @@ def write_index_and_manifest(
     out: Path,
     dataset: str,
     packing: Packing,
-    extension: str,
     classes: list[str],
     facts: list[Facts],
     skipped: dict[str, str] | None = None,
 ) -> Manifest:
     """Both files of a folder whose shards are there, the manifest last. `facts` in the order of the shards."""
     facts = [f for f in facts if f.shape]
-    height, width, _ = facts[0].shape
+    sizes = {size for f in facts for size in f.sizes or [f.shape[:2]]}
+    height, width = sizes.pop() if len(sizes) == 1 else (None, None)
+    kinds = sorted(set[str]().union(*(f.kinds for f in facts)))
+    is_usual = height is not None and kinds in (["jpg"], ["npy"])
     mean, std = _mean_and_std(facts)
     shards = [f.shard for f in facts]
     counts = Counter[str]()
     for shard in shards:
         counts[shard.split] += shard.samples
     manifest = Manifest(
-        dataset=dataset, packing=packing, extension=extension,  # type: ignore[arg-type]
+        format=FORMAT if is_usual else FORMAT_OF_ANY,
+        dataset=dataset, packing=packing, extension=";".join(kinds),
         height=height, width=width, mean=mean, std=std, classes=classes,
         splits={name: counts[name] for name in SPLITS if counts[name]},
         num_folds=max(max(f.columns["folds"]) for f in facts).bit_length(), shards=shards, skipped=skipped or {},
-        index_sha256=_write_index(out, facts),
+        index_sha256=_write_index(out, facts, with_sizes=height is None),
     )  # fmt: skip
     write_file(out / MANIFEST, lambda file: file.write(manifest.to_bytes()))
     return manifest
@@ -108,14 +118,18 @@ def _mean_and_std(facts: list[Facts]) -> tuple[tuple[float, ...], tuple[float, .
     return mean, tuple(max(v, 1e-8) ** 0.5 for v in variance)
 
 
-def _write_index(out: Path, facts: list[Facts]) -> str:
+def _write_index(out: Path, facts: list[Facts], with_sizes: bool) -> str:
     """Returns its sha256."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     columns: dict[str, Any] = {"shard": np.repeat(np.arange(len(facts)), [len(f.columns["key"]) for f in facts])}
     columns |= {name: list(chain.from_iterable(f.columns[name] for f in facts)) for name in facts[0].columns}
-    types = {name: pa.string() if kind == "O" else pa.from_numpy_dtype(kind) for name, kind in COLUMNS.items()}
+    if with_sizes:
+        sizes = np.array([size for f in facts for size in f.sizes or ()])
+        columns |= dict(zip(SIZES, sizes.T, strict=True))
+    kinds = {name: kind for name, kind in (COLUMNS | SIZES).items() if name in columns}
+    types = {name: pa.string() if kind == "O" else pa.from_numpy_dtype(kind) for name, kind in kinds.items()}
     content = io.BytesIO()
     pq.write_table(pa.table({name: pa.array(columns[name], type=kind) for name, kind in types.items()}), content)
     write_file(out / INDEX, lambda file: file.write(content.getvalue()))

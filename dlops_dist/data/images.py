@@ -25,6 +25,8 @@ JPEG_QUALITY = 95
 """Of images that had to be resized."""
 JPEG = b"\xff\xd8\xff"
 NPY = b"\x93NUMPY"
+PNG = b"\x89PNG\r\n\x1a\n"
+WEBP = re.compile(rb"RIFF....WEBP", re.DOTALL)
 ORIENTATION, UPRIGHT = 0x0112, 1
 """The EXIF tag; from 2 to 8 an image is to be turned or mirrored."""
 
@@ -33,27 +35,58 @@ def decode(data: bytes, extension: str, out: np.ndarray | None = None) -> np.nda
     """One image, uint8 (height, width, 3), RGB; into `out` where given.
 
     Args:
-        extension: jpg, or npy for raw pixels.
+        extension: jpg, npy for raw pixels; of shards with others among them, whose first bytes tell the kind, anything.
 
     Raises:
-        ValueError: anything else, or an image of another size than `out`.
+        ValueError: no such image, or one of another size than `out`.
     """
-    if extension == "jpg":
+    kind = extension if extension in ("jpg", "npy") else kind_of(data)
+    if kind == "jpg":
         return _decode_jpeg(data, out)
-    image = _raw_pixels(data)
+    image = _raw_pixels(data) if kind == "npy" else _by_pillow(data, "npy")[0]
     if out is None:
         return image
-    if image.shape != out.shape:
-        raise ValueError(f"the image is {image.shape}, the manifest says {out.shape}")
+    _check_shape(image.shape, out.shape)
     out[:] = image
     return out
+
+
+def decode_reduced(data: bytes, extension: str, height: int, width: int, factor: int) -> np.ndarray:
+    """An image of so many pixels, uint8 RGB: at 1, 1/2, 1/4 or 1/8 of its size, rounded up.
+
+    A JPEG is reduced as it is decoded, by smaller transforms of its blocks. Others can only be decoded whole.
+
+    Raises:
+        ValueError: it is damaged, or of another size.
+    """
+    if factor == 1:
+        image = decode(data, extension)
+        _check_shape(image.shape, (height, width, 3))
+        return image
+    _check_shape((*simplejpeg.decode_jpeg_header(data)[:2], 3), (height, width, 3))
+    least = -(-height // factor), -(-width // factor)
+    image = simplejpeg.decode_jpeg(data, "RGB", min_height=least[0], min_width=least[1], min_factor=factor)
+    _check_shape(image.shape, (*least, 3))
+    return image
+
+
+def kind_of(data: bytes) -> str | None:
+    """What shards hold images as, by the first bytes: jpg, npy, png or webp; None for anything else."""
+    begins = {"jpg": data.startswith(JPEG), "npy": data.startswith(NPY), "png": data.startswith(PNG)}
+    return next((kind for kind, does in begins.items() if does), "webp" if WEBP.match(data) else None)
 
 
 def encode(image: np.ndarray, extension: str) -> bytes:
     """The inverse of `decode`, of uint8 (height, width, 3); a jpg loses a little."""
     if extension == "jpg":
         return simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality=JPEG_QUALITY)
-    return _npy_header(*image.shape[:2]) + image.tobytes()
+    if extension == "npy":
+        return _npy_header(*image.shape[:2]) + image.tobytes()
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, extension)
+    return file.getvalue()
 
 
 def check_size(height: int, width: int) -> None:
@@ -66,10 +99,15 @@ def _decode_jpeg(data: bytes, out: np.ndarray | None) -> np.ndarray:
     height, width = simplejpeg.decode_jpeg_header(data)[:2]
     if out is None:
         check_size(height, width)
-    elif (height, width, 3) != out.shape:  # the decoder's own check of a buffer can overflow
-        raise ValueError(f"the image is {(height, width, 3)}, the manifest says {out.shape}")
+    else:  # the decoder's own check of a buffer can overflow
+        _check_shape((height, width, 3), out.shape)
     image = simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=out)
     return image if out is None else out
+
+
+def _check_shape(found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    if found != wanted:
+        raise ValueError(f"the image is {found}, the manifest says {wanted}")
 
 
 @lru_cache
@@ -103,6 +141,7 @@ class Packable(NamedTuple):
     """What `data` decodes to, uint8 (height, width, 3)."""
     changed: str
     """What had to be done to the file, beside another size; empty where nothing."""
+    extension: str
 
 
 def packable(data: bytes, extension: str, size: int | None = None) -> Packable:
@@ -121,13 +160,41 @@ def packable(data: bytes, extension: str, size: int | None = None) -> Packable:
     pixels, changed = _pixels(data, extension)
     if size is None or pixels.shape[:2] == (size, size):
         if not changed and data.startswith(JPEG if extension == "jpg" else NPY):
-            return Packable(data, pixels, changed)
+            return Packable(data, pixels, changed, extension)
     else:
         from PIL import Image, ImageOps
 
         pixels = np.asarray(ImageOps.fit(Image.fromarray(pixels), (size, size), Image.Resampling.BICUBIC))
     encoded = encode(pixels, extension)
-    return Packable(encoded, decode(encoded, extension), changed)
+    return Packable(encoded, decode(encoded, extension), changed, extension)
+
+
+def kept(data: bytes, most: int | None = None) -> Packable:
+    """An image file's bytes as a shard of images of any size holds them: unchanged where that can be.
+
+    JPEG, PNG and WebP of 8 bits that stand upright, and raw pixels, stay as they are, byte by byte. Of others, what was
+    a JPEG becomes one again, and the rest a PNG, which loses nothing.
+
+    Args:
+        most: where given, a shorter side of more pixels is scaled down to it, by bicubic interpolation.
+
+    Raises:
+        ValueError: it is no image that can be read to its end.
+    """
+    kind = kind_of(data)
+    pixels, changed = _pixels(data, "jpg" if kind == "jpg" else "npy")
+    shorter, extension = min(pixels.shape[:2]), "jpg" if kind == "jpg" else "png"
+    if most is not None and shorter > most:
+        from PIL import Image
+
+        height, width = (max(1, round(side * most / shorter)) for side in pixels.shape[:2])
+        pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
+    elif kind is not None and not changed:
+        return Packable(data, pixels, changed, kind)
+    else:
+        changed = changed or "made a PNG of RGB"
+    encoded = encode(pixels, extension)
+    return Packable(encoded, decode(encoded, extension), changed, extension)
 
 
 def _pixels(data: bytes, extension: str) -> tuple[np.ndarray, str]:

@@ -1,6 +1,6 @@
 """The index of a folder of shards: where each sample lies, and what it is.
 
-A process holds 20 bytes a sample; names stay on the disk until they are wanted.
+A process holds 20 bytes a sample, and 8 more where images differ in size; names stay on the disk until they are wanted.
 """
 
 from collections.abc import Iterator
@@ -11,11 +11,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dlops_dist.data.images import MAX_PIXELS
 from dlops_dist.errors import UserError, first_line
 from dlops_dist.files import sha256_of
 
 INDEX = "index.parquet"
 COLUMNS = {"key": "O", "shard": "i4", "offset": "i8", "size": "i4", "crc32": "u4", "label": "i4", "folds": "i4"}
+SIZES = {"height": "i4", "width": "i4"}
+"""Further columns, where images differ in size."""
 HELD = ("offset", "size", "crc32", "label")
 """What a process holds; a sample's shard follows from its place, folds are rare."""
 UNLABELED = -1
@@ -35,6 +38,7 @@ class Expected(NamedTuple):
     num_folds: int
     way_out: str
     """Of an index that is another."""
+    with_sizes: bool = False
 
 
 def read_index(path: Path, expected: Expected) -> dict[str, np.ndarray]:
@@ -84,10 +88,11 @@ def _columns(path: Path, expected: Expected, _status: tuple[int, int, int]) -> d
         raise ValueError("keys that are no text")
     if file.metadata.num_rows != number:
         raise ValueError(OTHER_NUMBERS)
-    held = (*HELD, "folds") if expected.num_folds else HELD
-    columns = {name: np.empty(number, COLUMNS[name]) for name in held}
+    types = COLUMNS | (SIZES if expected.with_sizes else {})
+    held = (*HELD, *(["folds"] if expected.num_folds else []), *(SIZES if expected.with_sizes else []))
+    columns = {name: np.empty(number, types[name]) for name in held}
     counts = np.zeros(len(expected.samples), np.int64)
-    for batch in file.iter_batches(PART, columns=[name for name in COLUMNS if name != "key"]):
+    for batch in file.iter_batches(PART, columns=[name for name in types if name != "key"]):
         part = {name: batch[name].to_numpy(zero_copy_only=False) for name in batch.schema.names}
         if (problem := _problem(part, expected, last)) is not None:
             raise ValueError(problem)
@@ -105,7 +110,7 @@ def _columns(path: Path, expected: Expected, _status: tuple[int, int, int]) -> d
 def _problem(part: dict[str, np.ndarray], expected: Expected, last: int) -> str | None:
     """What in a part of an index cannot be true; the row before it is of the `last` shard."""
     for name, column in part.items():
-        if column.dtype != np.dtype(COLUMNS[name]):
+        if column.dtype != np.dtype((COLUMNS | SIZES)[name]):
             return f"{name} is {column.dtype}"
     shards, offsets, sizes, labels = (part[name] for name in ("shard", "offset", "size", "label"))
     if not 0 <= shards.min() <= shards.max() < len(expected.samples):
@@ -119,6 +124,9 @@ def _problem(part: dict[str, np.ndarray], expected: Expected, last: int) -> str 
         return "labels without a class"
     if ((part["folds"] < 0) | (part["folds"] >= 1 << expected.num_folds)).any():
         return "folds that are not in the manifest"
+    heights, widths = (part.get(name, np.ones(1, np.int64)).astype(np.int64) for name in SIZES)
+    if ((heights < 1) | (widths < 1) | (heights * widths > MAX_PIXELS)).any():
+        return "images of no size, or of an absurd one"
     return None
 
 

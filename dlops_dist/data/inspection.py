@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dlops_dist.data.index import INDEX
+from dlops_dist.data.index import INDEX, SIZES, read_index
 from dlops_dist.data.shards import MANIFEST, Manifest, Split
 from dlops_dist.files import sha256_of
 
@@ -43,6 +43,14 @@ def counts_by_class(folder: Path, manifest: Manifest) -> dict[str, np.ndarray]:
     """{split: number of samples of each class}; those without a label are left out."""
     labels = {name: Split(folder, manifest, name).labels for name in manifest.splits}
     return {name: np.bincount(of[of >= 0], minlength=len(manifest.classes)) for name, of in labels.items()}
+
+
+def shown_size(folder: Path, manifest: Manifest) -> str:
+    """Height x width of the images, from the least to the largest where they differ."""
+    if manifest.height is not None:
+        return f"{manifest.height}x{manifest.width}"
+    columns = read_index(folder / INDEX, manifest.of_index)
+    return " x ".join(f"{columns[name].min()}-{columns[name].max()}" for name in SIZES)
 
 
 def is_open_set(counts: dict[str, np.ndarray]) -> bool:

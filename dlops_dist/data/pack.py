@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from dlops_dist.data.facts import Facts, refuse_other_size, write_index_and_manifest
-from dlops_dist.data.images import packable
+from dlops_dist.data.images import kept, packable
 from dlops_dist.data.index import UNLABELED
 from dlops_dist.data.keys import key
 from dlops_dist.data.order import limited, shuffled
@@ -63,6 +63,7 @@ def pack(
     size: int | None = None,
     limit: int | None = None,
     skip_bad: bool = False,
+    keep: bool = False,
     on_note: Callable[[str], None] = lambda note: None,
 ) -> Manifest:
     """Write a source as shards into `out`. Each shard is a pure function of (sorted source, seed, its number).
@@ -76,6 +77,7 @@ def pack(
         size: of all images, as `packable` takes it.
         limit: of images in each split, evenly over the classes.
         skip_bad: leave out images that cannot be read; the manifest lists them. Without it they are an error.
+        keep: images of any size and kind, as `kept` takes them; `size` is then the most that it may leave.
         on_note: called with what was done to images, and with what was left out.
 
     Raises:
@@ -89,9 +91,10 @@ def pack(
             return manifest
         _refuse_strangers(out)
         stamp = source.stamp()
-        _begin(out, dataset, packing | {"size": size, "limit": limit}, source, stamp)
+        _begin(out, dataset, packing | {"size": size, "limit": limit} | ({"keep": True} if keep else {}), source, stamp)
         total, done, facts = sum(len(p.indices) for p in plan), 0, []
-        for result in in_processes(_write, (source, out, size, skip_bad), plan, workers or os.cpu_count() or 1):
+        held = source, out, size, skip_bad, keep
+        for result in in_processes(_write, held, plan, workers or os.cpu_count() or 1):
             facts.append(result)
             refuse_other_size(facts, lambda of: f"{source.path}: {_first_image(source, of)}")
             done += len(plan[len(facts) - 1].indices)
@@ -106,7 +109,7 @@ def pack(
             on_note(f"{source.path}: {number:,} images {what}")
         if bad:
             on_note(f"{source.path}: {len(bad):,} images left out: {_listed(bad, out)}")
-        manifest = write_index_and_manifest(out, dataset, packing, source.extension, source.classes, facts, bad)
+        manifest = write_index_and_manifest(out, dataset, packing, source.classes, facts, bad)
         _clear(out, keep={shard.name for shard in manifest.shards})
     return manifest
 
@@ -220,20 +223,20 @@ def _clear(out: Path, keep: set[str]) -> None:
         (out / PLAN).unlink(missing_ok=True)
 
 
-def _write(held: tuple[Source, Path, int | None, bool], planned: Planned) -> Facts:
+def _write(held: tuple[Source, Path, int | None, bool, bool], planned: Planned) -> Facts:
     """One shard, under a temporary name until it was synced, and read back; one that is whole is kept.
 
     None is written of which images are bad that may not be left out: only its facts come back.
     """
-    source, out, size, skip_bad = held
+    source, out, size, skip_bad, keep = held
     path, done = out / planned.name, out / f".{planned.name}.done"
     if (facts := _facts_of_whole(path, done)) is not None:
         return facts
-    facts = Facts(name=planned.name, split=planned.split)
+    facts = Facts(name=planned.name, split=planned.split, kinds=set(), sizes=[] if keep else None)
     of_this_process = f".{path.name}.{os.getpid()}{PARTIAL}"  # a killed packing's may live for a moment yet
 
     def write_to(file: BinaryIO) -> None:
-        _write_tar(source, planned, size, file, facts)
+        _write_tar(source, planned, size, keep, file, facts)
         if facts.bad and not skip_bad:
             raise _NotWrittenError
 
@@ -263,7 +266,9 @@ class _NotWrittenError(Exception):
     """A shard with bad images, which leaves no file."""
 
 
-def _write_tar(source: Source, planned: Planned, size: int | None, file: BinaryIO, facts: Facts) -> None:
+def _write_tar(
+    source: Source, planned: Planned, size: int | None, keep: bool, file: BinaryIO, facts: Facts
+) -> None:  # fmt: skip
     """Write a shard as its images come, and collect its facts."""
     listing, extension, sha256 = source.splits[planned.split], source.extension, hashlib.sha256()
 
@@ -276,13 +281,14 @@ def _write_tar(source: Source, planned: Planned, size: int | None, file: BinaryI
         sample, label = listing.keys[index], int(listing.labels[index])
         folds = 0 if listing.folds is None else int(listing.folds[index])
         try:
-            image = packable(source.read(planned.split, index), extension, size)
+            data = source.read(planned.split, index)
+            image = kept(data, size) if keep else packable(data, extension, size)
         except (ValueError, OSError) as error:
             facts.bad[source.name(planned.split, index)] = getattr(error, "strerror", None) or str(error)
             continue
         try:
-            facts.add(sample, facts.num_bytes + BLOCK, image.data, image.pixels, label, folds)
-            put(member_bytes(f"{sample}.{extension}", image.data))
+            facts.add(sample, facts.num_bytes + BLOCK, image.data, image.extension, image.pixels, label, folds)
+            put(member_bytes(f"{sample}.{image.extension}", image.data))
             if label != UNLABELED:
                 put(member_bytes(f"{sample}.cls", str(label).encode()))
         except ValueError as error:

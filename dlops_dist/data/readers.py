@@ -1,6 +1,6 @@
 """Three ways to read images, all of the same bits: decode them, map decoded ones, or keep them on the device.
 
-decode   each image from its shard, whenever it is wanted: `Split` itself
+decode   each image from its shard, whenever it is wanted: `Split` itself, or `Cropped` a part of each
 decoded  from a file of raw pixels that all workers of a node map into memory: one process makes it while the others
          wait, it gets its name when it is whole, and one process compares its hash each time the node was started
 device   from a tensor on the GPU that holds all of them
@@ -20,6 +20,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from dlops_dist.data.crops import Cropped
 from dlops_dist.data.memory import available_memory
 from dlops_dist.data.shards import Split
 from dlops_dist.files import locked, sha256_of, temporary_folder, write_file
@@ -95,14 +96,15 @@ class Joined:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, ids: np.ndarray) -> Tensor:
-        """uint8 (n, height, width, 3), in the order of the ids."""
+    def read(self, ids: np.ndarray, draws: np.ndarray | None = None) -> Tensor:
+        """uint8 (n, height, width, 3), in the order of the ids; draws (n, K) are those of `Cropped`."""
         of = np.searchsorted(self._ends, ids, side="right")
         parts, places = [], []
         for i, reader in enumerate(self._readers):
             place = np.flatnonzero(of == i)
             first = self._ends[i] - len(reader)
-            parts.append(torch.as_tensor(reader.read(ids[place] - first)))
+            drawn = () if draws is None else (draws[place],)
+            parts.append(torch.as_tensor(reader.read(ids[place] - first, *drawn)))
             places.append(place)
         images = torch.cat(parts)
         return images[on_device(np.argsort(np.concatenate(places), kind="stable"), images.device)]
@@ -143,6 +145,8 @@ def open_readers(
         warn: called where a wanted way is not possible and another is taken.
         tell: called with a line about what is waited for.
     """
+    if any(isinstance(split, Cropped) for split in splits):
+        return Opened(list(splits), "decode", "augment.size cuts and scales each image as it is decoded")
     folder = Path(cache_dir) if cache_dir else temporary_folder() / f"dlops_dist-{os.getuid()}"
     size = sum(map(bytes_of, splits))
     why = "as asked for"
@@ -166,7 +170,8 @@ def open_readers(
 
 def bytes_of(split: Split) -> int:
     """Of its decoded pixels."""
-    return len(split) * split.manifest.height * split.manifest.width * 3
+    height, width = split.size
+    return len(split) * height * width * 3
 
 
 def _choose(size: int, size_to_write: int, folder: Path, device: torch.device) -> tuple[Kind, str]:
@@ -202,7 +207,7 @@ def decoded_pixels(split: Split, folder: Path, tell: Callable[[str], None]) -> n
         OSError: the folder cannot hold the file.
         UserError: a sample is damaged.
     """
-    shape = (len(split), split.manifest.height, split.manifest.width, 3)
+    shape = (len(split), *split.size, 3)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
         raise PermissionError(f"{folder} belongs to another user")

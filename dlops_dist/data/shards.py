@@ -1,7 +1,8 @@
 """A folder of packed shards: its manifest, its index, and random access to the images.
 
 OUT/train-000000.tar ...   WebDataset tars: <key>.jpg or <key>.npy, then <key>.cls
-OUT/index.parquet          of each sample, in the order of the shards: key, shard, offset, size, crc32, label, folds
+OUT/index.parquet          of each sample, in the order of the shards: key, shard, offset, size, crc32, label, folds,
+                           and height and width where images differ
 OUT/manifest.json          classes, counts, sha256 of each file; written last: its presence means complete
 """
 
@@ -12,19 +13,21 @@ import os
 import re
 import resource
 import zlib
+from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
 from threading import Lock
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dlops_dist.data.images import MAX_PIXELS, decode
-from dlops_dist.data.index import INDEX, Expected, keys_at, read_index
+from dlops_dist.data.index import INDEX, SIZES, Expected, keys_at, read_index
 from dlops_dist.errors import UserError
 
-FORMAT = 2
+FORMAT, FORMAT_OF_ANY = 2, 3
+"""Of images of one size, all jpg or npy; of images of any size and kind."""
 MANIFEST = "manifest.json"
 PLAN = ".packing.json"
 """What is being packed, in a folder that is not complete."""
@@ -58,9 +61,11 @@ class Manifest(BaseModel):
     """What the packing was asked for: seed, shard_size, classes, limit, size. Empty for shards that others wrote."""
     skipped: dict[str, str] = {}
     """{image: why it was left out}."""
-    extension: Literal["jpg", "npy"]
-    height: int = Field(ge=1)
-    width: int = Field(ge=1)
+    extension: str = Field(pattern=r"^(jpg|npy|png|webp)(;(jpg|npy|png|webp))*$")
+    """Of the images, or all that occur, as webdataset takes them: jpg;png."""
+    height: int | None = Field(ge=1)
+    width: int | None = Field(ge=1)
+    """None where images differ in size, which are then in the index."""
     mean: tuple[Finite, Finite, Finite]
     """Of the train split's pixels, as parts of 255."""
     std: tuple[Positive, Positive, Positive]
@@ -79,7 +84,7 @@ class Manifest(BaseModel):
             counts[shard.split] = counts.get(shard.split, 0) + shard.samples
         if counts != self.splits:
             raise ValueError(f"the shards hold {counts}, the splits say {self.splits}")
-        if self.height * self.width > MAX_PIXELS:
+        if (self.height or 0) * (self.width or 0) > MAX_PIXELS:
             raise ValueError(f"images of {self.height} x {self.width} are refused")
         return self
 
@@ -95,10 +100,23 @@ class Manifest(BaseModel):
         return "bring back the file as it was, or write the index anew by python -m dlops_dist.shard index"
 
     @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of all images."""
+        if self.height is None or self.width is None:
+            raise UserError(
+                f"data.shards: the images of {self.dataset} differ in size; train with --augment.size N, and N x N "
+                f"pixels of each are seen"
+            )
+        return self.height, self.width
+
+    @property
     def of_index(self) -> Expected:
         """What it says of the index."""
         samples, sizes = (tuple(getattr(shard, name) for shard in self.shards) for name in ("samples", "bytes"))
-        return Expected(self.index_sha256, samples, sizes, len(self.classes), self.num_folds, self.way_out)
+        with_sizes = self.height is None
+        return Expected(
+            self.index_sha256, samples, sizes, len(self.classes), self.num_folds, self.way_out, with_sizes
+        )  # fmt: skip
 
     @property
     def id(self) -> str:
@@ -121,9 +139,10 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(f"data.shards: {folder}: {what}; {way_out}")
     try:
         values = json.loads(path.read_bytes())
-        if values["format"] != FORMAT:
+        if values["format"] not in (FORMAT, FORMAT_OF_ANY):
             raise UserError(
-                f"{path} has format {values['format']}, this version reads {FORMAT}; pack the shards --again"
+                f"{path} has format {values['format']}, this version reads {FORMAT} and {FORMAT_OF_ANY}; pack the "
+                f"shards --again"
             )
         return Manifest(**values)
     except ValidationError as error:
@@ -151,6 +170,7 @@ class Split:
         self._offsets, self._sizes, self._checksums = (columns[c][rows] for c in ("offset", "size", "crc32"))
         self.labels, self.folds = columns["label"][rows], columns["folds"][rows]
         """(N,), UNLABELED where there is none; and (N,): bit f is set where the sample belongs to fold f."""
+        self._image_sizes = [columns[name][rows] for name in SIZES if name in columns]
         self._files: dict[int, FileIO] = {}
         self._opening = Lock()
 
@@ -178,8 +198,17 @@ class Split:
         Raises:
             UserError: a sample is damaged; names its file and key.
         """
-        manifest, images = self.manifest, np.empty((len(ids), self.manifest.height, self.manifest.width, 3), np.uint8)
-        shards = self._shards[np.searchsorted(self._ends, ids, side="right")]
+        images = np.empty((len(ids), *self.size, 3), np.uint8)
+        self.each(ids, lambda place, data: decode(data, self.manifest.extension, images[place]))
+        return images
+
+    def each(self, ids: np.ndarray, take: Callable[[int, bytes], Any]) -> None:
+        """Give the bytes of each image, as they were packed, to `take`, after its place among the ids.
+
+        Raises:
+            UserError: they are not those, or `take` raised a ValueError; names the file and the key.
+        """
+        manifest, shards = self.manifest, self._shards[np.searchsorted(self._ends, ids, side="right")]
         where = (shards, self._offsets[ids], self._sizes[ids], self._checksums[ids])
         rows = zip(*(column.tolist() for column in where), strict=True)
         for place, (shard, offset, size, checksum) in enumerate(rows):
@@ -187,11 +216,22 @@ class Split:
                 data = os.pread(self._file(shard).fileno(), size, offset)  # a map of a file cut off is a bus error
                 if zlib.crc32(data) != checksum:
                     raise ValueError("not the bytes that were packed")
-                decode(data, manifest.extension, images[place])
+                take(place, data)
             except ValueError as error:
                 path, (key,) = self._folder / manifest.shards[shard].name, self.keys_of(ids[place : place + 1])
                 raise UserError(f"{path}: {key}: {error}; {manifest.way_out}") from None
-        return images
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of what is read."""
+        return self.manifest.size
+
+    def sizes(self, ids: np.ndarray) -> list[tuple[int, int]]:
+        """(height, width) of each image as it is packed."""
+        if self._image_sizes:
+            heights, widths = (column[ids].tolist() for column in self._image_sizes)
+            return list(zip(heights, widths, strict=True))
+        return [self.manifest.size] * len(ids)
 
     def keys_of(self, ids: np.ndarray) -> list[str]:
         """The samples' names, which are read when they are wanted, and a part of them at a time."""

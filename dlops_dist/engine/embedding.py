@@ -10,6 +10,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from dlops_dist.config import recipe_from_source
+from dlops_dist.data.crops import opened
 from dlops_dist.data.memory import keep_freed_memory
 from dlops_dist.data.order import Ids, blocks
 from dlops_dist.data.shards import Split, read_manifest
@@ -66,8 +67,9 @@ def _opened(job: Job) -> tuple[Predictor, dict[str, Split]]:
     """Once for all parts of a worker."""
     keep_freed_memory()
     recipe_from_source(job.task, job.source)
-    manifest = read_manifest(job.shards)
-    return load(job.run), {name: Split(job.shards, manifest, name) for name in manifest.splits}
+    manifest, model = read_manifest(job.shards), load(job.run)
+    augment = model.learner.settings.augment
+    return model, {name: opened(job.shards, manifest, name, augment) for name in manifest.splits}
 
 
 def write_rows(

@@ -227,9 +227,8 @@ class _Fit:
         data, size = self.settings.data, self.settings.micro_batch_size
         steps, ahead = tee(blocks(ids, size) for ids in self.stage.order.epoch(epoch, first))
         parts = ((ids, self.learner.blocks.share(len(ids))) for step in ahead for ids in step)
-        batches = read_ahead(
-            self.reader, parts, self.device, data.threads, data.prefetch, self.learner.reads_next
-        )  # fmt: skip
+        reader = self.learner.in_epoch(self.reader, epoch)
+        batches = read_ahead(reader, parts, self.device, data.threads, data.prefetch, self.learner.reads_next)
         return (list(islice(batches, len(step))) for step in steps)
 
     def _evaluated_row(self, epoch: int) -> dict[str, Any]:

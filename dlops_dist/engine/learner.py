@@ -8,10 +8,12 @@ from torch import Tensor, nn
 
 from dlops_dist.config import Run
 from dlops_dist.data.augment import Augmenter, Normalize
-from dlops_dist.data.draws import uniform
+from dlops_dist.data.draws import VIEW, uniform
 from dlops_dist.data.keys import key
 from dlops_dist.data.loader import Batch
 from dlops_dist.data.mixing import Mixer
+from dlops_dist.data.random_crops import in_epoch
+from dlops_dist.data.readers import Reader
 from dlops_dist.distributed.norm import (
     average_running_statistics,
     load_local_statistics,
@@ -32,8 +34,6 @@ from dlops_dist.losses.terms import at_least_float32
 
 BLOCK = 256
 """Samples that are evaluated together. A rank owns whole blocks, so the blocks do not depend on the ranks."""
-VIEW = 2**40
-"""Ids of a sample's views lie so far apart."""
 
 
 class Network(nn.Module):
@@ -92,6 +92,9 @@ class Learner(Step):
         self._mix = Mixer(settings.augment, inputs.num_classes, device) if settings.augment.mixes else None
         self.reads_next = settings.augment.mixes
         self._count = compiled(count, settings, device)
+
+    def in_epoch(self, reader: Reader, epoch: int) -> Reader:
+        return in_epoch(reader, self.settings.augment, self.settings.seed, epoch, self.views)
 
     def viewed(self, batch: Batch) -> Batch:
         return batch if self.views == 1 else _in_views(batch, self.views)
@@ -177,9 +180,14 @@ class Learner(Step):
 
 
 def _in_views(batch: Batch, number: int) -> Batch:
-    """Each sample so often, one after the other, and as many ids: random changes of each view are its own."""
+    """Each sample so often, one after the other, and as many ids: random changes of each view are its own.
+
+    Images may come as (n, number, H, W, C), a part for each view.
+    """
+    images = batch.images
+    images = images.flatten(0, 1) if images.ndim == 5 else images.repeat_interleave(number, dim=0)
     ids = batch.ids[:, None] + torch.arange(number, device=batch.ids.device) * VIEW
     return Batch(
-        batch.images.repeat_interleave(number, dim=0), ids.flatten(), batch.labels.repeat_interleave(number),
+        images, ids.flatten(), batch.labels.repeat_interleave(number),
         slice(batch.part.start * number, batch.part.stop * number), batch.host_labels.repeat(number),
     )  # fmt: skip

@@ -172,7 +172,7 @@ def batch_of(learner: Learner, samples: Samples, size: int, step: int, whole: bo
         chosen.append(own)
     ids = np.concatenate(chosen)[:size]
     part = slice(0, len(ids)) if whole else learner.blocks.share(len(ids))
-    (batch,) = read_ahead(samples.train, [(ids, part)], CPU, 1, 1, learner.reads_next)
+    (batch,) = read_ahead(learner.in_epoch(samples.train, 0), [(ids, part)], CPU, 1, 1, learner.reads_next)
     return batch
 
 

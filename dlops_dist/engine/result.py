@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dlops_dist.config import Run, is_loaded, load_recipe, recipe_from_source
+from dlops_dist.data.crops import crop_of, middle_of
 from dlops_dist.data.images import packable
 from dlops_dist.engine.device import default_device
 from dlops_dist.engine.exactness import threads_at_start
@@ -105,10 +106,14 @@ class Predictor(nn.Module):
     def preprocess(self, image: bytes | Path | str) -> Tensor:
         """uint8 (H, W, 3) of an image file or its bytes, as packing makes it: turned by its EXIF, RGB, fitted.
 
+        With augment.size, its middle, as evaluation sees it.
+
         Raises:
             ValueError: it is no image that can be read.
         """
         data = image if isinstance(image, bytes) else Path(image).read_bytes()
+        if (crop := crop_of(self.learner.settings.augment)) is not None:
+            return torch.from_numpy(middle_of(data, crop))
         height, width = self.image_size
         pixels = packable(data, "npy", height if height == width else None).pixels
         if pixels.shape[:2] != (height, width):

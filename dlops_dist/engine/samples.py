@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dlops_dist.config import Run
+from dlops_dist.data.crops import opened
 from dlops_dist.data.loader import Batches, TrainingOrder
 from dlops_dist.data.order import Ids, fit_samples_per_class, hold_out
 from dlops_dist.data.readers import Reader
@@ -32,7 +33,7 @@ class Samples:
         data = settings.data
         self.manifest = manifest
         names = [name for name in settings.splits if name in ("train", "test") or name in manifest.splits]
-        self._splits = [Split(shards, manifest, name) for name in names]
+        self._splits = [opened(shards, manifest, name, settings.augment) for name in names]
         self.open(list)
         self.folds = self._splits[0].folds
         if (self.train.labels < 0).any() or (self.test.labels < 0).any():
@@ -44,7 +45,7 @@ class Samples:
                 f"{len(self.val_ids)} held out"
             )
         mean, std = (manifest.mean, manifest.std) if settings.standardized else ((0.0,) * 3, (1.0,) * 3)
-        self.inputs = Inputs(len(manifest.classes), mean, std, (manifest.height, manifest.width))
+        self.inputs = Inputs(len(manifest.classes), mean, std, self._splits[0].size)
 
     def open(self, open_readers: Callable[[Sequence[Split]], list[Reader]]) -> None:
         """Read images by these readers from now on."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dlops_dist.config import Run
 from dlops_dist.data.loader import Batch
+from dlops_dist.data.readers import Reader
 from dlops_dist.distributed.norm import running_statistics_held, with_mean_statistics
 from dlops_dist.distributed.objective import Objective, objective_of_blocks
 from dlops_dist.distributed.tree import TreeSum
@@ -96,6 +97,10 @@ class Step(ABC):
     def lr(self, step: int) -> float:
         """Learning rate of a step, counted from 0 over the stage."""
         return self._descent.lr(step)
+
+    def in_epoch(self, reader: Reader, epoch: int) -> Reader:
+        """What an epoch reads of the samples; by default what is there."""
+        return reader
 
     @abstractmethod
     def seen(self, batch: Batch, epoch: int) -> Seen:

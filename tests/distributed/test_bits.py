@@ -2,6 +2,7 @@
 
 import io
 import json
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -111,6 +112,16 @@ def test_a_run_on_any_number_of_ranks_leaves_the_bytes_of_one_process(run, ranks
     expected = trained(run, shapes_shards, tmp_path / "one")
     assert len(expected) > 4
     for found in on_ranks(trained, ranks, run, shapes_shards, tmp_path / "ranks"):
+        assert found["rows"] == expected["rows"]
+        assert found.keys() == expected.keys()
+        assert [name for name in expected if found[name] != expected[name]] == []
+
+
+def test_parts_of_images_of_any_size_are_the_same_bits_on_any_number_of_ranks(any_size_shards, tmp_path):
+    parts = {"size": 24, "resized_crop": 0.2, "mixup": 0.3, "brightness": 0.3}
+    of_parts = partial(trained, "ce", any_size_shards, augment=parts, global_batch_size=12)
+    expected = of_parts(tmp_path / "one")
+    for found in on_ranks(of_parts, 3, tmp_path / "ranks"):
         assert found["rows"] == expected["rows"]
         assert found.keys() == expected.keys()
         assert [name for name in expected if found[name] != expected[name]] == []

@@ -229,7 +229,7 @@ def test_a_tree_of_folders_is_packed_and_trained_on(tmp_path):
                 Image.fromarray(rng.integers(0, 256, size, np.uint8)).save(folder / f"{i}.jpg")
     arguments = ("shard", "folder", "--source", tmp_path / "pets", "--out", tmp_path / "shards")
     code, output = call(*arguments)
-    assert (code, "--size" in output.splitlines()[-1]) == (2, True), output
+    assert (code, "--size, or are kept as they are by --keep" in output.splitlines()[-1]) == (2, True), output
     code, output = call(*arguments, "--size", "32")
     assert code == 0, output
     assert "pets: 24 images to train in train/, 6 to test in val/, 2 classes: cat 12, dog 12" in output
@@ -365,7 +365,13 @@ def test_a_mistake_is_one_line_and_leaves_nothing(mistake, tmp_path):
 
 
 HELP = {
-    (): ["dlops_dist.shard folder --source DIR --size 64", "--test-fraction FLOAT", "--skip-bad", "by sorted name"],
+    (): [
+        "dlops_dist.shard folder --source DIR --size 64",
+        "--test-fraction FLOAT",
+        "--skip-bad",
+        "by sorted name",
+        "--keep",
+    ],
     ("verify",): ["Hash every file", "PATH"],
     ("show",): ["Print classes", "PATH"],
     ("index",): ["must tell the split", "--class-names PATH", "--workers INT"],

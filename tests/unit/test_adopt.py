@@ -9,13 +9,17 @@ import pickle
 import shutil
 import subprocess
 import tarfile
+import zlib
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
 from PIL import Image
 
 from dlops_dist.data.adopt import _read, adopt, read_class_names
+from dlops_dist.data.images import decode
+from dlops_dist.data.index import COLUMNS, INDEX
 from dlops_dist.data.inspection import counts_by_class, doubts
 from dlops_dist.data.shards import Split, read_manifest
 from dlops_dist.errors import UserError
@@ -23,6 +27,27 @@ from dlops_dist.errors import UserError
 
 def pixels(seed, size=(8, 8)):
     return np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
+
+
+def image(seed, size, kind, mode="RGB"):
+    file = io.BytesIO()
+    Image.fromarray(pixels(seed, size)).convert(mode).save(file, kind)
+    return file.getvalue()
+
+
+def png_of(height, width):
+    """One that claims this size, and holds a few pixels."""
+    chunks = [
+        b"IHDR" + width.to_bytes(4) + height.to_bytes(4) + bytes([8, 2, 0, 0, 0]), b"IDAT" + zlib.compress(bytes(99)),
+        b"IEND",
+    ]  # fmt: skip
+    return b"\x89PNG\r\n\x1a\n" + b"".join((len(c) - 4).to_bytes(4) + c + zlib.crc32(c).to_bytes(4) for c in chunks)
+
+
+def jpeg_of(height, width):
+    data = image(0, (8, 8), "JPEG")
+    at = data.index(b"\xff\xc0")
+    return data[: at + 5] + height.to_bytes(2) + width.to_bytes(2) + data[at + 9 :]
 
 
 def write(path, samples):
@@ -108,7 +133,7 @@ def test_stock_shard_writer_long_names_json_labels_and_raw_pixels(tmp_path):
 )  # fmt: skip
 def test_whole_words_of_a_name_tell_the_split(name, split, sample, tmp_path):
     path = write(tmp_path / name, [sample("a", 0)])
-    assert _read([], path)[1].shard.split == split
+    assert _read([], path).shard.split == split
 
 
 def test_shards_of_val_and_of_test_are_not_mixed(folder, sample, user_error):
@@ -183,17 +208,17 @@ WRITTEN = {
 @pytest.mark.parametrize(("ending", "content"), [(ending, c) for ending, all_of in WRITTEN.items() for c in all_of])
 def test_labels_are_read_however_they_are_written(ending, content, jpeg, tmp_path):
     path = write(tmp_path / "train-0.tar", [{"a.JPG": jpeg(pixels(0)), f"a.{ending}": content}])
-    assert _read(["cat", "x", "dog", "x"], path)[1].columns["label"] == [2]
+    assert _read(["cat", "x", "dog", "x"], path).columns["label"] == [2]
 
 
 def test_further_images_of_a_sample_are_passed_over(sample, tmp_path):
     path = write(tmp_path / "train-0.tar", [sample("a", 2, **{"mask.png": b"?", "left.jpg": b"?"})])
-    assert _read([], path)[1].columns["label"] == [2]
+    assert _read([], path).columns["label"] == [2]
 
 
 def test_captions_are_no_labels(jpeg, tmp_path):
     path = write(tmp_path / "unlabeled-0.tar", [{"a.jpg": jpeg(pixels(0)), "a.txt": b"7"}])
-    assert _read([], path)[1].columns["label"] == [-1]
+    assert _read([], path).columns["label"] == [-1]
 
 
 FAULTS = {
@@ -207,13 +232,24 @@ FAULTS = {
     "a json without label": ({"train-0.tar": [("a", {"cls": None, "json": b"{}"})]}, ["train-0.tar", "a", "no label"]),
     "a json that is a list": ({"train-0.tar": [("a", {"cls": None, "json": b"[1]"})]}, ["train-0.tar", "no label"]),
     "a label of a half": ({"train-0.tar": [("a", {"cls": None, "json": b'{"label": 1.5}'})]}, ["a", "'1.5'"]),
-    "a png": ({"train-0.tar": [("a", {"jpg": None, "png": b""})]}, ["a.png", "neither jpg nor npy", "shard folder"]),
+    "a bmp": ({"train-0.tar": [("a", {"jpg": None, "bmp": b"BM"})]}, ["a.bmp", "none of jpg, png", "shard folder"]),
+    "an empty png": ({"train-0.tar": [("a", {"jpg": None, "png": b""})]}, ["train-0.tar: a: a.png", "begins with b''"]),
+    "a png of a page": ({"train-0.tar": [("a", {"jpg": None, "png": b"<!DOCTYPE"})]}, ["a: a.png is no jpg"]),
+    "a bomb": (
+        {"train-0.tar": [("a", {"jpg": None, "png": png_of(50_000, 50_000)})]},
+        ["train-0.tar: a: unreadable", "2500000000 pixels"],
+    ),
+    "a jpeg bomb": (
+        {"train-0.tar": [("a", {"jpg": jpeg_of(50_000, 50_000)})]},
+        ["train-0.tar: a: 50000 x 50000 pixels: refused"],
+    ),
+    "a jpeg without pixels": ({"train-0.tar": [("a", {"jpg": jpeg_of(0, 8)})]}, ["train-0.tar: a: "]),
+    "a png without pixels": (
+        {"train-0.tar": [("a", {"jpg": None, "png": png_of(0, 8)})]},
+        ["train-0.tar: a: "],
+    ),
     "dots in names": ({"train-0.tar": [("x", {}), ("a.b", {})]}, ["train-0.tar: a.b.jpg has a dot in its name"]),
     "a dot in one name": ({"train-0.tar": [("a", {}), ("a.b", {})]}, ["train-0.tar: a.b.jpg has a dot in its name"]),
-    "another size elsewhere": (
-        {"train-0.tar": [("a", {})], "train-1.tar": [("b", {"jpg": (9, 9)})]},
-        ["train-1.tar: b", "(9, 9, 3)", "--size"],
-    ),
     "a name of several splits": ({"train-val-0.tar": [("a", {})]}, ["train-val-0.tar", "test and train"]),
     "an ending in capitals": ({"train-0.TAR": [("a", {})]}, ["mv", "train-0.TAR", "train-0.tar"]),
     "a label that is a word": (
@@ -224,14 +260,49 @@ FAULTS = {
     "a label that is no text": ({"train-0.tar": [("a", {"cls": b"\xff\xfe"})]}, ["train-0.tar", "a"]),
     "no image": ({"train-0.tar": [("a", {"jpg": None})]}, ["train-0.tar", "a", "0 images"]),
     "a damaged image": ({"train-0.tar": [("a", {"jpg": b"\xff\xd8nonsense"})]}, ["train-0.tar", "a"]),
-    "another size": ({"train-0.tar": [("a", {}), ("b", {"jpg": (9, 9)})]}, ["train-0.tar", "b", "(9, 9, 3)"]),
-    "two kinds": ({"train-0.tar": [("a", {}), ("b", {"jpg": None, "npy": b""})]}, ["train-0.tar", "b", "npy"]),
+    "no pixels in an npy": ({"train-0.tar": [("a", {}), ("b", {"jpg": None, "npy": b""})]}, ["train-0.tar: b: b.npy"]),
     "two splits in the name": ({"train-test-0.tar": [("a", {})]}, ["train-test-0.tar"]),
     "a label beyond all classes": ({"train-0.tar": [("a", {"cls": b"300000000"})]}, ["300000000"]),
     "a pickle": ({"train-0.tar": [("a", {"pyd": pickle.dumps(1)})]}, ["train-0.tar", "a.pyd", "pickled"]),
     "a key twice": ({"train-0.tar": [("a", {}), ("b", {}), ("a", {})]}, ["train-0.tar", "a", "twice"]),
     "a member twice": ({"train-0.tar": [("a", {}), ("a", {})]}, ["train-0.tar", "a.jpg", "twice"]),
 }
+
+
+def test_images_of_any_size_and_kind_are_read_as_pillow_reads_them(tmp_path):
+    """Grey, with a palette, transparent or CMYK; a mask beside an image is none. webdataset takes what the manifest
+    says of their kinds.
+    """
+    kinds = {
+        "a.jpg": image(1, (9, 14), "JPEG"), "b.png": image(2, (30, 8), "PNG"), "c.webp": image(3, (12, 11), "WEBP"),
+        "d.jpg": image(4, (20, 16), "JPEG", "CMYK"), "e.png": image(5, (8, 9), "PNG", "P"),
+        "f.png": image(6, (8, 9), "PNG", "RGBA"), "g.jpeg": image(7, (15, 8), "JPEG", "L"),
+        "h.jpg": image(8, (10, 12), "PNG"),
+    }  # fmt: skip
+    samples = [{name: data, f"{name[0]}.cls": b"0"} for name, data in kinds.items()]
+    samples[0]["a.png"] = image(9, (9, 14), "PNG")
+    write(tmp_path / "train-0.tar", samples)
+    write(tmp_path / "test-0.tar", samples[:2])
+    manifest = adopt(tmp_path, "others", workers=1)
+    assert (manifest.format, manifest.extension, manifest.height, manifest.width) == (3, "jpg;png;webp", None, None)
+    split = Split(tmp_path, read_manifest(tmp_path), "train")
+    datas = []
+    split.each(np.arange(8), lambda _, data: datas.append(data))
+    assert datas == list(kinds.values())
+    for data, size in zip(datas, split.sizes(np.arange(8)), strict=True):
+        expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        found = decode(data, manifest.extension)
+        assert found.shape[:2] == size
+        assert np.abs(found.astype(int) - expected).max() <= 1  # of CMYK
+    urls = [str(tmp_path / "test-0.tar")]
+    stock = wds.WebDataset(urls, shardshuffle=False).to_tuple(manifest.extension, "cls")
+    assert [content for content, _ in stock] == list(kinds.values())[:2]
+
+
+def test_shards_of_one_size_have_the_index_that_they_had(folder):
+    manifest = adopt(folder, "others", workers=1)
+    assert (manifest.format, manifest.extension, manifest.size) == (2, "jpg", (8, 8))
+    assert pq.read_schema(folder / INDEX).names == list(COLUMNS)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -245,8 +316,7 @@ def test_what_cannot_be_read_is_named_and_leaves_nothing(fault, sample, jpeg, tm
             for extension, content in changes.items():
                 members.pop(f"{key}.{extension}", None)
                 if content is not None:
-                    is_size = isinstance(content, tuple)
-                    members[f"{key}.{extension}"] = jpeg(pixels(0, content)) if is_size else content
+                    members[f"{key}.{extension}"] = content
             samples.append(members)
         write(tmp_path / name, samples)
     with user_error(*shown):
@@ -324,7 +394,7 @@ def test_a_shard_that_is_cut_off_anywhere_is_named(sample, tmp_path):
         with pytest.raises(UserError, match=r"train-0\.tar"):
             _read([], path)
     path.write_bytes(whole[:end])
-    assert _read([], path)[1].shard.samples == 3
+    assert _read([], path).shard.samples == 3
 
 
 def test_class_names_that_are_too_few_are_refused(folder, user_error):

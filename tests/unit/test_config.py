@@ -449,6 +449,32 @@ def test_nesterov_without_momentum_names_the_three_settings(other, user_error):
         read_settings("q1", ["--optimizer.nesterov", *other])
 
 
+PARTS = {
+    "--augment.center-crop 0.9": ["augment.center_crop", "without size", "--augment.size"],
+    "--augment.aspect 0.5 2": ["augment.aspect", "without size", "--augment.size"],
+    "--augment.size 32 --augment.aspect 2 0.5": ["augment.aspect", "(2.0, 0.5)", "the least first"],
+    "--augment.size 32 --augment.aspect 0 1": ["augment.aspect", "above 0"],
+    "--augment.size 32 --augment.aspect 0.5": ["augment.aspect.1 is missing"],
+    "--augment.size 32 --augment.resized-crop 0.5 --augment.largest-crop 0.4": ["augment.largest_crop", "0.4", "0.5"],
+    "--augment.size 7": ["augment.size", "greater than or equal to 8"],
+    "--augment.size 32 --data.reader decoded": ["data.reader", "decoded", "augment.size", "leave out --data.reader"],
+    "--augment.size 32 --data.reader device": ["data.reader", "device"],
+}
+
+
+@pytest.mark.parametrize("arguments", PARTS)
+def test_settings_of_parts_that_do_not_fit_together_are_named(arguments, user_error):
+    with user_error(*PARTS[arguments]):
+        read_settings("q1", arguments.split())
+
+
+def test_parts_of_images_are_chosen_as_torchvision_names_them():
+    chosen = read_settings(
+        "q1", ["--augment.size", "224", "--augment.resized-crop", "0.08", "--augment.aspect", "0.5", "2"]
+    ).augment
+    assert (chosen.size, chosen.resized_crop, chosen.largest_crop, chosen.aspect) == (224, 0.08, 1.0, (0.5, 2.0))
+
+
 # what identifies a run
 
 MAY_DIFFER = {
@@ -468,7 +494,8 @@ CHANGES_THE_RESULT = {
     "data.small_classes": "repeat",
     "augment.crop_padding": 1, "augment.flip": False, "augment.resized_crop": 0.5, "augment.brightness": 0.1,
     "augment.contrast": 0.1, "augment.saturation": 0.1, "augment.cutout": 8,
-    "augment.mixup": 0.2, "augment.cutmix": 1.0,
+    "augment.mixup": 0.2, "augment.cutmix": 1.0, "augment.size": 64, "augment.center_crop": 0.9,
+    "augment.largest_crop": 0.9, "augment.aspect": (0.5, 2.0),
     "model.stem": "imagenet", "model.width": 32, "model.norm": "local",
     "optimizer.lr": 0.2, "optimizer.momentum": 0.8, "optimizer.dampening": 0.5, "optimizer.nesterov": True,
     "optimizer.weight_decay": 0.0, "optimizer.clip_norm": 1.0, "optimizer.schedule": "step",
@@ -482,6 +509,8 @@ CHANGES_THE_RESULT = {
 
 def with_setting(name: str, value: object) -> Q1:
     *sections, last = name.split(".")
+    if last in ("center_crop", "largest_crop", "aspect"):
+        return Q1(augment={"size": 32, last: value})
     return Q1(**({sections[0]: {last: value}} if sections else {last: value}))
 
 

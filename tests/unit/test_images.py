@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dlops_dist.data.images import decode, packable
+from dlops_dist.data.images import decode, kept, packable
 
 SEEN = np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)
 SMOOTH = np.add.outer(np.arange(16), np.arange(24)).astype(np.uint8)[..., None].repeat(3, axis=2) * 6
@@ -125,3 +125,57 @@ def test_a_wide_image_fills_the_square_with_its_middle():
         assert pixels.shape == (8, 8, 3)
         assert np.abs(pixels[:, 2:6].astype(int) - 200).max() <= most
         assert pixels.min() > 160  # at the edges the interpolation sees a little of what is cropped
+
+
+KEPT = {
+    "a JPEG": (encoded(SEEN, "JPEG"), "jpg"), "a grey JPEG": (encoded(SEEN[..., 0], "JPEG"), "jpg"),
+    "a CMYK JPEG": (encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG"), "jpg"),
+    "an upright one": (with_orientation(1), "jpg"), "a PNG": (encoded(SEEN, "PNG"), "png"),
+    "with a palette": (encoded(Image.fromarray(SEEN).quantize(8), "PNG"), "png"),
+    "transparent": (encoded(Image.fromarray(SEEN).convert("RGBA"), "PNG"), "png"),
+    "a WebP": (encoded(SEEN, "WEBP"), "webp"), "raw pixels": (packable(encoded(SEEN, "PNG"), "npy").data, "npy"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", KEPT)
+def test_images_that_are_kept_stay_byte_by_byte(what):
+    data, extension = KEPT[what]
+    for most in (None, 16):
+        image = kept(data, most)
+        assert (image.data, image.extension, image.changed) == (data, extension, "")
+        assert np.array_equal(image.pixels, decode(data, "jpg;npy;png;webp"))
+
+
+@pytest.mark.parametrize(
+    ("data", "extension", "what", "most"),
+    [
+        (with_orientation(6), "jpg", "turned as its EXIF says", 12),
+        (encoded(SMOOTH, "BMP"), "png", "made a PNG of RGB", 0),
+        (encoded(SMOOTH, "GIF"), "png", "made a PNG of RGB", 9),
+        (encoded(SMOOTH.astype(np.uint16)[..., 0] * 256, "PNG"), "png", "brought from 16 bits to 8", 0),
+    ],
+)  # fmt: skip
+def test_images_that_cannot_be_kept_become_a_jpeg_or_a_png(data, extension, what, most):
+    image = kept(data)
+    assert (image.extension, image.changed) == (extension, what)
+    expected = np.rot90(SMOOTH, -1) if "EXIF" in what else SMOOTH
+    assert np.abs(image.pixels.astype(int) - expected).max() <= most
+    assert np.array_equal(image.pixels, decode(image.data, "jpg;png"))
+
+
+@pytest.mark.parametrize(("kind", "extension", "most"), [("JPEG", "jpg", 8), ("PNG", "png", 0)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_longer_shorter_sides_are_scaled_down_in_proportion(kind, extension, most, turned):
+    pixels = np.add.outer(np.arange(64), np.arange(96)).astype(np.uint8)[..., None].repeat(3, axis=2)
+    image = kept(encoded(pixels.swapaxes(0, 1) if turned else pixels, kind), most=32)
+    assert (image.extension, image.changed) == (extension, "")
+    assert image.pixels.shape == ((48, 32, 3) if turned else (32, 48, 3))
+    expected = Image.fromarray(pixels).resize((48, 32), Image.Resampling.BICUBIC)
+    found = image.pixels.swapaxes(0, 1) if turned else image.pixels
+    assert np.abs(found.astype(int) - np.asarray(expected)).max() <= most
+
+
+@pytest.mark.parametrize("data", [b"", b"<!DOCTYPE html>", encoded(SEEN, "JPEG")[:-60], encoded(SEEN, "PNG")[:-60]])
+def test_what_cannot_be_read_is_not_kept(data):
+    with pytest.raises(ValueError, match=r"empty|begins with|truncated"):
+        kept(data)

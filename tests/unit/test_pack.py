@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
@@ -23,7 +24,8 @@ from dlops_dist.data import pack as pack_module
 from dlops_dist.data.images import decode
 from dlops_dist.data.pack import pack
 from dlops_dist.data.shards import Split, read_manifest
-from dlops_dist.data.sources import STL10, Listing, TinyImageNet
+from dlops_dist.data.sources import STL10, ImageFolder, Listing, TinyImageNet
+from dlops_dist.data.tar import members
 from dlops_dist.files import sha256_of
 
 SHARDS = [f"{split}-{i:06d}.tar" for split in ("test", "train") for i in range(3)]
@@ -616,8 +618,8 @@ def test_a_damaged_manifest_is_named(damage, packed, user_error):
 @pytest.mark.parametrize("more", [{}, {"channels": 3}], ids=["same fields", "another field"])
 def test_a_manifest_of_another_format_is_named(more, packed, user_error):
     path = packed / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 3, **more}))
-    with user_error(path, "format 3", "2"):
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 4, **more}))
+    with user_error(path, "format 4", "2 and 3"):
         read_manifest(packed)
 
 
@@ -628,3 +630,82 @@ def test_a_folder_without_a_manifest_is_named_with_what_to_do(there, tmp_path, u
         folder.mkdir()
     with user_error("data.shards", folder, f"python -m dlops_dist.shard stl10 --out {tmp_path}"):
         read_manifest(folder)
+
+
+def files_of_any_size(folder, jpeg):
+    """A tree of 12 JPEGs and PNGs, of which some may not stay as they are; {key: bytes of the file}."""
+    rng, files = np.random.default_rng(0), {}
+    for i in range(12):
+        pixels = rng.integers(0, 256, (10 + i, 40 - i, 3), np.uint8)
+        path = folder / ("train" if i < 9 else "test") / "ab"[i % 2] / f"{i}.{'png' if i % 3 else 'jpg'}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path) if i % 3 else path.write_bytes(jpeg(pixels))
+        files["_".join(path.with_suffix("").parts[-2:])] = path.read_bytes()
+    return files
+
+
+def test_images_that_are_kept_stay_byte_by_byte_beside_their_sizes(tmp_path, jpeg):
+    files = files_of_any_size(tmp_path / "tree", jpeg)
+    made = [pack(ImageFolder(tmp_path / "tree"), tmp_path / str(n), "any", shard_size=4, workers=n, keep=True)
+            for n in (1, 2)]  # fmt: skip
+    assert made[0] == made[1] == read_manifest(tmp_path / "1")
+    assert (made[0].format, made[0].extension, made[0].height, made[0].width) == (3, "jpg;png", None, None)
+    found = {}
+    for name in ("train", "test"):
+        split = Split(tmp_path / "1", made[0], name)
+        ids = np.arange(len(split))
+        keys = split.keys_of(ids)
+        split.each(ids, lambda place, data, keys=keys: found.update({keys[place]: data}))
+        for key, size in zip(keys, split.sizes(ids), strict=True):
+            assert size == Image.open(io.BytesIO(files[key])).size[::-1]
+    assert found == files
+    names = [member.name for tar in sorted((tmp_path / "1").glob("*.tar")) for member in members(tar)]
+    assert sorted(name for name in names if not name.endswith(".cls")) == sorted(
+        f"{key}.{'jpg' if data[:2] == bytes([255, 216]) else 'png'}" for key, data in files.items()
+    )
+
+
+def test_mean_and_deviation_are_those_of_all_pixels_of_any_size(tmp_path, jpeg):
+    files = files_of_any_size(tmp_path / "tree", jpeg)
+    manifest = pack(ImageFolder(tmp_path / "tree"), tmp_path / "out", "any", workers=1, keep=True)
+    trained = [decode(data, "jpg;png").reshape(-1, 3) for key, data in files.items() if int(key[2:]) < 9]
+    pixels = np.concatenate(trained) / 255
+    np.testing.assert_allclose(manifest.mean, pixels.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(manifest.std, pixels.std(axis=0), rtol=1e-9)
+
+
+def test_shorter_sides_are_scaled_down_to_a_bound(tmp_path, jpeg):
+    files_of_any_size(tmp_path / "tree", jpeg)
+    manifest = pack(ImageFolder(tmp_path / "tree"), tmp_path / "out", "any", size=14, workers=1, keep=True)
+    split = Split(tmp_path / "out", manifest, "train")
+    shorter = [min(size) for size in split.sizes(np.arange(len(split)))]
+    assert sorted(shorter) == [10, 11, 12, 13, *[14] * 5]
+
+
+def test_images_of_one_size_that_are_kept_are_a_usual_folder(tmp_path, jpeg):
+    source = Images({"train": [(f"{i}", i % 2, jpeg(np.full((8, 9, 3), i, np.uint8))) for i in range(4)]})
+    kept, usual = (pack(source, tmp_path / str(keep), "one", workers=1, keep=keep) for keep in (True, False))
+    assert kept == usual
+    assert {p.name: p.read_bytes() for p in (tmp_path / "True").iterdir()} == {
+        p.name: p.read_bytes() for p in (tmp_path / "False").iterdir()
+    }
+
+
+def test_a_kept_image_that_cannot_be_read_is_named(tmp_path, jpeg, user_error):
+    files_of_any_size(tmp_path / "tree", jpeg)
+    (tmp_path / "tree/train/a/bad.png").write_bytes(b"<!DOCTYPE html>")
+    with user_error("train/a/bad.png", "begins with", "--skip-bad"):
+        pack(ImageFolder(tmp_path / "tree"), tmp_path / "out", "any", workers=1, keep=True)
+
+
+@pytest.mark.parametrize("height", [0, -1, 2**30])
+def test_an_index_of_absurd_sizes_is_refused(height, tmp_path, jpeg, user_error):
+    files_of_any_size(tmp_path / "tree", jpeg)
+    manifest = pack(ImageFolder(tmp_path / "tree"), tmp_path / "out", "any", workers=1, keep=True)
+    path = tmp_path / "out/index.parquet"
+    table = pq.read_table(path)
+    heights = pa.array([height, *table["height"].to_pylist()[1:]], pa.int32())
+    pq.write_table(table.set_column(table.column_names.index("height"), "height", heights), path)
+    other = manifest.model_copy(update={"index_sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
+    with user_error(path, "images of no size, or of an absurd one"):
+        Split(tmp_path / "out", other, "train")

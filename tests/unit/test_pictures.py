@@ -14,7 +14,7 @@ from dlops_dist.models.autoencoder import StackedAutoencoder
 from dlops_dist.recipes.stacked import pictures
 from dlops_dist.recipes.stacked.codes import FlatPixels
 
-INPUTS = Inputs(3, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+INPUTS = Inputs(3, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4), (4, 5))
 IMAGES = np.random.default_rng(0).integers(0, 256, (12, 4, 5, 3), np.uint8)
 
 
@@ -55,8 +55,7 @@ def test_reconstructions_stand_below_their_images(tmp_path):
 
 
 def test_filters_are_drawn_as_images_from_black_to_white(tmp_path):
-    manifest = SimpleNamespace(height=4, width=5)
-    draw.image_grid(tmp_path / "filters.png", pictures.filters(perfect(), manifest))
+    draw.image_grid(tmp_path / "filters.png", pictures.filters(perfect()))
     grid = (imread(tmp_path / "filters.png")[..., :3] * 255).round().astype(np.uint8)
     assert grid.shape == (10 * 5, 10 * 6, 3), "the first hundred"
     for unit in (0, 7, 59):

@@ -5,18 +5,17 @@ import torch
 from torch import Tensor
 
 from dlops_dist.data.readers import Reader
-from dlops_dist.data.shards import Manifest
 from dlops_dist.recipes.stacked.reconstruction import ReconstructionLearner
 
 FILTERS, SHOWN = 100, 10
 
 
-def filters(learner: ReconstructionLearner, manifest: Manifest) -> np.ndarray:
+def filters(learner: ReconstructionLearner) -> np.ndarray:
     """Weights of the first layer's units, each stretched to all of [0, 1]."""
     weight = next(learner.model.encoders[0].parameters()).detach()[:FILTERS].float().cpu()
     weight = weight - weight.amin(dim=1, keepdim=True)
     weight = weight / weight.amax(dim=1, keepdim=True).clamp(min=1e-12)
-    return (weight * 255).byte().view(-1, manifest.height, manifest.width, 3).numpy()
+    return (weight * 255).byte().view(-1, *learner.inputs.image_size, 3).numpy()
 
 
 @torch.no_grad()

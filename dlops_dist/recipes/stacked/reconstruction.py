@@ -10,6 +10,7 @@ from dlops_dist.data.augment import Augmenter
 from dlops_dist.data.corruption import corrupted
 from dlops_dist.data.loader import Batch
 from dlops_dist.data.order import Ids
+from dlops_dist.data.random_crops import in_epoch
 from dlops_dist.data.readers import Reader
 from dlops_dist.engine.descent import Descent
 from dlops_dist.engine.epoch_sums import EpochSums
@@ -51,6 +52,9 @@ class ReconstructionLearner(Step):
         super().__init__(
             settings, inputs, device, stack, loss, descent, EpochSums(["loss"], [], device, descent.plan.blocks)
         )
+
+    def in_epoch(self, reader: Reader, epoch: int) -> Reader:
+        return reader if self.depth else in_epoch(reader, self.settings.augment, self.settings.seed, epoch)
 
     def seen(self, batch: Batch, epoch: int) -> Seen:
         """The first layer and the whole stack see changing images; layers between, codes of images as they are."""

@@ -104,7 +104,7 @@ def reconstruction(shared: Shared, name: str, layer: int | None, epochs: int) ->
         from dlops_dist.recipes.stacked import pictures
 
         if layer in (0, None):
-            draw.image_grid(folder / "filters.png", pictures.filters(learner, samples.manifest))
+            draw.image_grid(folder / "filters.png", pictures.filters(learner))
         if layer == 0:
             draw.samples(folder / "samples.png", Path(settings.data.shards), samples.manifest)
         depth = len(learner.model) if layer is None else layer + 1
