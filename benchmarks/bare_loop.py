@@ -61,7 +61,7 @@ def load(shards: Path, manifest, name: str) -> tuple[torch.Tensor, torch.Tensor]
     """All images (N, 3, H, W) uint8 and labels of a split."""
     split = Split(shards, manifest, name)
     images = torch.from_numpy(split.read(np.arange(len(split)))).permute(0, 3, 1, 2).contiguous()
-    return images, torch.from_numpy(split.labels)
+    return images, torch.from_numpy(split.labels).long()
 
 
 if __name__ == "__main__":

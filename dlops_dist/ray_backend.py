@@ -155,7 +155,7 @@ def _trainer(
 
     # else what cleans up after a run asks the last cluster that was started on its machine, dead or a stranger's
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-    os.environ[TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S] = str(APART_S)
+    os.environ.setdefault(TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S, str(APART_S))
     ENV_VARS_TO_PROPAGATE.update(("RAY_ADDRESS", TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S))
 
     least = settings.min_workers

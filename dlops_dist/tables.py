@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+SHORT = 24
+"""Letters of a cell that a page keeps on one line."""
 BORDERS = 3
 """Characters between two columns on a terminal; one more at the end."""
 
@@ -81,7 +83,10 @@ def html(table: Table) -> str:
     heads = "".join(f"<th{_side(place, table)}>{escape(name)}</th>" for place, name in enumerate(table.columns))
     lines = "".join(
         f"<tr{' class=beside' * (line in table.beside)}>"
-        + "".join(f"<td{_side(place, table)}>{escape(cell)}</td>" for place, cell in enumerate(row))
+        + "".join(
+            f"<td{_side(place, table) or ' class=short' * (len(cell) <= SHORT)}>{escape(cell)}</td>"
+            for place, cell in enumerate(row)
+        )
         + "</tr>"
         for line, row in enumerate(table.rows)
     )

@@ -23,7 +23,7 @@ from dlops_dist.data.shards import Split, read_manifest
 from dlops_dist.data.sources import TinyImageNet
 from dlops_dist.models.resnet import resnet18
 
-WORKERS, BATCH, EPOCHS, WIDTH, LR = (1, 2, 3, 4), 40, 6, 16, 0.01
+WORKERS, BATCH, EPOCHS, WIDTH, LR = (1, 2, 3, 4), 40, 6, 16, 0.05
 OURS = f"""q1 --loss ce --epochs {EPOCHS} --global-batch-size {BATCH} --blocks 4 --log-every 1
     --model.stem imagenet --model.width {WIDTH} --augment.crop-padding 0 --augment.no-flip
     --optimizer.lr {LR} --optimizer.weight-decay 0 --optimizer.schedule constant --optimizer.warmup-epochs 0""".split()
@@ -77,7 +77,7 @@ def under_ddp(shards: Path) -> None:
         for batch in order[: len(order) // BATCH * BATCH].reshape(-1, BATCH):
             own = np.array_split(batch, number)[rank]
             images = ((torch.from_numpy(split.read(own)) / 255 - mean) / std).permute(0, 3, 1, 2)
-            loss = F.cross_entropy(network(images), torch.from_numpy(split.labels[own]))
+            loss = F.cross_entropy(network(images), torch.from_numpy(split.labels[own]).long())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -99,8 +99,8 @@ def draw(sides: dict[str, list[list[float]]], path: Path) -> None:
             axes.plot(range(1, len(losses) + 1), losses, color=COLOURS[place], linewidth=width, label=label)
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
+        axes.legend()
     figure.axes[0].set_ylabel("training loss")
-    figure.legend(*figure.axes[1].get_legend_handles_labels(), loc="outside right center")
     figure.savefig(path, dpi=100)
 
 

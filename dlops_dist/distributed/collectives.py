@@ -112,7 +112,10 @@ class _Gather(torch.autograd.Function):
         ctx.sizes = sizes  # type: ignore[attr-defined]
         padded = x.new_zeros(max(sizes), *x.shape[1:])
         padded[: len(x)] = x
-        return torch.cat([part[:size] for part, size in zip(of_all_ranks(padded), sizes, strict=True)])
+        whole = of_all_ranks(padded)
+        if min(sizes) == max(sizes):
+            return whole.flatten(0, 1)
+        return torch.cat([part[:size] for part, size in zip(whole, sizes, strict=True)])
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]

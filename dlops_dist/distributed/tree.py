@@ -5,6 +5,7 @@ In floating point a + b is b + a, but (a + b) + c is not a + (b + c): only the t
 
 from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ class Blocks:
 
     def shares(self, num_samples: int) -> list[int]:
         """How many samples each rank has."""
-        ends = [sum(self.sizes[: r + 1]) for r in range(len(self.sizes))]
+        ends = list(accumulate(self.sizes))
         starts = [end - size for end, size in zip(ends, self.sizes, strict=True)]
         first = [self.part(num_samples, block).start for block in starts]
         last = [self.part(num_samples, block - 1).stop for block in ends]
@@ -118,12 +119,12 @@ def _cut(tensors: Sequence[Tensor], pieces: Sequence[int]) -> Iterator[tuple[Ten
 
 
 def tree_sum(rows: Tensor) -> Tensor:
-    """The sum of rows (V, ...), one of each block, as a `TreeSum` adds them."""
-    held: dict[Node, Tensor] = {}
-    for block, row in enumerate(rows.detach().clone()):
-        _rise(held, (block, block + 1), row, len(rows))
-    (total,) = held.values()
-    return total
+    """The sum of rows (V, ...), one of each block, as a `TreeSum` adds them: all of a level at once."""
+    rows = rows.detach()
+    while len(rows) > 1:
+        pairs = rows[: len(rows) // 2 * 2 : 2] + rows[1::2]
+        rows = torch.cat([pairs, rows[-1:]]) if len(rows) % 2 else pairs
+    return rows[0]
 
 
 def _rise(held: dict[Node, Tensor], node: Node, x: Tensor, number: int) -> list[Tensor]:

@@ -133,7 +133,7 @@ class _Fit:
                     self.stage.draw(report, self.learner, row)
         self.folder.checkpoints.wait()
         if rank() == 0 and isinstance(self.learner, Learner):
-            keep(self.folder, self.learner, self.samples, self.rows, self._started(0).facts, self._warn)
+            keep(self.folder, self.learner, self.samples, self.rows, self._started(0).facts, self._tell)
         self._tell(Finished())
         return row
 

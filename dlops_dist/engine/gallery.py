@@ -29,6 +29,7 @@ from dlops_dist.engine.rows import best_row
 from dlops_dist.engine.run_folder import RunFolder
 from dlops_dist.engine.samples import Samples
 from dlops_dist.errors import UserError
+from dlops_dist.events import Listener, Told, Warned
 from dlops_dist.metrics import Judged
 
 FILE, FORMAT = "gallery.npz", 1
@@ -36,6 +37,8 @@ MOST, FEWEST = 10_000, 512
 TRAINED_FOR_ONE = 20
 """Samples of training for each test image that is looked at once more: two hundredths of the run's time at most, as
 training on one takes three times as long."""
+TOLD_FROM = 1000
+"""Test images that take a while."""
 MAPPED, PAIRED = 2000, 1000
 QUERIES = 8
 PAIRS, EXAMPLES = 8, 4
@@ -129,10 +132,16 @@ def told_only(warn: Callable[[str], None]) -> Iterator[None]:
 
 def keep(
     folder: RunFolder, learner: Learner, samples: Samples, rows: Sequence[dict[str, Any]], facts: dict[str, Any],
-    warn: Callable[[str], None],
+    tell: Listener,
 ) -> None:  # fmt: skip
     """Keep a gallery of the run that a learner has just trained, whose result may be an earlier epoch's."""
+
+    def warn(text: str) -> None:
+        tell(Warned(text))
+
     settings = learner.settings
+    if len(samples.test) > TOLD_FROM:
+        tell(Told("the result looks at test images once more, for the report"))
     best = best_row(rows, settings.choose_by)
     if best is not None and best["step"] != rows[-1]["step"]:
         learner.load_state_dict(folder.result(learner.device, warn))

@@ -1,7 +1,7 @@
 """The samples of a step, those of all ranks, in the one order that they have for any number of ranks."""
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -25,9 +25,8 @@ class Layout:
         of_blocks = [[blocks.part(length // views, block) for block in range(blocks.number)] for length in lengths]
         self._sizes = np.array([[(part.stop - part.start) * views for part in of_batch] for of_batch in of_blocks])
         self._own = blocks.own
-        ends = np.cumsum(blocks.sizes)
-        totals = self._sizes.sum(axis=0)
-        self.of_ranks = [int(totals[end - size : end].sum()) for end, size in zip(ends, blocks.sizes, strict=True)]
+        of_batches = (blocks.shares(length // views) for length in lengths)
+        self.of_ranks = [sum(of_rank) * views for of_rank in zip(*of_batches, strict=True)]
         """How many samples each rank has."""
 
     def place(self, place: int, batch: int) -> slice:
@@ -37,14 +36,17 @@ class Layout:
 
     def by_batch(self, rows: Tensor) -> Tensor:
         """Rows in the order of the blocks in that of the micro-batches."""
-        return rows if len(self._sizes) == 1 else rows[on_device(np.argsort(self._order()), rows.device)]
+        return rows if len(self._sizes) == 1 else rows[on_device(np.argsort(self._order), rows.device)]
 
     def by_block(self, rows: Tensor) -> Tensor:
         """Rows in the order of the micro-batches in that of the blocks."""
-        return rows if len(self._sizes) == 1 else rows[on_device(self._order(), rows.device)]
+        return rows if len(self._sizes) == 1 else rows[on_device(self._order, rows.device)]
 
+    @cached_property
     def _order(self) -> np.ndarray:
-        return _order(self._sizes.tobytes(), self._sizes.shape)
+        """Places among the micro-batches of the samples of each block, one block after the other."""
+        blocks = np.tile(np.arange(self._sizes.shape[1]), len(self._sizes))
+        return np.argsort(np.repeat(blocks, self._sizes.flatten()), kind="stable")
 
 
 class Everyone:
@@ -71,10 +73,3 @@ class Everyone:
         if keep:
             self._known[name] = rows
         return rows
-
-
-@lru_cache(maxsize=2)
-def _order(sizes: bytes, shape: tuple[int, int]) -> np.ndarray:
-    """Places among the micro-batches of the samples of each block, one block after the other."""
-    blocks = np.tile(np.arange(shape[1]), shape[0])
-    return np.argsort(np.repeat(blocks, np.frombuffer(sizes, np.int64)), kind="stable")

@@ -41,11 +41,12 @@ class Gradients:
         dtype = reduce(torch.promote_types, {x.dtype for x in like})
         places = _bucketed([x.numel() * dtype.itemsize for x in like])
         self._buckets = [_Bucket(own, [like[place] for place in own], dtype, self._blocks) for own in places]
-        self._num_carried = len(carried)
+        self.num_carried = len(carried)
+        """How many tensors more are added up."""
 
     def carry(self, like: Sequence[Tensor]) -> None:
         """Before a step's first `take`: let tensors of these shapes be added up too, if any, from now on."""
-        if like and not self._num_carried:
+        if like:
             self._lay_out(like)
 
     def take(
@@ -64,7 +65,7 @@ class Gradients:
         found: list[Tensor | None] = [None] * number
         known = [*(None for _ in range(number - len(more))), *more]
         missing = [{place for place in bucket.places if place < number} for bucket in self._buckets]
-        others = [*statistics, *(carried or [None] * self._num_carried)]
+        others = [*statistics, *(carried or [None] * self.num_carried)]
         taken = 0
 
         def take_next() -> None:

@@ -11,27 +11,35 @@ from torch import Tensor
 
 from dlops_dist.engine.gathered import Everyone
 
+Sums = Sequence[tuple[Tensor, ...]]
+"""Of each state that is moved by them, what its loss calls its sums."""
 
-def summed(losses: Sequence[Any], outputs: Mapping[str, Tensor], labels: Tensor, batch_size: int) -> list[Tensor]:
+
+def summed(losses: Sequence[Any], outputs: Mapping[str, Tensor], labels: Tensor, batch_size: int) -> Sums:
     """What a block says about the states that are moved by sums."""
-    by_sums = (loss for loss in losses if _num_classes(loss) <= batch_size)
-    return [part for loss in by_sums for part in loss.sums(outputs[loss.reads], labels)]
+    return [loss.sums(outputs[loss.reads], labels) for loss in losses if _num_classes(loss) <= batch_size]
+
+
+def flat(sums: Sums) -> list[Tensor]:
+    return [part for of_loss in sums for part in of_loss]
 
 
 def move(
-    losses: Sequence[Any], sums: Sequence[Tensor], outputs: Sequence[Mapping[str, Tensor]], everyone: Everyone
-) -> None:
+    losses: Sequence[Any], total: Sequence[Tensor], like: Sums, outputs: Sequence[Mapping[str, Tensor]],
+    everyone: Everyone,
+) -> None:  # fmt: skip
     """Move all states.
 
     Args:
-        sums: of all blocks, as `summed` gives them.
+        total: the sums of all blocks, flat.
+        like: those of one.
         outputs: of each of this rank's blocks.
     """
-    left, labels = iter(sums), everyone.layout.by_block(everyone.labels)
+    left, kinds, labels = iter(total), iter(like), everyone.layout.by_block(everyone.labels)
     for loss in losses:
         if _num_classes(loss) <= len(labels):
-            like = loss.sums(outputs[0][loss.reads][:0], labels[:0])
-            loss.update(type(like)(*(next(left).to(part.dtype) for part in like)))
+            kind: Any = next(kinds)
+            loss.update(type(kind)(*(next(left).to(part.dtype) for part in kind)))
             continue
         rows = everyone.of(loss.reads, [of_block[loss.reads] for of_block in outputs])
         if hasattr(loss, "move"):

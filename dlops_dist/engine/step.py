@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from dlops_dist.engine.gathered import Everyone, Layout
 from dlops_dist.engine.gradients import gradients_of, or_zeros
 from dlops_dist.engine.lanes import Lane
 from dlops_dist.engine.losses import Losses, figures_of
-from dlops_dist.engine.moved import move, summed
+from dlops_dist.engine.moved import flat, move, summed
 from dlops_dist.engine.numerics import compiled
 from dlops_dist.engine.samples import Inputs
 from dlops_dist.losses import Terms
@@ -87,6 +88,7 @@ class Step(ABC):
         self._own_terms = compiled(loss.own_terms, settings, device)
         self._weights = torch.tensor(list(loss.weights.values()), dtype=torch.float64, device=device)
         self.plan, self.blocks, self.lanes = descent.plan, descent.plan.blocks, descent.lanes
+        self._layout = lru_cache(maxsize=2)(lambda lengths: Layout(self.blocks, lengths, self.views))
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -137,7 +139,7 @@ class Step(ABC):
         cut = [self.cut(batch) for batch in micro_batches]
         seen = [self.lanes.map(lambda _, block: self.seen(block, epoch), own) for own in cut]
         lengths = [len(own[0].labels) for own in cut]
-        layout = Layout(self.blocks, lengths, self.views)
+        layout = self._layout(tuple(lengths))
         everyone = Everyone(layout, _joined([own[0].labels for own in cut]))
         shares = [[(block.part.stop - block.part.start) / sum(lengths) for block in own] for own in cut]
         host_labels = np.concatenate([own[0].host_labels for own in cut])
@@ -157,9 +159,9 @@ class Step(ABC):
         for i, own in enumerate(cut):
             of_blocks = passed[i] if passed else self._pass(seen[i], shares[i])
             outputs.append([{name: x.detach() for name, x in block.outputs.items()} for block in of_blocks])
-            if i == 0 and loss.moved:
+            if i == 0 and loss.moved and not descent.gradients.num_carried:
                 none = {name: x[:0] for name, x in outputs[0][0].items()}
-                descent.gradients.carry(summed(loss.moved, none, everyone.labels[:0], sum(lengths)))
+                descent.gradients.carry(flat(summed(loss.moved, none, everyone.labels[:0], sum(lengths))))
             if passed and mined is not None:
                 objective = mined.objective
             else:
@@ -171,13 +173,14 @@ class Step(ABC):
                 self._back_propagate(of_blocks, own, objective, mined, layout, i)
         ours = [{name: _joined([o[name] for o in parts]) for name in parts[0]} for parts in zip(*outputs, strict=True)]
         own_labels = [_joined([b.labels[b.part] for b in blocks]) for blocks in zip(*cut, strict=True)]
-        carried = [summed(loss.moved, *given, sum(lengths)) for given in zip(ours, own_labels, strict=True)]
-        self._back_propagate(of_blocks, own, objective, mined, layout, len(cut) - 1, carried)
+        sums = [summed(loss.moved, *given, sum(lengths)) for given in zip(ours, own_labels, strict=True)]
+        self._back_propagate(of_blocks, own, objective, mined, layout, len(cut) - 1, list(map(flat, sums)))
 
         descent.step(step, figures)
         losses = torch.stack([values[name] for name in loss.weights])
         self.sums.add_losses(losses, [len(labels) for labels in own_labels], loss.defined(host_labels))
-        move(loss.moved, descent.gradients.carried, ours, everyone)
+        if loss.moved:
+            move(loss.moved, descent.gradients.carried, sums[0], ours, everyone)
         if figures is not None:
             every = {name: _joined([outputs[name] for outputs in ours]) for name in ours[0]}
             figures |= figures_of(loss.of_own.values(), every, _joined(own_labels), host_labels)

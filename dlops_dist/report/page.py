@@ -38,6 +38,7 @@ svg .spots.other { stroke-dasharray: none; }
 caption { text-align: left; padding-bottom: .3rem; } th, td { padding: .25rem .7rem .25rem 0; text-align: left;
   border-bottom: 1px solid var(--rule); vertical-align: bottom; overflow-wrap: normal; } .number { text-align: right;
   font-variant-numeric: tabular-nums; white-space: nowrap; } th.number { white-space: normal; }
+.short { white-space: nowrap; }
 .beside { color: var(--soft); font-style: italic; } td:first-child { overflow-wrap: anywhere; min-width: 7rem; }
 .bars { max-width: 46rem; } .bars > div {
   display: grid; grid-template-columns: minmax(4rem, 30%) 1fr 4rem; gap: .6rem; align-items: center;

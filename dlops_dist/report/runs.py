@@ -208,4 +208,4 @@ def _label(names: Sequence[str]) -> str:
     if len(names) == 1:
         return names[0]
     alike = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
-    return re.sub(r"[-_.=]*(seed|s)?[-_.=]*$", "", "".join(letters[0] for letters in alike)) or f"{names[0]} ..."
+    return re.sub(r"[-_.=]+(seed|s)?[-_.=]*$", "", "".join(letters[0] for letters in alike)) or f"{names[0]} ..."

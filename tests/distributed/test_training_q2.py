@@ -273,7 +273,7 @@ def test_folds_start_from_the_same_encoders_and_see_their_own_samples(stl_shards
     assert [row["stage"] for row in whole[1]][4:] == [f"fold {fold}" for fold in range(10)]
     settings = settings_of("batch norm, noise, dropout", stl_shards, tmp_path / "whole", **changes)
     samples = Samples(stl_shards, read_manifest(stl_shards), settings)
-    orders = [np.sort(np.concatenate(stage.order.epoch(0))) for stage in stages_of(settings, samples, CPU)[4:]]
+    orders = [np.sort(np.concatenate(list(stage.order.epoch(0)))) for stage in stages_of(settings, samples, CPU)[4:]]
     assert [len(ids) for ids in orders] == [8] * 10
     assert np.array_equal(np.sort(np.concatenate(orders)), np.arange(80))
     max((tmp_path / "whole/run/checkpoints").iterdir()).unlink()  # the last fold anew, from where the one before ended

@@ -46,6 +46,16 @@ def test_other_settings_and_the_same_seed_again_are_rows_of_their_own():
     assert len(grouped(only_its_place)) == 1
 
 
+@pytest.mark.parametrize(
+    ("names", "label"),
+    [(("ce-s0", "ce-s1"), "ce"), (("all.seed=3", "all.seed=4"), "all"), (("classes-a", "classes-b"), "classes"),
+     (("q1-ce-0f", "q1-ce-a1"), "q1-ce"), (("x", "y"), "x ...")],
+)  # fmt: skip
+def test_a_row_is_called_what_the_names_of_its_runs_begin_with(names, label):
+    (group,) = grouped([run(name, 0.5, seed) for seed, name in enumerate(names)])
+    assert group.label == label
+
+
 def test_paired_differences_are_those_of_a_paired_t_test():
     groups = grouped(both())
     found = paired(groups[1], groups[0], "test/top1")
