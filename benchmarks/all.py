@@ -31,6 +31,7 @@ QUICK = {
     "first_step": ["--runs", "1"],
     "gpu": ["--sections", "1"],
     "growth": ["--samples", "100000", "--only", "balanced"],
+    "images": ["--images", "64", "--runs", "1"],
     "kernels": ["--classes", "10", "--batch", "2"],
     "losses": ["--runs", "1"],
     "outside": ["--epochs", "1"],
