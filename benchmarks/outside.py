@@ -84,7 +84,7 @@ def step(trunk, head, proxies, optimizer, images: torch.Tensor, labels: torch.Te
 def steps_apart() -> float:
     """The largest difference of six losses of both sides, nothing drawn."""
     settings = load_recipe(str(RECIPE)).settings_type(
-        precision="float64", compile=False, augment={"crop_padding": 0, "flip": False},
+        precision="float64", compile=False, blocks=1, augment={"crop_padding": 0, "flip": False},
         optimizer={"lr": 0.02, "schedule": "constant", "warmup_epochs": 0},
     )  # fmt: skip
     learner = Learner(settings, Inputs(10, (0.5,) * 3, (0.25,) * 3, (32, 32)), 6, torch.device("cpu"))
