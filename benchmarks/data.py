@@ -166,7 +166,7 @@ def packing(archive: Path, scratch: Path, runs: int) -> None:
     number = sum(len(listing.keys) for listing in source.splits.values())
 
     def we() -> None:
-        command = [sys.executable, str(Path(__file__).parents[1] / "launch" / "shard.py"), "tiny-imagenet", "--again"]
+        command = [sys.executable, "-m", "dlops_dist.shard", "tiny-imagenet", "--again"]
         subprocess.run([*command, "--source", str(archive), "--out", str(scratch)], check=True, capture_output=True)
 
     def they() -> None:

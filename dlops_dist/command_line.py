@@ -91,7 +91,7 @@ def _read(
     dry_run, help_wanted = given.pop("dry_run", False), given.pop("help", False)
     if help_wanted:
         given = {name: value for name, value in given.items() if name in ("config", "smoke")}
-    file = Path(given["config"]) if given.get("config") else _packaged_config(packaged)
+    file = _named_config(given["config"]) if given.get("config") else _packaged_config(packaged)
     content = content_of(file) if file else b""
     values = parse_yaml(str(file), content)
     if stem_of(written_for := str(values.pop("task", recipe.name))) != stem_of(recipe.name):
@@ -198,6 +198,12 @@ def _given(parser: OneLineParser, kind: type[Section], arguments: Sequence[str])
         name = next(word for word in arguments if _dashed(word) == unknown[0]).split("=", maxsplit=1)[0]
         raise UserError(unknown_setting(name, [_dashed(f"--{known}") for known in setting_names(kind)]))
     return vars(known)
+
+
+def _named_config(name: str) -> Path:
+    """A user's file, or one that comes with the package by its bare name."""
+    is_ours = Path(name).name == name and not Path(name).is_file()
+    return (_packaged_config([f"{name}.yaml"]) if is_ours else None) or Path(name)
 
 
 def _packaged_config(names: Sequence[str]) -> Path | None:

@@ -3,16 +3,21 @@
 import statistics
 import time
 from collections.abc import Sequence
+from textwrap import fill
 from typing import Any, Self
 
 from rich.console import Console as RichConsole
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from dlops_dist.events import EpochEnded, Event, Started, Stepped, Told, Warned
 from dlops_dist.figures import SHORT, TITLES, own_figures, told
 
 PLAIN_EVERY_S = 10.0
+AT_WORDS: dict[str, Any] = {"subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
+WIDE, WIDE_BAR, NARROW_BAR = 100, 20, 10
+"""Characters of a terminal with room for all that is told beside a bar, and of the bar there and on others."""
 
 
 class Lines:
@@ -30,7 +35,9 @@ class Lines:
             self.live.stop()
 
     def say(self, text: str) -> None:
-        """A line of its own."""
+        """A line of its own; on a terminal several, where it is narrow, that begin at words."""
+        if self.out.is_terminal:
+            text = "\n".join(fill(line, self.out.width, **AT_WORDS) for line in text.splitlines())
         self.out.print(text, markup=False)
 
     def warn(self, text: str) -> None:
@@ -48,9 +55,17 @@ class Console(Lines):
         self._epochs = 0
         self._last_line = 0.0
         if self.out.is_terminal and not quiet:
-            columns = ("[bold]{task.description}", "{task.completed:.0f}/{task.total:.0f}", "{task.fields[figures]}")
-            texts = [TextColumn(column) for column in columns]
-            self.live = Progress(texts[0], BarColumn(), *texts[1:], TimeRemainingColumn(), console=self.out)
+            where, number, figures = (
+                TextColumn(text, table_column=Column(no_wrap=True))
+                for text in (
+                    "[bold]{task.description}",
+                    "{task.completed:.0f}/{task.total:.0f}",
+                    "{task.fields[figures]}",
+                )
+            )
+            bar = BarColumn(NARROW_BAR if self._is_narrow else WIDE_BAR)
+            after = [figures] if self._is_narrow else [number, figures]
+            self.live = Progress(where, bar, *after, TimeRemainingColumn(), console=self.out)
 
     def __call__(self, event: Event) -> None:
         match event:
@@ -65,6 +80,10 @@ class Console(Lines):
                 self.say(event.text)
             case Warned():
                 self.warn(event.text)
+
+    @property
+    def _is_narrow(self) -> bool:
+        return self.out.width < WIDE
 
     def _started(self, event: Started) -> None:
         facts = event.facts
@@ -90,12 +109,12 @@ class Console(Lines):
 
     def _stepped(self, event: Stepped) -> None:
         top1 = "" if event.top1 is None else f"  top-1 {event.top1:.1%}"
-        figures = f"loss {event.loss:.4f}{top1}  {event.images_per_s:,.0f} images/s"
-        where = self._move(event.epoch, event.step, figures=figures)
+        figures, speed = f"loss {event.loss:.4f}{top1}", f"  {event.images_per_s:,.0f} images/s"
+        where = self._move(event.epoch, event.step, figures=figures + speed * (not self._is_narrow))
         now = time.monotonic()
         if self.live is None and now - self._last_line >= PLAIN_EVERY_S:
             self._last_line = now
-            self.say(f"{where} step {event.step_in_epoch}/{event.steps_per_epoch}  {figures}")
+            self.say(f"{where} step {event.step_in_epoch}/{event.steps_per_epoch}  {figures}{speed}")
 
     def _move(self, epoch: int, step: int, **shown: Any) -> str:
         """Let the bar show where the run is; returns that in words."""

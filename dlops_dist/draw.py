@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,13 @@ from dlops_dist import figures
 from dlops_dist.config import Parameter, Point, Value
 from dlops_dist.config.sweep import word
 from dlops_dist.data.shards import Manifest, Split
+from dlops_dist.figures import Panel
 
 COLUMNS, SAMPLE_ROWS = 10, 20
+ABREAST = 3
+"""Plots that stand beside each other."""
+NAMED, LONGEST = 40, 32
+"""Classes at most whose names are drawn, and letters of a name."""
 
 
 def image_grid(path: Path, images: np.ndarray, columns: int = COLUMNS, gap: int = 1) -> None:
@@ -41,56 +45,60 @@ def samples(path: Path, shards: Path, manifest: Manifest) -> None:
     image_grid(path, images.reshape(-1, *images.shape[2:]), gap=0)
 
 
-@dataclass(frozen=True)
-class Panel:
-    """One of the plots that stand side by side: lines over epochs, or bars."""
-
-    title: str
-    unit: str
-    lines: dict[str, tuple[list[int], list[float]]] = field(default_factory=dict)
-    """{label: (epochs, values)}"""
-    bars: Sequence[float] = ()
-    log: bool = False
-
-
 def curves(path: Path, title: str, panels: Sequence[Panel]) -> None:
-    figure = _figure(5 * len(panels), 4)
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for label, (epochs, values) in panel.lines.items():
-            axes.plot(epochs, values, marker=".", label=label)
-        axes.bar(range(len(panel.bars)), panel.bars, width=1.0)
-        axes.set(title=panel.title, xlabel="epoch" if panel.lines else "class", ylabel=panel.unit)
+    columns = min(ABREAST, len(panels)) or 1
+    rows = -(-len(panels) // columns) or 1
+    figure = _figure(5 * columns, 4 * rows)
+    every = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes, panel in zip(every, panels, strict=False):
+        for line in panel.lines:
+            shown = [(x, y if panel.is_drawn(y) else math.nan) for x, y in line.points]
+            label, marker = (None, "") if line.faint else (_plain([line.label])[0], ".")
+            look = {"color": f"C{line.colour % 10}", "alpha": 0.35 if line.faint else 1, "marker": marker}
+            axes.plot(*zip(*shown, strict=True), label=label, **look)
+        axes.set(title=_plain([panel.title])[0], xlabel=panel.x, ylabel=panel.unit)
         axes.set_yscale("log" if panel.log else "linear")
         axes.grid(alpha=0.3)
-        if panel.lines:
-            axes.legend()
-    figure.suptitle(title)
+        if any(line.label for line in panel.lines):
+            axes.legend(fontsize="small")
+    for axes in every[len(panels) :]:
+        axes.set_visible(False)
+    figure.suptitle(_plain([title])[0])
     _save(path, figure)
 
 
 def class_accuracies(path: Path, accuracies: Sequence[float | None], classes: Sequence[str]) -> None:
-    """A bar for each class."""
-    figure = _figure(max(4.0, 0.6 * len(classes)), 4.0)
+    """A bar for each class; of many for the best and the worst, the best first."""
+    title, shown = "Test top-1 of each class", list(zip(accuracies, classes, strict=True))
+    if len(shown) > NAMED:
+        shown.sort(key=lambda of: -(of[0] or 0))
+        shown = [*shown[: NAMED // 2], *shown[-NAMED // 2 :]]
+        title = f"Test top-1 of the {NAMED // 2} best and the {NAMED // 2} worst of {len(classes)} classes"
+    figure = _figure(max(4.0, 0.6 * len(shown)), 4.0)
     axes = figure.subplots()
-    bars = axes.bar(range(len(classes)), [100 * (value or 0) for value in accuracies])
+    bars = axes.bar(range(len(shown)), [100 * (value or 0) for value, _ in shown])
     axes.bar_label(bars, fmt="%.0f")
-    axes.set(title="Test top-1 of each class", ylabel="%", ylim=(0, 105))
-    axes.set_xticks(range(len(classes)), _plain(classes), rotation=45, ha="right")
+    axes.set(title=title, ylabel="%", ylim=(0, 105))
+    axes.set_xticks(range(len(shown)), _plain([name for _, name in shown]), rotation=45, ha="right")
     _save(path, figure)
 
 
-def confusion(path: Path, counts: Sequence[Sequence[int]], classes: Sequence[str]) -> None:
-    """How many test samples of a class (row) were taken for which (column)."""
-    size = max(4.0, 0.6 * len(classes))
+def confusion(path: Path, counts: Sequence[Sequence[int]] | np.ndarray, classes: Sequence[str]) -> None:
+    """How many test samples of a class (row) were taken for which (column); of many classes without their names."""
+    is_named = len(classes) <= NAMED
+    size = max(4.0, 0.6 * len(classes)) if is_named else 8.0
     figure, table = _figure(size, size), np.asarray(counts)
     axes = figure.subplots()
-    axes.imshow(table, cmap="Blues")
-    for (row, column), count in np.ndenumerate(table):
-        color = "white" if count > table.max() / 2 else "black"
-        axes.text(column, row, str(count), ha="center", va="center", fontsize=7, color=color)
+    shades = axes.imshow(table, cmap="Blues")
     axes.set(title="Confusion on test", xlabel="taken for", ylabel="is")
-    axes.set_xticks(range(len(classes)), _plain(classes), rotation=45, ha="right")
-    axes.set_yticks(range(len(classes)), _plain(classes))
+    if is_named:
+        for (row, column), count in np.ndenumerate(table):
+            color = "white" if count > table.max() / 2 else "black"
+            axes.text(column, row, str(count), ha="center", va="center", fontsize=7, color=color)
+        axes.set_xticks(range(len(classes)), _plain(classes), rotation=45, ha="right")
+        axes.set_yticks(range(len(classes)), _plain(classes))
+    else:
+        figure.colorbar(shades, ax=axes, shrink=0.8, label="images")
     _save(path, figure)
 
 
@@ -123,8 +131,11 @@ def _parallel(
     columns = [[_place(p, point[p.name]) for point in points] for p in parameters]
     columns.append(list((y - worst) / (best - worst)) if best != worst else [0.5] * len(y))
     colours = colormaps["viridis"]
-    for heights in sorted(zip(*columns, strict=True), key=lambda heights: heights[-1]):
-        axes.plot(range(len(heights)), heights, color=colours(heights[-1]), marker=".")
+    lines = sorted(zip(*columns, strict=True), key=lambda heights: heights[-1])
+    for place, heights in enumerate(lines, 1):
+        is_best = place == len(lines)
+        look: dict[str, Any] = {"color": "C3", "linewidth": 3.0} if is_best else {"color": colours(heights[-1])}
+        axes.plot(range(len(heights)), heights, marker=".", **look)
     marks = [(x, _place(p, value), word(value)) for x, p in enumerate(parameters) for value in p.values]
     marks += [(len(parameters), 0.0, f"{worst:.3g}"), (len(parameters), 1.0, f"{best:.3g}")]
     for x, height, text in marks:
@@ -134,9 +145,11 @@ def _parallel(
 
 
 def _response(axes: Any, parameter: Parameter, values: Sequence[Value], y: np.ndarray, bars: np.ndarray) -> None:
-    """A mark for each point along a parameter, with its deviation over seeds."""
-    x = values if parameter.is_interval else [parameter.values.index(value) for value in values]
+    """A mark for each point along a parameter, with its deviation over seeds; the first one is the best."""
+    x = list(values) if parameter.is_interval else [parameter.values.index(value) for value in values]
     axes.errorbar(x, y, bars, fmt="o", capsize=3)
+    axes.plot(x[:1], y[:1], "*", color="C3", markersize=16, zorder=3, label="best point")
+    axes.legend(fontsize="small")
     axes.set_xlabel(parameter.name)
     axes.grid(alpha=0.3)
     if parameter.kind == "log-uniform":
@@ -163,10 +176,11 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _save(path: Path, figure: Any) -> None:
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
 
 
 def _plain(names: Sequence[str]) -> list[str]:
-    """Names as they are: a dollar sign begins no formula."""
-    return [name.replace("$", r"\$") for name in names]
+    """Names as they are, the beginning of long ones: a dollar sign begins no formula."""
+    short = (name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…" for name in names)
+    return [name.replace("$", r"\$") for name in short]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dlops_dist.errors import OneLineParser, UserError, exit_code_of
+from dlops_dist.files import is_url, path_here
 
 
 def main() -> None:
@@ -23,7 +24,7 @@ def main() -> None:
         prog="python -m dlops_dist.embed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", help="folder of the run, or its URL")
-    parser.add_argument("shards", type=Path, help="folder of shards")
+    parser.add_argument("shards", type=path_here, help="folder of shards")
     parser.add_argument("--out", required=True, metavar="FILE", help="Parquet file to write, or its URL")
     parser.add_argument("--split", nargs="+", metavar="SPLIT", help="which splits (default: all)")
     parser.add_argument("--workers", type=int, help="so many, on Ray (default: this process alone)")
@@ -75,7 +76,6 @@ def on_ray(run: str, shards: Path, parts: Sequence[Any], workers: int) -> Genera
     from dlops_dist.config import load_recipe
     from dlops_dist.engine.embedding import Job, computed_by_worker
     from dlops_dist.engine.run_folder import RunFolder
-    from dlops_dist.files import is_url
     from dlops_dist.ray_backend import map_on_ray
 
     run = run if is_url(run) else str(Path(run).absolute())

@@ -44,6 +44,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def last_line(error: BaseException) -> str:
+    """Of what an error says: of a traceback, it names the exception."""
+    return str(error).strip().splitlines()[-1]
+
+
 def exit_code_of(command: Callable[[], None]) -> int:
     """Run a command; print a known error as one line on stderr. Returns the exit code (130 for Ctrl-C)."""
     try:

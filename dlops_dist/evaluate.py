@@ -13,6 +13,7 @@ from typing import Any
 
 from dlops_dist.config import load_recipe
 from dlops_dist.errors import OneLineParser, UserError, exit_code_of
+from dlops_dist.files import path_here
 
 
 def main() -> None:
@@ -20,7 +21,7 @@ def main() -> None:
         prog="python -m dlops_dist.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", help="folder of the run, or its URL")
-    parser.add_argument("--data.shards", dest="shards", type=Path, help="other shards with as many classes")
+    parser.add_argument("--data.shards", dest="shards", type=path_here, help="other shards with as many classes")
     parser.add_argument("--recipe", help="of a run of your own recipe: its file, or its module's name")
     parser.add_argument("--split", default="test", help="which split (default: test)")
     arguments = parser.parse_args()

@@ -1,7 +1,9 @@
 """The figures of a run's rows: what they are called, how a person reads them, and which of two is better."""
 
 import math
-from collections.abc import Iterable
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 TITLES = {
@@ -33,6 +35,12 @@ def shown(name: str, value: float | None) -> str:
     return f"{value:.2%}" if is_part(name) else f"{value:.4f}"
 
 
+def spread(name: str, values: Sequence[float]) -> str:
+    """The mean of several, and their deviation as a sample's."""
+    mean = shown(name, statistics.mean(values) if values else None)
+    return f"{mean} ± {shown(name, statistics.stdev(values))}" if len(values) > 1 else mean
+
+
 def figure(row: dict[str, Any], name: str) -> str:
     """A row's figure; "-" where there is none, too."""
     return shown(name, row.get(name))
@@ -62,3 +70,37 @@ def own_figures(row: dict[str, Any], split: str = "test") -> list[str]:
     names = [name.partition("/")[2] for name in row if name.startswith(f"{split}/") and "train/loss" in row]
     single = [n for n in names if n not in OF_CLASSES and not isinstance(row[f"{split}/{n}"], list)]
     return [n for n in single if n not in TITLES and f"train/{n}" not in row]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A figure over epochs or steps."""
+
+    label: str
+    points: Sequence[tuple[float, float]]
+    """(x, y), y not finite where there is none."""
+    colour: int = 0
+    faint: bool = False
+    """One of several that another line stands for: it has no place in the legend."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Lines that are drawn together."""
+
+    title: str
+    lines: Sequence[Line]
+    x: str = "epoch"
+    unit: str = ""
+    log: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.title}{', ' * bool(self.unit)}{self.unit}{' (logarithmic)' * self.log}"
+
+    def is_drawn(self, y: float) -> bool:
+        return math.isfinite(y) and (y > 0 or not self.log)
+
+    @property
+    def is_empty(self) -> bool:
+        return not any(self.is_drawn(y) for line in self.lines for _, y in line.points)

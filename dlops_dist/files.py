@@ -1,15 +1,14 @@
 """Files that are whole or not there, in folders here or at a URL, and locks on them."""
 
 import fcntl
+import hashlib
 import io
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from multiprocessing.util import Finalize
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,13 +16,9 @@ from dlops_dist.errors import UserError, first_line
 
 PARTIAL = ".partial"
 """What is being written, or was when its process died."""
+OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss"})
+"""Where a name needs no folder; who asked for one would be given a new bucket in place of a mistyped one."""
 TELL_EVERY_S = 5.0
-SOCKET_PATH = 103 if sys.platform == "darwin" else 107
-LONGEST_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
-"""Below the folder for temporary files."""
-SHORT_FOLDERS = "/tmp", "/var/tmp", "/dev/shm"
-REMOVED_LAST = -200
-"""The standard library removes its sockets' folder at -100."""
 
 
 class Folder:
@@ -93,12 +88,15 @@ class Folder:
             Path(self._place).mkdir(parents=True, exist_ok=True)
             write_file(Path(self._place) / name, write_to, partial)
             return
-        content = io.BytesIO()
+        content, path = io.BytesIO(), f"{self._root}/{name}"
         write_to(content)
+        if self._stores_objects:  # each is there as a whole, or not
+            self._files.pipe_file(path, content.getvalue())
+            return
         self._files.makedirs(self._root, exist_ok=True)
         until_whole = f"{self._root}/{partial or _partial(name)}"
         self._files.pipe_file(until_whole, content.getvalue())
-        self._files.mv(until_whole, f"{self._root}/{name}")
+        self._files.mv(until_whole, path)
 
     def write_text(self, name: str, text: str) -> None:
         self.write(name, lambda file: file.write(text.encode()))
@@ -110,11 +108,16 @@ class Folder:
                 with (Path(self._place) / name).open("x") as file:
                     file.write(text)
             else:
-                self._files.makedirs(self._root, exist_ok=True)
+                if not self._stores_objects:
+                    self._files.makedirs(self._root, exist_ok=True)
                 self._files.pipe_file(f"{self._root}/{name}", text.encode(), mode="create")
         except FileExistsError:
             return False
         return True
+
+    @property
+    def _stores_objects(self) -> bool:
+        return self._place.partition("://")[0] in OBJECT_STORES
 
     def append(self, name: str, text: str) -> None:
         """Add to the end of a file; a process that is killed meanwhile may leave a part of the text."""
@@ -238,6 +241,13 @@ def is_url(place: str) -> bool:
     return "://" in place
 
 
+def path_here(place: str) -> Path:
+    """A path as it was given, where it is none of a URL, which a path would change."""
+    if is_url(place):
+        raise UserError(f"{place} must be a path on this machine; nothing is fetched")
+    return Path(place)
+
+
 def make_writable(folder: Path, setting: str, advice: str) -> None:
     """Make a folder, and refuse one that nothing can be written to, before there is anything to lose.
 
@@ -260,31 +270,6 @@ def temporary_folder() -> Path:
         raise UserError("TMPDIR: there is no folder for temporary files; set it to one that you can write to") from None
 
 
-def leave_room_for_sockets(variable: str = "TMPDIR") -> None:
-    """Make the folder that an environment variable names short enough for the paths of sockets below it.
-
-    The system cuts those at 107 bytes, and a job's own folder alone may have 80. Then a short link leads there, and the
-    variable names the link, for this process and those that it starts: what they write lies where it was to lie.
-
-    Raises:
-        UserError: nothing can be written there, or the link has no place.
-    """
-    place = os.environ.get(variable)
-    if not place:
-        return
-    make_writable(Path(place), variable, "set it to a folder of yours")
-    if len(os.fsencode(Path(place).absolute())) <= SOCKET_PATH - len(LONGEST_SOCKET):
-        return
-    for short in SHORT_FOLDERS:
-        with suppress(OSError):
-            folder = tempfile.mkdtemp(prefix="dlops_dist-", dir=short)
-            Finalize(None, shutil.rmtree, (folder, True), exitpriority=REMOVED_LAST)
-            link = Path(folder) / "t"
-            link.symlink_to(Path(place).absolute())
-            os.environ[variable] = str(link)
-            tempfile.tempdir = None  # Python looks again
-            return
-    raise UserError(
-        f"{variable}: {place} is too long for the paths of sockets below it; set it to a folder of at most "
-        f"{SOCKET_PATH - len(LONGEST_SOCKET)} bytes"
-    )
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

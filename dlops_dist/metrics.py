@@ -31,6 +31,48 @@ class Judged(NamedTuple):
     """Where the samples stand among all."""
     largest_class: int
     """How many of all samples have the most frequent label."""
+    centers: "Points | None" = None
+    """The class means, prepared once for all blocks; so are all embeddings, as `points`."""
+    points: "Points | None" = None
+
+
+class Points:
+    """Points (M, D), prepared once to find how far others are from them: squared, by a matrix product, at least in
+    float32, with the points' mean taken off first for the digits' sake.
+
+    Args:
+        left_out: boolean (M,): infinitely far from all.
+    """
+
+    def __init__(self, x: Tensor, left_out: Tensor | None = None) -> None:
+        x = wide(x)
+        self._shift = x.mean(dim=0)
+        self._centered = x - self._shift
+        self._squares = _squares(self._centered)
+        if left_out is not None:
+            self._squares = self._squares.masked_fill(left_out, torch.inf)
+        self._last: tuple[slice, Tensor] | None = None
+
+    def distances(self, a: Tensor) -> Tensor:
+        """(N, M) of a (N, D)."""
+        return self._from_centered(wide(a) - self._shift)
+
+    def distances_among(self, rows: slice) -> Tensor:
+        """(N, M) of some of the points themselves, infinite from itself; kept for the next metric that asks for it."""
+        if self._last is None or self._last[0] != rows:
+            self._last = None
+            places = torch.arange(*rows.indices(len(self._squares)), device=self._squares.device)
+            found = self._from_centered(self._centered[rows])
+            self._last = rows, found.scatter_(1, places[:, None], torch.inf)
+        return self._last[1]
+
+    def _from_centered(self, a: Tensor) -> Tensor:
+        return torch.addmm(self._squares, a, self._centered.T, alpha=-2).add_(_squares(a)[:, None])
+
+
+def centers_of(means: Tensor) -> Points:
+    """Class means (C, D); one with a NaN, that of a class never seen, is nearest to nothing."""
+    return Points(means.nan_to_num(), means.isnan().any(dim=1))
 
 
 Metric = Callable[[Judged], Tensor]
@@ -45,7 +87,7 @@ def top_k(k: int) -> Metric:
 
 def nearest_center(judged: Judged) -> Tensor:
     """Whether the nearest of the classes' mean training embeddings is the label's."""
-    return nearest_center_correct(judged.embeddings, judged.labels, judged.class_means)
+    return nearest_center_correct(judged.embeddings, judged.labels, judged.centers or centers_of(judged.class_means))
 
 
 class recall_at:  # noqa: N801  # a metric that is made as top_k is
@@ -57,7 +99,7 @@ class recall_at:  # noqa: N801  # a metric that is made as top_k is
         self.k = k
 
     def __call__(self, judged: Judged) -> Tensor:
-        return retrieved(judged.all_embeddings, judged.all_labels, judged.place, self.k).any(dim=1)
+        return retrieved(judged, self.k).any(dim=1)
 
 
 class map_at_r:  # noqa: N801
@@ -72,7 +114,7 @@ class map_at_r:  # noqa: N801
 
     def __call__(self, judged: Judged) -> Tensor:
         r = max(1, judged.largest_class - 1)
-        same = retrieved(judged.all_embeddings, judged.all_labels, judged.place, r).double()
+        same = retrieved(judged, r).double()
         place = torch.arange(1, same.shape[1] + 1, device=same.device)
         ordered = judged.all_labels.sort().values
         ends = [torch.searchsorted(ordered, judged.labels, right=right) for right in (False, True)]
@@ -93,38 +135,38 @@ def rank_of_label(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.where(logits.isnan().any(dim=1), logits.shape[1], before.sum(dim=1))
 
 
-def confusion_counts(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many samples of each class (row) have their first largest logit at which (column): int64 (C, C).
+def class_hits(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many samples of each class have their first largest logit at it: int64 (C,); rows with a NaN do not."""
+    hits = rank_of_label(logits, labels) < 1
+    return labels.new_zeros(logits.shape[1]).index_put_((labels,), hits.long(), accumulate=True)
 
-    Its diagonal counts the top-1 hits of `rank_of_label`; rows of logits with a NaN are left out.
+
+def add_confusion(counts: Tensor, logits: Tensor, labels: Tensor) -> None:
+    """Count how many samples of each class (row) have their first largest logit at which (column): of (C, C).
+
+    The diagonal counts what `class_hits` does; rows of logits with a NaN are left out.
     """
-    counts = labels.new_zeros(logits.shape[1], logits.shape[1])
     valid = ~logits.isnan().any(dim=1)
-    return counts.index_put_((labels, logits.argmax(dim=1)), valid.long(), accumulate=True)
+    counts.index_put_((labels, logits.argmax(dim=1)), valid.to(counts.dtype), accumulate=True)
 
 
-def nearest_center_correct(embeddings: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
-    """Boolean (N,): whether the nearest of the centers (C, D) is the label's (Euclidean).
-
-    A centre with a NaN, that of a class never seen, is nearest to nothing.
-    """
-    seen = ~centers.isnan().any(dim=1)
-    distances = _squared_distances(embeddings, centers.nan_to_num())
-    classes = torch.arange(len(centers), device=centers.device).expand_as(distances)
-    return _nearest_label(distances.masked_fill(~seen, torch.inf), classes) == labels
+def nearest_center_correct(embeddings: Tensor, labels: Tensor, centers: Points) -> Tensor:
+    """Boolean (N,): whether the nearest of the centers is the label's (Euclidean)."""
+    distances = centers.distances(embeddings)
+    nearest = distances.argmin(dim=1, keepdim=True)
+    return (distances.gather(1, nearest).isfinite() & (nearest == labels[:, None]))[:, 0]
 
 
-def retrieved(embeddings: Tensor, labels: Tensor, queries: slice, k: int) -> Tensor:
-    """Boolean (n, k): for each query among the embeddings (N, D), whether each of the k nearest other samples has its
-    label, the nearest first; of equal ones the first counts as nearer.
+def retrieved(judged: Judged, k: int) -> Tensor:
+    """Boolean (n, k): of each sample judged, whether each of the k nearest others of all has its label, the nearest
+    first; of equal ones the first counts as nearer.
 
     Those that a matrix product finds nearest are compared by their differences: among embeddings that nearly coincide
     it has few digits left.
     """
-    x = wide(embeddings)
-    rows = torch.arange(*queries.indices(len(x)), device=labels.device)
-    distances = _squared_distances(x[queries], x)
-    distances.scatter_(1, rows[:, None], torch.inf)
+    x, labels = wide(judged.all_embeddings), judged.all_labels
+    rows = torch.arange(*judged.place.indices(len(x)), device=labels.device)
+    distances = (judged.points or Points(x)).distances_among(judged.place)
     near = distances.topk(min(COMPARED + k - 1, len(x)), dim=1, largest=False).indices.sort(dim=1).values
     size = max(1, COMPARED_VALUES // max(1, near.shape[1] * x.shape[1]))
     parts = zip(rows.split(size), near.split(size), strict=True)
@@ -140,19 +182,10 @@ def unit_length(embeddings: Tensor) -> Tensor:
     return F.normalize(wide(embeddings), dim=1)
 
 
-def _nearest_label(distances: Tensor, labels: Tensor) -> Tensor:
-    """The label, (N, M) as the distances, of each row's nearest column; -1 where no distance is finite."""
-    nearest = distances.argmin(dim=1, keepdim=True)
-    found = distances.gather(1, nearest).isfinite()
-    return torch.where(found, labels.gather(1, nearest), -1).squeeze(1)
-
-
-def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """(N, M), at least float32, with the mean of b taken off first for the digits' sake."""
-    a, b = wide(a), wide(b)
-    shift = b.mean(dim=0)
-    a, b = a - shift, b - shift
-    return torch.addmm(b.square().sum(dim=1), a, b.T, alpha=-2) + a.square().sum(dim=1, keepdim=True)
+def _squares(x: Tensor) -> Tensor:
+    """Of the rows' lengths, (N,): a part at a time, as their squares would take as much memory again."""
+    parts = x.split(max(1, COMPARED_VALUES // max(1, 8 * x.shape[1])))
+    return torch.cat([part.square().sum(dim=1) for part in parts])
 
 
 def wide(x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dlops_dist.errors import OneLineParser, RunError, UserError, exit_code_of
+from dlops_dist.files import path_here
 
 READ_TOGETHER = 256
 
@@ -24,7 +25,7 @@ def main() -> None:
         prog="python -m dlops_dist.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", help="folder of the run, or its URL")
-    parser.add_argument("images", nargs="+", metavar="IMAGE", type=Path, help="image, or folder of images")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", type=path_here, help="image, or folder of images")
     parser.add_argument("--top", type=int, default=1, help="how many classes of each image (default: 1)")
     parser.add_argument("--json", action="store_true", help="print JSON, a line for each image")
     parser.add_argument("--recipe", help="of a run of your own recipe: its file, or its module's name")

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import platform
-from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -46,19 +45,17 @@ def look(shards: str, run: str, config: str) -> Seen:
     return Seen(platform.node(), dataset_id, missing, versions | {name: version(name) for name in PACKAGES})
 
 
-def complaints(here: Seen, others: Sequence[Seen], shards: str, run: str) -> list[str]:
+def complaints(here: Seen, there: Seen, shards: str, run: str) -> list[str]:
     """A line for whatever is not on another node as it is here: what, where, what to do."""
-    lines = []
-    for node in others:
-        on = f"node {node.host}"
-        if node.dataset_id != here.dataset_id:
-            what = "are not there" if node.dataset_id is None else "are of another dataset"
-            lines.append(f"data.shards: {shards} {what} on {on}; put them where every node sees them")
-        if node.run:
-            lines.append(f"runs_dir: {run} {node.run} on {on}; choose a --runs-dir that every node sees")
-        for name, ours in here.versions.items():
-            if node.versions[name] != ours:
-                lines.append(f"{name} is {ours} here and {node.versions[name]} on {on}; install the same everywhere")
+    on, lines = f"node {there.host}", []
+    if there.dataset_id != here.dataset_id:
+        what = "are not there" if there.dataset_id is None else "are of another dataset"
+        lines.append(f"data.shards: {shards} {what} on {on}; put them where every node sees them")
+    if there.run:
+        lines.append(f"runs_dir: {run} {there.run} on {on}; choose a --runs-dir that every node sees")
+    for name, ours in here.versions.items():
+        if there.versions[name] != ours:
+            lines.append(f"{name} is {ours} here and {there.versions[name]} on {on}; install the same everywhere")
     return lines
 
 

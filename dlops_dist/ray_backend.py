@@ -14,11 +14,11 @@ from uuid import uuid4
 from dlops_dist.config import Run, load_recipe
 from dlops_dist.console import Console
 from dlops_dist.engine.run_folder import CONFIG, RunFolder
-from dlops_dist.errors import RunError, UserError, first_line
+from dlops_dist.errors import RunError, UserError, first_line, last_line
 from dlops_dist.events import Begun, Event, Failed, Placed, Started, Warned
 from dlops_dist.files import Folder, temporary_folder
-from dlops_dist.ray_cluster import Head, check_nodes, cluster, resources_for
-from dlops_dist.ray_telling import last_line, teller
+from dlops_dist.ray_cluster import Head, cluster
+from dlops_dist.ray_places import places_for
 from dlops_dist.ray_worker import WISH_EVERY_S, train_on_worker
 from dlops_dist.signals import stop_signals
 
@@ -35,15 +35,17 @@ LEAVE_S = 10
 def train_on_ray(task: str, settings: Run, console: Console) -> None:
     """Train a prepared run on the cluster of RAY_ADDRESS, or on one started for it here."""
     with cluster(console.say):
-        resources, num_workers = resources_for(settings.workers)
+        warn = console.warn if settings.min_workers is None else None
+        resources, num_workers, places = places_for(
+            settings.workers, settings.data.shards, str(RunFolder.of(settings)), CONFIG, warn
+        )
         if settings.min_workers is not None and settings.min_workers > num_workers:
             raise UserError(f"min_workers: {settings.min_workers} is more than the {num_workers} workers")
-        check_nodes(settings.data.shards, str(RunFolder.of(settings)), CONFIG)
         console.say(f"starting {num_workers} Ray worker{'s' * (num_workers > 1)} with {resources} each")
         with ExitStack() as stack:
             asked_to_stop: list[Callable[[], bool]] = []
             group = train_group(
-                task, settings, num_workers, resources, wandb_environment(settings),
+                task, settings, num_workers, resources, wandb_environment(settings), places,
                 stop=lambda: any(asked() for asked in asked_to_stop),
             )  # fmt: skip
             for event in stack.enter_context(closing(group)):
@@ -55,7 +57,7 @@ def train_on_ray(task: str, settings: Run, console: Console) -> None:
 
 def train_group(
     task: str, settings: Run, num_workers: int, resources: dict[str, float], environment: dict[str, str],
-    stop: Callable[[], bool] = lambda: False,
+    places: dict[str, str], stop: Callable[[], bool] = lambda: False,
 ) -> Generator[Event | Placed]:  # fmt: skip
     """Train a prepared run on a group of workers, and yield what rank 0 tells.
 
@@ -64,6 +66,7 @@ def train_group(
     Args:
         resources: of each worker.
         environment: of each worker, beside its node's.
+        places: label selector for the nodes to use.
         stop: asked all the time whether the workers are to save the step and stop.
 
     Raises:
@@ -80,7 +83,7 @@ def train_group(
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     events: Any = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})  # it outlives the other nodes
     wish = f"dlops_dist stop {uuid4().hex}"
-    ended = _in_background(_trainer(task, settings, num_workers, resources, environment, events, wish).fit)
+    ended = _in_background(_trainer(task, settings, num_workers, resources, environment, places, events, wish).fit)
     left = threading.Event()
 
     def tell_the_end(_: object) -> None:  # after all that the workers told; to nobody once we have left
@@ -139,7 +142,7 @@ def _result(ended: Future[Any], restarts: int) -> None:
 
 def _trainer(
     task: str, settings: Run, num_workers: int, resources: dict[str, float], environment: dict[str, str],
-    events: Any, wish: str,
+    places: dict[str, str], events: Any, wish: str,
 ) -> Any:  # fmt: skip
     """What Ray trains by: how many workers, with what, how often they are started again, how long waited for."""
     import ray
@@ -147,6 +150,8 @@ def _trainer(
     from ray.train.constants import TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
+
+    from dlops_dist.ray_telling import Teller
 
     # else what cleans up after a run asks the last cluster that was started on its machine, dead or a stranger's
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
@@ -157,6 +162,7 @@ def _trainer(
     start_timeout_s = START_TIMEOUT_S if least is None else ELASTIC_START_TIMEOUT_S
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(start_timeout_s)
     storage = Folder(settings.runs_dir).local or temporary_folder()
+    teller: Any = Teller(events, settings)
     return TorchTrainer(
         train_on_worker,  # type: ignore[arg-type]
         train_loop_config={
@@ -166,11 +172,11 @@ def _trainer(
         torch_config=TorchConfig(timeout_s=settings.collective_timeout),
         scaling_config=ScalingConfig(
             num_workers=num_workers if least is None else (least, num_workers),  # type: ignore[arg-type]
-            use_gpu="GPU" in resources, resources_per_worker=resources,
+            use_gpu="GPU" in resources, resources_per_worker=resources, label_selector=places or None,
             elastic_resize_monitor_interval_s=GROW_S,  # type: ignore[call-arg]
         ),
         run_config=RunConfig(
-            name=settings.name, storage_path=str(storage / ".ray"), callbacks=[teller(events, settings)],
+            name=settings.name, storage_path=str(storage / ".ray"), callbacks=[teller],
             failure_config=FailureConfig(
                 max_failures=settings.max_restarts,
                 controller_failure_limit=settings.node_wait // start_timeout_s,  # type: ignore[call-arg]
@@ -232,10 +238,14 @@ def map_on_ray(
     import ray
 
     with cluster(say):
-        resources, num_workers = resources_for(workers)
-        check_nodes(shards, run, CONFIG)
+        resources, num_workers, places = places_for(workers, shards, run, CONFIG, say)
         say(f"starting {num_workers} Ray worker{'s' * (num_workers > 1)} with {resources} each")
-        task: Any = ray.remote(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0))(function)
+        needs: dict[str, Any] = {
+            "num_cpus": resources["CPU"],
+            "num_gpus": resources.get("GPU", 0),
+            "label_selector": places,
+        }
+        task: Any = ray.remote(**needs)(function)
         remaining, flying = iter(parts), deque[Any]()
         try:
             while True:

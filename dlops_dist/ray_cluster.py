@@ -1,23 +1,19 @@
-"""A Ray cluster to train on: connect to it, see what it has to give, and whether its nodes are alike."""
+"""A Ray cluster to train on: connected to, or started here; and its head, with which it ends."""
 
 import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from dlops_dist import preflight
 from dlops_dist.config import Run
 from dlops_dist.errors import RunError, UserError
-from dlops_dist.files import leave_room_for_sockets
+from dlops_dist.sockets import leave_room_for_sockets
 
 CONNECT_TIMEOUT_S = 10
-ANSWER_S = 60
-"""What a node has to say what it sees: its first process starts for it."""
-LEAVING_S = 15
-"""What a job that has just ended has to leave its CPUs."""
 HEAD_TELL_S, HEAD_WAIT_S = 10, 40
 """How long a head has not answered that is told of, and given up: Ray ends our process after 60 s, without a word."""
 UPLOADED = "working_dir_files"
@@ -82,6 +78,8 @@ def _connect(given: str) -> None:
 
     address = address_of_head(given)
     try:
+        if not _lets_us_in(address):
+            raise ConnectionError
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ray.exceptions.AuthenticationError):
         raise UserError(
@@ -92,6 +90,22 @@ def _connect(given: str) -> None:
         if (advice := next((advice for said, advice in REFUSALS.items() if said in str(error)), None)) is None:
             raise
         raise UserError(f"RAY_ADDRESS={given}: {' '.join(str(error).split())} {advice}") from None
+
+
+def _lets_us_in(address: str) -> bool:
+    """Whether a head takes our token, or that we have none; Ray would ask it again and again, with a line for each."""
+    import grpc
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated import gcs_service_pb2
+    from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
+
+    generated: Any = gcs_service_pb2
+    with init_grpc_channel(address) as channel:
+        try:
+            NodeInfoGcsServiceStub(channel).GetClusterId(generated.GetClusterIdRequest(), timeout=CONNECT_TIMEOUT_S)
+        except grpc.RpcError as error:
+            return error.code() != grpc.StatusCode.UNAUTHENTICATED
+    return True
 
 
 def address_of_head(given: str) -> str:
@@ -158,77 +172,3 @@ def refuse_uploaded_folder(settings: Run) -> None:
                 f"{name}: {place} would be in the folder that Ray uploaded for this job and deletes after it; pass an "
                 f"absolute path that every node sees"
             )
-
-
-def resources_for(workers: int | None) -> tuple[dict[str, float], int]:
-    """What each worker gets, and how many there are: a GPU each where the cluster has GPUs, else CPUs.
-
-    What other jobs use is not theirs to have. A job that has just ended is given time to leave.
-    """
-    import ray
-    from ray._private.state import available_resources_per_node
-
-    nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
-    gpus = int(sum(node.get("GPU", 0) for node in nodes.values()))
-    num_workers = workers or gpus or 1
-    if gpus and num_workers > gpus:
-        raise UserError(f"workers: {num_workers} is more than the {gpus} GPUs of the cluster; pass --workers {gpus}")
-    cpus_for_each(_sizes(nodes.values()), num_workers, gpus > 0)
-    deadline = time.monotonic() + LEAVING_S
-    while True:
-        free = [resources for node, resources in available_resources_per_node().items() if node in nodes]
-        try:
-            cpus = cpus_for_each(_sizes(free), num_workers, gpus > 0)
-            return {"CPU": cpus, **({"GPU": 1} if gpus else {})}, num_workers
-        except UserError:
-            if time.monotonic() > deadline:
-                total, unused = (int(sum(node.get("CPU", 0) for node in group)) for group in (nodes.values(), free))
-                raise UserError(
-                    f"workers: {num_workers} do not fit beside what runs on the cluster: {unused} of its {total} CPUs "
-                    f"are free; wait till it ends ('ray status' shows it), or pass fewer --workers"
-                ) from None
-        time.sleep(1)
-
-
-def _sizes(nodes: Iterable[dict[str, float]]) -> list[tuple[int, int]]:
-    """(CPUs, GPUs) of each node."""
-    return [(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in nodes]
-
-
-def cpus_for_each(nodes: Sequence[tuple[int, int]], num_workers: int, on_gpus: bool) -> int:
-    """The most CPUs that every worker can have when each must fit on one of the nodes (CPUs, GPUs)."""
-    for cpus in range(max((node for node, _ in nodes), default=0), 0, -1):
-        if sum(min(node // cpus, gpus) if on_gpus else node // cpus for node, gpus in nodes) >= num_workers:
-            return cpus
-    total = sum(node for node, _ in nodes)
-    what = "CPUs of the cluster, beside its GPUs" if on_gpus else "CPUs of the cluster"
-    raise UserError(f"workers: {num_workers} is more than the {total} {what}; pass fewer --workers or start more nodes")
-
-
-def check_nodes(shards: str, folder: str, file: str) -> None:
-    """Refuse a cluster whose other nodes see other shards, not the folder with its file, or run other versions."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    here = ray.get_runtime_context().get_node_id()
-    others = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
-    del others[here]
-    if not others:
-        return
-    look = ray.remote(num_cpus=0)(preflight.look)
-    asked = {}
-    for node in others:
-        there = NodeAffinitySchedulingStrategy(node, soft=False)
-        asked[look.options(scheduling_strategy=there).remote(shards, folder, file)] = node
-    answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S)
-    lines = [f"node {others[asked[call]]} does not answer in {ANSWER_S} s; restart Ray there" for call in silent]
-    seen = []
-    for call in answered:
-        try:
-            seen.append(ray.get(call))
-        except ray.exceptions.RayError as error:
-            why = str(error).strip().splitlines()[-1]
-            lines.append(f"node {others[asked[call]]} cannot run dlops_dist ({why}); install the same version there")
-    lines += preflight.complaints(preflight.look(shards, folder, file), seen, shards, folder)
-    if lines:
-        raise UserError("\nerror: ".join(lines))

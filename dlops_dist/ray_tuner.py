@@ -11,10 +11,11 @@ from typing import Any
 
 from dlops_dist.config import Run, Sweep, load_recipe, recipe_from_source
 from dlops_dist.engine.run_folder import RunFolder
-from dlops_dist.errors import RunError, UserError
+from dlops_dist.errors import RunError, UserError, last_line
 from dlops_dist.events import EpochEnded, Event, Placed, Warned
 from dlops_dist.ray_backend import train_group, wandb_environment
-from dlops_dist.ray_cluster import check_nodes, cluster, resources_for
+from dlops_dist.ray_cluster import cluster
+from dlops_dist.ray_places import places_for
 from dlops_dist.ray_worker import fit_here
 from dlops_dist.sweep.board import Board
 from dlops_dist.sweep.folder import ENDED, SWEEP, SweepFolder, gain_of, is_compared, note_end
@@ -52,8 +53,9 @@ def train_trials(folder: SweepFolder, known: Sequence[Run], board: Board) -> Non
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial that fails is told by the board
         places = ray.cluster_resources()
         at_once = trials_at_once(sweep, num_all, int(places.get("GPU", 0) or places.get("CPU", 0)))
-        resources, _ = resources_for(num_workers * at_once)  # of all trials: those that go on keep their CPUs
-        check_nodes(sweep.data.shards, str(folder.path), SWEEP)
+        resources, _, _ = places_for(  # for the workers of all trials: those that go on keep their CPUs
+            num_workers * at_once, sweep.data.shards, str(folder.path), SWEEP
+        )
         board.say(
             f"{num_trials} of {num_all} trials to train, {at_once} at a time, each on {num_workers} "
             f"worker{'s' * (num_workers > 1)} with {resources}"
@@ -161,7 +163,7 @@ def _drive(
                 os.environ.update(environment)
                 fit_here(task, settings, tell, None if "GPU" in resources else torch.device("cpu"))
             else:
-                with closing(train_group(task, settings, num_workers, resources, environment)) as events:
+                with closing(train_group(task, settings, num_workers, resources, environment, {})) as events:
                     for event in events:
                         tell(event)
             if warnings:
@@ -226,4 +228,4 @@ def _why(trial: Any) -> str:
     error = trial.get_pickled_error()
     if error is None or isinstance(error, ActorDiedError):
         return "its process died, or was killed for memory"
-    return str(error).strip().splitlines()[-1]
+    return last_line(error)

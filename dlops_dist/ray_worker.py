@@ -11,6 +11,7 @@ from dlops_dist.config import Run, recipe_from_source
 from dlops_dist.distributed.interfaces import use_interface_of
 from dlops_dist.errors import RunError, UserError
 from dlops_dist.events import Failed, Listener, Placed, Warned
+from dlops_dist.ray_metrics import RayMetrics
 from dlops_dist.trackers import trackers_of
 
 WISH_EVERY_S = 0.5
@@ -114,7 +115,11 @@ def fit_here(
 
     torch.set_num_threads(num_threads(os.environ.get("OMP_NUM_THREADS", "")))
     keep_freed_memory()
-    listeners = [listener, *trackers_of(settings, lambda text: listener(Warned(text)))]
+    listeners: list[Listener] = [
+        listener,
+        RayMetrics(str(settings.name)),
+        *trackers_of(settings, lambda text: listener(Warned(text))),
+    ]
     return fit(settings, task=task, device=device, listeners=listeners, stop=stop, save=save)
 
 

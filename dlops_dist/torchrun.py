@@ -14,7 +14,7 @@ from uuid import uuid4
 from dlops_dist.errors import RunError, first_line
 
 TIMEOUT_S = 300
-"""How long a process waits for the others in a collective."""
+"""How long a process waits for the others, before it has read how long it is to wait."""
 LOST = "onnection closed|onnection reset|roken pipe|imed out"
 """What torch says where another process has ended, or does not answer."""
 POLL_S = 0.02
@@ -53,6 +53,14 @@ def joined() -> Iterator[None]:
         raise
     finally:
         dist.destroy_process_group()
+
+
+def wait_at_most(seconds: int) -> None:
+    """How long this process waits for the others from now on."""
+    import torch.distributed as dist
+
+    world: Any = dist.group.WORLD
+    world._get_backend(world._device_types[0])._set_default_timeout(timedelta(seconds=seconds))
 
 
 def meeting(store: Any, rank: int, size: int) -> str:

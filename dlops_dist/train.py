@@ -20,9 +20,9 @@ from typing import Any
 
 from dlops_dist.command_line import read_command_line
 from dlops_dist.config import SHIPPED, Run, stem_of
-from dlops_dist.errors import OneLineParser, exit_code_of
+from dlops_dist.errors import OneLineParser, UserError, exit_code_of, first_line
 from dlops_dist.signals import stop_signals
-from dlops_dist.torchrun import first_rank_first, joined, started_by_torchrun
+from dlops_dist.torchrun import first_rank_first, joined, started_by_torchrun, wait_at_most
 
 
 def main() -> None:
@@ -50,6 +50,7 @@ def train(task: str, arguments: list[str]) -> None:
 
         if started_by_torchrun():
             settings = settings.model_copy(update={"local": True})
+            wait_at_most(settings.collective_timeout)
         check_trackers(settings)
         if settings.smoke and not dry_run:
             settings = with_smoke_shards(task, settings)
@@ -68,7 +69,7 @@ def train(task: str, arguments: list[str]) -> None:
 def run(task: str, settings: Run, console: Any) -> list[dict[str, Any]]:
     """Train here, as one of several processes perhaps, or on Ray. Returns the rows of metrics."""
     from dlops_dist.data.shards import read_manifest
-    from dlops_dist.distributed.collectives import rank
+    from dlops_dist.distributed.collectives import of_first_rank, rank
     from dlops_dist.engine import fit, prepare
     from dlops_dist.engine.run_folder import RunFolder
 
@@ -85,7 +86,8 @@ def run(task: str, settings: Run, console: Any) -> list[dict[str, Any]]:
         with first_rank_first():
             if not rank():
                 folder.create(task, settings)
-            finished = folder.finished_row(settings, read_manifest(Path(settings.data.shards)), console.warn)
+        manifest = read_manifest(Path(settings.data.shards))
+        finished = of_first_rank(lambda: folder.finished_row(settings, manifest, console.warn))
         if finished is not None:
             console.say(f"run {folder} is complete; another --name trains anew")
         elif settings.local:
@@ -100,7 +102,21 @@ def run(task: str, settings: Run, console: Any) -> list[dict[str, Any]]:
             from dlops_dist.ray_backend import train_on_ray
 
             train_on_ray(task, settings, console)
+        if not rank():
+            console.say(f"report: {_page_of(folder)}")
         return folder.rows()
+
+
+def _page_of(folder: Any) -> str:
+    """A page that cannot be made fails no run that is trained."""
+    from dlops_dist.report.writing import write_page
+
+    try:
+        return write_page(str(folder))
+    except UserError as error:
+        return f"none: {error}"
+    except Exception as error:
+        return f"none: {type(error).__name__}: {first_line(error)}"
 
 
 def result_figures(rows: list[dict[str, Any]], choose_by: str) -> str:

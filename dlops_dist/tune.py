@@ -41,13 +41,13 @@ def main() -> None:
 
 def run_sweep(task: str, sweep: Sweep) -> str:
     """Train what is not trained yet of a sweep, and sum it up. Returns the best point in words and numbers."""
-    from rich.console import Console
-
     from dlops_dist.engine import prepare
     from dlops_dist.engine.run_folder import RunFolder
     from dlops_dist.ray_cluster import refuse_uploaded_folder
     from dlops_dist.ray_tuner import train_trials
-    from dlops_dist.sweep.board import Board, best_line, summarize
+    from dlops_dist.report.printing import Printed
+    from dlops_dist.report.writing import write_sweep
+    from dlops_dist.sweep.board import Board, best_line
     from dlops_dist.sweep.folder import SweepFolder
     from dlops_dist.trackers import log_pictures
 
@@ -64,7 +64,7 @@ def run_sweep(task: str, sweep: Sweep) -> str:
     with RunFolder(folder.path).locked(), Board(folder) as board:
         folder.create()
         train_trials(folder, known, board)
-    best = summarize(folder, Console(width=None if sys.stdout.isatty() else 160))
+    best = write_sweep(folder, Printed())
     if best is None:
         raise RunError(f"no trial of {folder.path} came to the end of an epoch; the table says why")
     if sweep.wandb != "off":

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from dlops_dist.errors import OneLineParser, RunError, UserError, exit_code_of
+from dlops_dist.errors import OneLineParser, RunError, UserError, exit_code_of, last_line
 
 ONE_STEP, SEVERAL_STEPS = 1e-12, 1e-6
 DIVIDED = 1e-9
@@ -47,7 +47,7 @@ def main() -> None:
 
     from rich.console import Console
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)
     if settings and not arguments.recipe:
         raise UserError(f"unknown setting {settings[0]}; those of a recipe follow its file")
     if not arguments.bits and arguments.recipe:
@@ -114,8 +114,8 @@ def verify_recipe(name: str, arguments: Sequence[str], workers: Sequence[int], c
                 except RunError as error:
                     if not inexact:
                         raise
-                    why = str(error).strip().splitlines()[-1]
-                    raise RunError(f"{recipe.name} depends on the number of workers: see above ({why})") from None
+                    why = f"see above ({last_line(error)})"
+                    raise RunError(f"{recipe.name} depends on the number of workers: {why}") from None
     alone = results[1][0]
     rows = {what: [_difference_of(results[w][0][what], alone[what]) for w in workers] for what in alone}
     rows["a resume, to the bit"] = [0.0 if results[w][1] else 1.0 for w in workers]

@@ -1,6 +1,6 @@
 """Retrieval of classes that training never saw: test holds others than train, and is judged by Recall@k and MAP@R.
 
-python launch/shard.py folder --source BIRDS --size 64         BIRDS/train/CLASS/..., BIRDS/test/OTHER_CLASS/...
+python -m dlops_dist.shard folder --source BIRDS --size 64         BIRDS/train/CLASS/..., BIRDS/test/OTHER_CLASS/...
 python -m dlops_dist.train examples/open_set_retrieval.py --local --data.shards shards/BIRDS
 """
 

@@ -33,7 +33,7 @@ class Run(Section):
     source: ClassVar[str | None] = None
     """Hash of the user's recipe that they are for: another one makes another run."""
     config: str | None = None
-    """YAML file of settings; by default the task's own in configs/."""
+    """YAML file of settings, or the name of one in configs/ (quickstart); by default the task's own there."""
     name: str | None = Field(None, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._=-]*$")
     """Folder of the run under --runs-dir; by default task, loss and a hash of the settings that change the result."""
     runs_dir: str = "runs"
@@ -52,7 +52,7 @@ class Run(Section):
     node_wait: int = Field(900, ge=0)
     """Seconds that Ray workers wait for a node in place of one that is lost."""
     collective_timeout: int = Field(300, ge=1)
-    """Seconds after which a Ray worker that hears nothing of the others gives up."""
+    """Seconds after which a worker that hears nothing of the others gives up."""
     wandb: Literal["online", "offline", "off"] = Field(default_factory=wandb_of_environment)
     """Log to Weights & Biases; offline needs neither key nor network. By default as WANDB_MODE says, else off."""
     tensorboard: bool = False

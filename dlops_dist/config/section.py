@@ -2,12 +2,22 @@
 
 from collections.abc import Collection
 from difflib import SequenceMatcher
-from typing import Any, ClassVar, TypeGuard
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, TypeGuard
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from dlops_dist.errors import UserError
 
+
+def _here(place: Any) -> Any:
+    if "://" in str(place):
+        raise ValueError("must be a path on this machine; nothing is fetched")
+    return place
+
+
+LocalPath = Annotated[Path, BeforeValidator(_here)]
+"""Of a file or folder here: a URL would become a folder of a strange name."""
 NEAR = 0.65
 """How alike two names are, from 0 to 1, where one may be meant by the other."""
 

@@ -11,7 +11,7 @@ class Data(Section):
     """Which samples, in which order."""
 
     shards: str = "shards/tiny-imagenet"
-    """Folder of packed shards, as written by launch/shard.py."""
+    """Folder of packed shards, as written by dlops_dist.shard."""
     order: Literal["auto", "uniform", "balanced"] = "auto"
     """uniform: a shuffle. balanced: P classes x K samples in each batch. auto: balanced for triplet, else uniform."""
     samples_per_class: int | None = Field(None, ge=2)

@@ -11,12 +11,13 @@ from typing import BinaryIO
 
 from dlops_dist.data.facts import Facts, refuse_other_size, write_index_and_manifest
 from dlops_dist.data.images import decode
+from dlops_dist.data.index import UNLABELED
 from dlops_dist.data.processes import in_processes
-from dlops_dist.data.shards import MANIFEST, PLAN, SHARD_NAME, UNLABELED, Manifest, read_manifest, sha256_of
+from dlops_dist.data.shards import MANIFEST, PLAN, SHARD_NAME, Manifest, read_manifest
 from dlops_dist.data.sources.source import MAX_BYTES, is_litter
 from dlops_dist.data.tar import Member, members
 from dlops_dist.errors import UserError
-from dlops_dist.files import locked
+from dlops_dist.files import locked, sha256_of
 
 SPLIT_WORDS = {
     "train": "train", "training": "train", "val": "test", "valid": "test", "validation": "test", "test": "test",
@@ -57,7 +58,7 @@ def adopt(
     """
     paths = _shards_in(folder)
     if (folder / PLAN).is_file() or ((folder / MANIFEST).is_file() and read_manifest(folder).packing):
-        raise UserError(f"{folder} was packed by launch/shard.py, which also writes its index; pack it again")
+        raise UserError(f"{folder} was packed by dlops_dist.shard, which also writes its index; pack it again")
     _refuse_missing_splits(folder, set(map(_split_of, paths)))
     words = {word for path in paths for word in _split_words(path) if SPLIT_WORDS[word] == "test"}
     if len({"test" if word == "test" else "val" for word in words}) > 1:
@@ -207,7 +208,7 @@ def _image(key: str, parts: dict[str, Member]) -> Member:
             custom = "webdataset ends a sample's name at the first dot"
             raise ValueError(f"{member.name} has a dot in its name, and {custom}; leave only the last dot in all names")
         if kind in OTHER_IMAGES and not images:
-            way_out = "put the images into folders by class and run 'python launch/shard.py folder --source DIR'"
+            way_out = "put the images into folders by class and run 'python -m dlops_dist.shard folder --source DIR'"
             raise ValueError(f"{member.name} is neither jpg nor npy, which alone are read; {way_out}")
     if len(images) == 1:
         return images[0]

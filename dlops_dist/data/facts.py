@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from dlops_dist.data.shards import COLUMNS, INDEX, MANIFEST, Manifest, Packing, Shard
+from dlops_dist.data.index import COLUMNS, INDEX
+from dlops_dist.data.shards import MANIFEST, Manifest, Packing, Shard
 from dlops_dist.errors import UserError
 from dlops_dist.files import write_file
 

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dlops_dist.data.shards import INDEX, MANIFEST, Manifest, Split, sha256_of
+from dlops_dist.data.index import INDEX
+from dlops_dist.data.shards import MANIFEST, Manifest, Split
+from dlops_dist.files import sha256_of
 
 SHOWN = 5
 """Classes that a sentence names."""

@@ -56,31 +56,37 @@ class TrainingOrder:
         repeat: bool = False, batches: Batches | None = None,
     ) -> None:  # fmt: skip
         self._ids, self._seed, self._batch_size, self._drop_last = ids, seed, global_batch_size, drop_last
-        self._labels, self._batches = labels[ids], batches
+        self._batches = batches
         self.balance: order.Balance | None = None
-        if samples_per_class is not None:
-            self.balance = order.Balance(labels[ids], global_batch_size, samples_per_class, repeat)
-            if not self.balance.num_batches:
+        self.num_samples = size = len(ids)
+        if batches is not None:
+            self._labels = labels[ids].astype(np.int64)
+            self.steps_per_epoch = len(self._of_recipe(0))
+        elif samples_per_class is not None:
+            of_ids = labels if size == len(labels) else labels[ids]
+            self.balance = order.Balance(of_ids, global_batch_size, samples_per_class, repeat)
+            self.steps_per_epoch = self.balance.num_batches
+            if not self.steps_per_epoch:
                 raise UserError(_unfilled(self.balance))
-        self.num_samples = len(ids)
-        self.steps_per_epoch = len(self.epoch(0))
+        else:
+            self.steps_per_epoch = size // global_batch_size + (size % global_batch_size > 0 and not drop_last)
         if self.steps_per_epoch == 0:
-            raise UserError(f"global_batch_size: {global_batch_size} is more than {len(ids)} training samples can fill")
+            raise UserError(f"global_batch_size: {global_batch_size} is more than {size} training samples can fill")
 
-    def epoch(self, epoch: int) -> list[Ids]:
-        """The global batches of an epoch, as sample ids."""
-        size, batch_size = len(self._ids), self._batch_size
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Ids]:
+        """The global batches of an epoch from its `first` step on, as sample ids."""
         if self._batches is not None:
-            return self._of_recipe(self._batches(self._seed, epoch, self._labels), epoch)
-        if self.balance is not None:
-            return list(self._ids[self.balance.epoch(self._seed, epoch)])
-        batches = list(self._ids[order.uniform_epoch(self._seed, epoch, size, batch_size)])
-        if size % batch_size and not self._drop_last:
-            batches.append(self._ids[order.last_batch(self._seed, epoch, size, batch_size)])
-        return batches
+            places: Iterable[Ids] = self._of_recipe(epoch)[first:]
+        elif self.balance is not None:
+            places = self.balance.epoch(self._seed, epoch, first)
+        else:
+            size = self.num_samples
+            places = order.uniform_epoch(self._seed, epoch, size, self._batch_size, self._drop_last, first)
+        return (self._ids[of_batch].astype(np.int64) for of_batch in places)
 
-    def _of_recipe(self, batches: Sequence[Ids], epoch: int) -> list[Ids]:
-        """A recipe's own batches, looked at before they are used."""
+    def _of_recipe(self, epoch: int) -> list[Ids]:
+        """Places of a recipe's own batches, looked at before they are used."""
+        batches = self._batches(self._seed, epoch, self._labels) if self._batches is not None else ()
         if not isinstance(batches, Iterable):
             raise RunError(f"batches must give a list of batches, not a {type(batches).__name__}")
         places = [np.asarray(batch) for batch in batches]
@@ -92,14 +98,14 @@ class TrainingOrder:
         for place in places:
             if place.ndim != 1 or place.dtype.kind not in "iu" or not len(place):
                 raise RunError("batches: each must be places among the samples, one-dimensional whole numbers")
-            outside = place[(place < 0) | (place >= len(self._ids))]
+            outside = place[(place < 0) | (place >= self.num_samples)]
             if len(outside):
-                raise RunError(f"batches: places must be from 0 to {len(self._ids) - 1}, not {outside[0]}")
+                raise RunError(f"batches: places must be from 0 to {self.num_samples - 1}, not {outside[0]}")
             if len(place) != self._batch_size:
                 raise RunError(
                     f"batches: each must have global_batch_size {self._batch_size} samples, not {len(place)}"
                 )
-        return [self._ids[place] for place in places]
+        return places
 
 
 def _unfilled(balance: order.Balance) -> str:
@@ -129,7 +135,7 @@ def read_ahead(
 
     def load(global_ids: Ids, part: slice) -> Batch:
         places = np.arange(part.start, part.stop + and_next)
-        ids, labels = global_ids.take(places, mode="wrap"), reader.labels[global_ids]
+        ids, labels = global_ids.take(places, mode="wrap").astype(np.int64), reader.labels[global_ids].astype(np.int64)
         images, own_ids, all_labels = (copied_ahead(a, device) for a in (reader.read(ids), ids, labels))
         return Batch(images, own_ids, all_labels, part, labels)
 

@@ -5,6 +5,7 @@ part of a row, so that a gather in rank order rebuilds the row. Nothing is store
 """
 
 import heapq
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -12,6 +13,8 @@ from dlops_dist.data.keys import key
 from dlops_dist.errors import UserError
 
 Ids = np.ndarray
+AT_ONCE = 2**20
+"""Samples, where a copy of all would take too much memory."""
 LEAST_SAMPLES_PER_CLASS = 4
 
 
@@ -22,21 +25,22 @@ def shuffled(shuffle_key: int, size: int) -> Ids:
     Philox's raw bits are the same in every version of numpy.
     """
     low = np.uint64(2 ** size.bit_length() - 1)
-    keys = np.random.Philox(key=shuffle_key).random_raw(size)
-    keys = (keys & ~low) | np.arange(size, dtype=np.uint64)
+    keys = np.random.Philox(key=shuffle_key).random_raw(size)  # changed in place: a copy more is a gigabyte of 10^8
+    keys &= ~low
+    for start in range(0, size, AT_ONCE):
+        keys[start : start + AT_ONCE] |= np.arange(start, min(start + AT_ONCE, size), dtype=np.uint64)
     keys.sort()
-    return (keys & low).astype(np.int64)
+    keys &= low
+    return keys.view(np.int64)
 
 
-def uniform_epoch(seed: int, epoch: int, size: int, global_batch_size: int) -> Ids:
-    """All whole batches of a shuffled epoch, (size // G, G); the remainder is `last_batch`."""
-    steps = size // global_batch_size
-    return shuffled(key(seed, epoch, "order"), size)[: steps * global_batch_size].reshape(steps, global_batch_size)
-
-
-def last_batch(seed: int, epoch: int, size: int, global_batch_size: int) -> Ids:
-    """The ids that `uniform_epoch` leaves over, (size % G,)."""
-    return shuffled(key(seed, epoch, "order"), size)[size - size % global_batch_size :]
+def uniform_epoch(
+    seed: int, epoch: int, size: int, global_batch_size: int, drop_last: bool = True, first: int = 0
+) -> Iterator[Ids]:
+    """The batches of a shuffled epoch from the `first` step on; the last one, if it is kept, may be shorter."""
+    batch, end = global_batch_size, size - size % global_batch_size * drop_last
+    ids = shuffled(key(seed, epoch, "order"), size)[:end]
+    return (ids[start : start + batch] for start in range(first * batch, end, batch))
 
 
 class Balance:
@@ -54,64 +58,88 @@ class Balance:
 
     def __init__(self, labels: Ids, global_batch_size: int, samples_per_class: int, repeat: bool = False) -> None:
         self.classes_per_batch, self.samples_per_class = global_batch_size // samples_per_class, samples_per_class
-        by_class = np.argsort(labels, kind="stable")
-        members = np.split(by_class, np.cumsum(np.bincount(labels))[:-1])
-        fill = [np.resize(m, samples_per_class) if repeat and 0 < len(m) < samples_per_class else m for m in members]
-        self._members = fill
-        self.sizes = np.array([len(m) for m in members])
-        groups = np.array([len(m) // samples_per_class for m in fill])
+        self.sizes = np.bincount(labels)
+        self._by_class = by_class(labels, len(self.sizes))
+        self._ends = np.cumsum(self.sizes)
+        sizes = self.sizes
+        if repeat:
+            sizes = np.where((sizes > 0) & (sizes < samples_per_class), samples_per_class, sizes)
+        self._filled, groups = sizes, sizes // samples_per_class
         self.left_out = np.flatnonzero((self.sizes > 0) & (groups == 0))
         """The classes that no batch holds."""
         self.num_batches = _most_batches(groups, self.classes_per_batch)
         self._groups = np.minimum(groups, self.num_batches)
-        self._used = np.flatnonzero(self._groups).tolist()
+        self._used = np.flatnonzero(self._groups)
         self._spare = int(self._groups.sum()) - self.num_batches * self.classes_per_batch
 
     @property
     def rounds(self) -> int:
         """Epochs within which every sample comes, but those of classes that are left out."""
         number, k = len(self._used), self.samples_per_class
-        rounds = [1]
-        for c in self._used:  # E epochs take at least E groups - ceil(E spare / number) groups of it
-            samples = len(self._members[c]) + k * (self._spare > 0)
-            rounds.append(-(-samples * number // (k * (int(self._groups[c]) * number - self._spare))))
-        return max(rounds)
+        samples = self._filled[self._used] + k * (self._spare > 0)
+        # E epochs take at least E groups - ceil(E spare / number) groups of a class
+        rounds = -(-samples * number // (k * (self._groups[self._used] * number - self._spare)))
+        return int(rounds.max(initial=1))
 
-    def epoch(self, seed: int, epoch: int) -> Ids:
-        """(steps, G). A batch lists one sample of each class, then a second of each, and so on: each rank's part holds
-        as many classes as it can."""
-        order_key = key(seed, epoch, "order")
-        groups = {c: self._groups_of(c, place, seed, epoch, order_key) for place, c in enumerate(self._used)}
-        ties = iter(
-            shuffled(key(seed, epoch, "class order"), sum(map(len, groups.values())) + len(self.sizes)).tolist()
-        )
-        left = [(-len(g), next(ties), c) for c, g in groups.items() if len(g)]
+    def epoch(self, seed: int, epoch: int, first: int = 0) -> Iterator[Ids]:
+        """Batches (G,) from the `first` step on. A batch lists one sample of each class, then a second of each, and so
+        on: each rank's part holds as many classes as it can."""
+        order_key, used = key(seed, epoch, "order"), self._used
+        spared, now = (self._times_spared(e) for e in (epoch, epoch + 1))
+        taken = self._groups[used] - (now - spared)
+        numbers = shuffled(key(seed, epoch, "class order"), int(taken.sum()) + len(self.sizes))
+        ties = (tie for start in range(0, len(numbers), AT_ONCE) for tie in numbers[start : start + AT_ONCE].tolist())
+        left = [(-n, next(ties), place) for place, n in enumerate(taken.tolist()) if n]
         heapq.heapify(left)
-        batches = []
-        for _ in range(self.num_batches):
-            taken = [heapq.heappop(left) for _ in range(self.classes_per_batch)]
-            batches.append(np.stack([groups[c][negative_left] for negative_left, _, c in taken], axis=1).ravel())
-            for negative_left, _, c in taken:
+        groups: dict[int, Ids] = {}
+        for step in range(self.num_batches):
+            chosen = [heapq.heappop(left) for _ in range(self.classes_per_batch)]
+            if step >= first:
+                for _, _, place in chosen:
+                    if place not in groups:
+                        begun = epoch * int(self._groups[used[place]]) - int(spared[place])
+                        groups[place] = self._groups_of(int(used[place]), begun, int(taken[place]), seed, order_key)
+                yield np.stack([groups[place][negative_left] for negative_left, _, place in chosen], axis=1).ravel()
+            for negative_left, _, place in chosen:
                 if negative_left < -1:
-                    heapq.heappush(left, (negative_left + 1, next(ties), c))
-        if not batches:
-            return np.empty((0, self.classes_per_batch * self.samples_per_class), np.int64)
-        return np.stack(batches)
+                    heapq.heappush(left, (negative_left + 1, next(ties), place))
 
-    def _groups_of(self, c: int, place: int, seed: int, epoch: int, order_key: int) -> Ids:
-        """A class's groups of an epoch, (g, K): those that follow its groups of all epochs before, shuffled."""
-        members, k = self._members[c], self.samples_per_class
-        spared, now = (self._times_spared(place, e) for e in (epoch, epoch + 1))
-        taken = (self._groups[c] - (now - spared)) * k
-        if taken < len(members):
+    def _groups_of(self, c: int, begun: int, number: int, seed: int, order_key: int) -> Ids:
+        """A class's groups of an epoch, (number, K): those that follow its groups of all epochs before, shuffled."""
+        k = self.samples_per_class
+        members = np.resize(self._by_class[self._ends[c] - self.sizes[c] : self._ends[c]], self._filled[c])
+        if number * k < len(members):
             in_turn = members[shuffled(key(seed, 0, "rotation") ^ c, len(members))]
-            first = (epoch * self._groups[c] - spared) * k
-            members = in_turn[(first + np.arange(taken)) % len(members)]
+            members = in_turn[(begun * k + np.arange(number * k)) % len(members)]
         return members[shuffled(order_key ^ c, len(members))].reshape(-1, k)
 
-    def _times_spared(self, place: int, epochs: int) -> int:
-        """In how many of the first epochs a class gave one group less, as some fill no batch: each in its turn."""
-        return max(0, -((place - epochs * self._spare) // len(self._used)))
+    def _times_spared(self, epochs: int) -> Ids:
+        """In how many of the first epochs each class gave one group less, as some fill no batch: each in its turn."""
+        places = np.arange(len(self._used))
+        return np.maximum(0, -((places - epochs * self._spare) // max(1, len(places))))
+
+
+def by_class(labels: Ids, num_classes: int) -> Ids:
+    """Places of the samples, those of a class in their order, one class after the other; int32 where that is enough.
+
+    A part at a time, whose places go behind those of earlier parts. Numbers of two bytes are sorted digit by digit, ten
+    times sooner.
+    """
+    narrow, places = np.uint16 if num_classes <= 2**16 else np.int32, np.empty(len(labels), _kind_for(len(labels)))
+    ends = np.cumsum(np.bincount(labels, minlength=num_classes))
+    begun = np.concatenate([[0], ends[:-1]]) if num_classes else ends
+    for start in range(0, len(labels), AT_ONCE):
+        part = labels[start : start + AT_ONCE].astype(narrow)
+        counts = np.bincount(part, minlength=num_classes)
+        to = np.repeat(begun - (np.cumsum(counts) - counts), counts) + np.arange(len(part))
+        places[to] = start + np.argsort(part, kind="stable")
+        begun += counts
+    return places
+
+
+def _kind_for(size: int) -> type[np.signedinteger]:
+    """Of ids below a size: half of the memory, where they are small enough."""
+    return np.int32 if size < 2**31 else np.int64
 
 
 def _most_batches(groups: Ids, classes_per_batch: int) -> int:
@@ -139,13 +167,16 @@ def fit_samples_per_class(global_batch_size: int, num_classes: int, wanted: int 
 
 def hold_out(labels: Ids, fraction: float) -> tuple[Ids, Ids]:
     """Ids (train, val): of each class, round(fraction * size) samples are held out. Independent of a run's seed."""
-    rank_in_shuffle = np.empty(len(labels), np.int64)
-    rank_in_shuffle[shuffled(key(0, 0, "holdout"), len(labels))] = np.arange(len(labels))
-    by_class = np.lexsort((rank_in_shuffle, labels))
+    if not fraction:
+        return np.arange(len(labels), dtype=_kind_for(len(labels))), np.empty(0, np.int32)
+    mixed = shuffled(key(0, 0, "holdout"), len(labels))
     sizes = np.bincount(labels)
+    ordered = mixed[by_class(labels[mixed], len(sizes))]
     place = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    held = place < np.repeat(np.round(fraction * sizes), sizes)
-    return np.sort(by_class[~held]), np.sort(by_class[held])
+    held = np.zeros(len(labels), bool)
+    held[ordered[place < np.repeat(np.round(fraction * sizes), sizes)]] = True
+    kind = _kind_for(len(labels))
+    return np.flatnonzero(~held).astype(kind), np.flatnonzero(held).astype(kind)
 
 
 def limited(labels: Ids, limit: int | None, seed: int) -> Ids:

@@ -12,13 +12,14 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from pydantic import ValidationError
 
 from dlops_dist.data.facts import Facts, refuse_other_size, write_index_and_manifest
 from dlops_dist.data.images import packable
+from dlops_dist.data.index import UNLABELED
 from dlops_dist.data.keys import key
 from dlops_dist.data.order import limited, shuffled
 from dlops_dist.data.processes import in_processes
@@ -26,16 +27,14 @@ from dlops_dist.data.shards import (
     FORMAT,
     MANIFEST,
     PLAN,
-    UNLABELED,
     Manifest,
     Packing,
     read_manifest,
-    sha256_of,
 )  # fmt: skip
 from dlops_dist.data.sources import Source
 from dlops_dist.data.tar import BLOCK, END, member_bytes
 from dlops_dist.errors import UserError
-from dlops_dist.files import PARTIAL, locked, write_file
+from dlops_dist.files import PARTIAL, locked, sha256_of, write_file
 
 OWN_FILE = re.compile(r"(train|test|unlabeled)-\d{6}\.tar|\..*\.(partial|done)")
 
@@ -230,11 +229,18 @@ def _write(held: tuple[Source, Path, int | None, bool], planned: Planned) -> Fac
     path, done = out / planned.name, out / f".{planned.name}.done"
     if (facts := _facts_of_whole(path, done)) is not None:
         return facts
-    tar, facts = _tar_of(source, planned, size)
-    if facts.bad and not skip_bad:
-        return facts
+    facts = Facts(name=planned.name, split=planned.split)
     of_this_process = f".{path.name}.{os.getpid()}{PARTIAL}"  # a killed packing's may live for a moment yet
-    write_file(path, lambda file: file.write(tar), of_this_process)
+
+    def write_to(file: BinaryIO) -> None:
+        _write_tar(source, planned, size, file, facts)
+        if facts.bad and not skip_bad:
+            raise _NotWrittenError
+
+    try:
+        write_file(path, write_to, of_this_process)
+    except _NotWrittenError:
+        return facts
     if sha256_of(path) != facts.sha256:
         path.unlink()
         raise UserError(f"{path} reads back otherwise than it was written: is the disk failing?")
@@ -253,9 +259,19 @@ def _facts_of_whole(path: Path, done: Path) -> Facts | None:
     return facts if sha256_of(path) == facts.sha256 else None
 
 
-def _tar_of(source: Source, planned: Planned, size: int | None) -> tuple[bytearray, Facts]:
-    listing, extension = source.splits[planned.split], source.extension
-    tar, facts = bytearray(), Facts(name=planned.name, split=planned.split)
+class _NotWrittenError(Exception):
+    """A shard with bad images, which leaves no file."""
+
+
+def _write_tar(source: Source, planned: Planned, size: int | None, file: BinaryIO, facts: Facts) -> None:
+    """Write a shard as its images come, and collect its facts."""
+    listing, extension, sha256 = source.splits[planned.split], source.extension, hashlib.sha256()
+
+    def put(data: bytes) -> None:
+        file.write(data)
+        sha256.update(data)
+        facts.num_bytes += len(data)
+
     for index in planned.indices.tolist():
         sample, label = listing.keys[index], int(listing.labels[index])
         folds = 0 if listing.folds is None else int(listing.folds[index])
@@ -265,14 +281,13 @@ def _tar_of(source: Source, planned: Planned, size: int | None) -> tuple[bytearr
             facts.bad[source.name(planned.split, index)] = getattr(error, "strerror", None) or str(error)
             continue
         try:
-            facts.add(sample, len(tar) + BLOCK, image.data, image.pixels, label, folds)
-            tar += member_bytes(f"{sample}.{extension}", image.data)
+            facts.add(sample, facts.num_bytes + BLOCK, image.data, image.pixels, label, folds)
+            put(member_bytes(f"{sample}.{extension}", image.data))
             if label != UNLABELED:
-                tar += member_bytes(f"{sample}.cls", str(label).encode())
+                put(member_bytes(f"{sample}.cls", str(label).encode()))
         except ValueError as error:
             raise UserError(f"{source.path}: {source.name(planned.split, index)}: {error}") from None
         if image.changed:
             facts.changed[image.changed] = facts.changed.get(image.changed, 0) + 1
-    tar += END
-    facts.num_bytes, facts.sha256 = len(tar), hashlib.sha256(tar).hexdigest()
-    return tar, facts
+    put(END)
+    facts.sha256 = sha256.hexdigest()

@@ -2,7 +2,7 @@
 
 decode   each image from its shard, whenever it is wanted: `Split` itself
 decoded  from a file of raw pixels that all workers of a node map into memory: one process makes it while the others
-         wait, it gets its name when it is whole, and every process compares its hash before it reads from it
+         wait, it gets its name when it is whole, and one process compares its hash each time the node was started
 device   from a tensor on the GPU that holds all of them
 """
 
@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple, Protocol
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
 from dlops_dist.data.memory import available_memory
-from dlops_dist.data.shards import Split, sha256_of
-from dlops_dist.files import locked, temporary_folder, write_file
+from dlops_dist.data.shards import Split
+from dlops_dist.files import locked, sha256_of, temporary_folder, write_file
 
 Kind = Literal["auto", "decode", "decoded", "device"]
 LARGEST_PART = 4
@@ -36,7 +37,7 @@ class Reader(Protocol):
     """The images and labels of a split."""
 
     labels: np.ndarray
-    """(N,) int64."""
+    """(N,), int32 of shards."""
     in_memory: bool
     """Whether nothing is waited for, and nothing computed, to read."""
 
@@ -208,10 +209,10 @@ def decoded_pixels(split: Split, folder: Path, tell: Callable[[str], None]) -> n
     if not len(split):
         return np.empty(shape, np.uint8)
     path = pixels_file(split, folder)
-    if not _is_whole(path):
-        waiting = f"waiting for another process of this node to decode {path.name}"
+    if not _is_checked(path):
+        waiting = f"waiting for another process of this node to decode or check {path.name}"
         with locked(folder / f".{path.name}.lock", "decoded", lambda: tell(waiting)):
-            if not _is_whole(path):
+            if not _is_checked(path) and not _is_whole(path, tell):
                 _write(split, path, shape, tell)
     return np.memmap(path, np.uint8, "r", shape=shape)
 
@@ -220,20 +221,47 @@ def _hash_file(path: Path) -> Path:
     return path.with_suffix(".sha256")
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether the file holds the bytes that were written."""
-    return path.is_file() and _hash_file(path).is_file() and _hash_file(path).read_bytes() == sha256_of(path).encode()
+def _is_checked(path: Path) -> bool:
+    """Whether the file was whole since the node was started, and has not been written to since."""
+    return path.is_file() and _hash_file(path).is_file() and _hash_file(path).read_text().endswith(f"\n{_state(path)}")
+
+
+def _is_whole(path: Path, tell: Callable[[str], None]) -> bool:
+    """Whether the file holds the bytes that were written; if so, nobody has to look again until the node is started."""
+    if not (path.is_file() and _hash_file(path).is_file()):
+        return False
+    tell(f"checking {path.name} once for this node, {path.stat().st_size / 1e9:.2f} GB")
+    sha256 = _hash_file(path).read_text().partition("\n")[0]
+    if sha256 != sha256_of(path):
+        return False
+    _note(path, sha256)
+    return True
+
+
+def _state(path: Path) -> str:
+    """What would be another of a file that was written to, or after a start of the node."""
+    status = path.stat()
+    return f"{psutil.boot_time():.0f} {status.st_ino} {status.st_size} {status.st_mtime_ns}"
+
+
+def _note(path: Path, sha256: str) -> None:
+    """That the file has this hash now."""
+    write_file(_hash_file(path), lambda file: file.write(f"{sha256}\n{_state(path)}".encode()))
 
 
 def _write(split: Split, path: Path, shape: tuple[int, ...], tell: Callable[[str], None]) -> None:
+    sha256 = ""
+
     def write_to(file: BinaryIO) -> None:
+        nonlocal sha256
         os.posix_fallocate(file.fileno(), 0, int(np.prod(shape)))  # a full disk is an error here, not a bus error
         pixels = np.memmap(file, np.uint8, "r+", shape=shape)
         _decode_into(pixels, split, tell)
         pixels.flush()
-        _hash_file(path).write_text(hashlib.sha256(pixels.data).hexdigest())
+        sha256 = hashlib.sha256(pixels.data).hexdigest()
 
     write_file(path, write_to)
+    _note(path, sha256)
 
 
 def _decode_into(pixels: np.ndarray, split: Split, tell: Callable[[str], None]) -> None:

@@ -12,7 +12,6 @@ import os
 import re
 import resource
 import zlib
-from functools import lru_cache
 from io import FileIO
 from pathlib import Path
 from threading import Lock
@@ -22,14 +21,13 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dlops_dist.data.images import MAX_PIXELS, decode
+from dlops_dist.data.index import INDEX, Expected, keys_at, read_index
 from dlops_dist.errors import UserError
 
 FORMAT = 2
-MANIFEST, INDEX = "manifest.json", "index.parquet"
+MANIFEST = "manifest.json"
 PLAN = ".packing.json"
 """What is being packed, in a folder that is not complete."""
-COLUMNS = {"key": "O", "shard": "i4", "offset": "i8", "size": "i4", "crc32": "u4", "label": "i4", "folds": "i4"}
-UNLABELED = -1
 SHARD_NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]*\.tar$"
 REMOTE = re.compile(r"(pipe:|[a-z][a-z0-9+.-]*://)", re.IGNORECASE)
 
@@ -94,7 +92,13 @@ class Manifest(BaseModel):
         """Of a file that is not what the manifest says."""
         if self.packing:
             return "pack the shards again"
-        return "bring back the file as it was, or write the index anew by launch/shard.py index"
+        return "bring back the file as it was, or write the index anew by python -m dlops_dist.shard index"
+
+    @property
+    def of_index(self) -> Expected:
+        """What it says of the index."""
+        samples, sizes = (tuple(getattr(shard, name) for shard in self.shards) for name in ("samples", "bytes"))
+        return Expected(self.index_sha256, samples, sizes, len(self.classes), self.num_folds, self.way_out)
 
     @property
     def id(self) -> str:
@@ -110,9 +114,10 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         what = "no such folder" if not folder.is_dir() else f"no {MANIFEST} in it: not packed, or not to the end"
         name = folder.name if folder.name in ("tiny-imagenet", "stl10", "shapes") else "DATASET"
-        way_out = f"make them with 'python launch/shard.py {name} --out {folder.parent}'"
+        way_out = f"make them with 'python -m dlops_dist.shard {name} --out {folder.parent}'"
         if any(folder.glob("*.tar")) and not (folder / PLAN).exists():
-            what, way_out = f"no {MANIFEST} beside its shards", f"write it by 'python launch/shard.py index {folder}'"
+            what = f"no {MANIFEST} beside its shards"
+            way_out = f"write it by 'python -m dlops_dist.shard index {folder}'"
         raise UserError(f"data.shards: {folder}: {what}; {way_out}")
     try:
         values = json.loads(path.read_bytes())
@@ -138,16 +143,14 @@ class Split:
         if name not in manifest.splits:
             raise UserError(f"{folder} has no split {name!r}, only {', '.join(manifest.splits)}")
         self.name, self.manifest, self._folder = name, manifest, folder
-        table = read_index(folder, manifest)
-        rows = _slice_where_possible(
-            np.isin(table["shard"], [i for i, s in enumerate(manifest.shards) if s.split == name])
-        )
-        self._shards, self._offsets, self._sizes = (table[c][rows] for c in ("shard", "offset", "size"))
-        self.keys, self._checksums = table["key"][rows], table["crc32"][rows]
-        self.labels = table["label"][rows].astype(np.int64)
-        """(N,), UNLABELED where there is none."""
-        self.folds = table["folds"][rows]
-        """(N,): bit f is set where the sample belongs to fold f."""
+        self._shards = np.array([i for i, shard in enumerate(manifest.shards) if shard.split == name], np.int64)
+        samples = np.array([shard.samples for shard in manifest.shards], np.int64)
+        self._ends = np.cumsum(samples[self._shards])
+        self._rows = rows = _rows_of(np.cumsum(samples)[self._shards], samples[self._shards])
+        columns = read_index(folder / INDEX, manifest.of_index)
+        self._offsets, self._sizes, self._checksums = (columns[c][rows] for c in ("offset", "size", "crc32"))
+        self.labels, self.folds = columns["label"][rows], columns["folds"][rows]
+        """(N,), UNLABELED where there is none; and (N,): bit f is set where the sample belongs to fold f."""
         self._files: dict[int, FileIO] = {}
         self._opening = Lock()
 
@@ -176,25 +179,32 @@ class Split:
             UserError: a sample is damaged; names its file and key.
         """
         manifest, images = self.manifest, np.empty((len(ids), self.manifest.height, self.manifest.width, 3), np.uint8)
-        where = (column[ids].tolist() for column in (self._shards, self._offsets, self._sizes, self._checksums))
-        for place, (shard, offset, size, checksum) in enumerate(zip(*where, strict=True)):
+        shards = self._shards[np.searchsorted(self._ends, ids, side="right")]
+        where = (shards, self._offsets[ids], self._sizes[ids], self._checksums[ids])
+        rows = zip(*(column.tolist() for column in where), strict=True)
+        for place, (shard, offset, size, checksum) in enumerate(rows):
             try:
                 data = os.pread(self._file(shard).fileno(), size, offset)  # a map of a file cut off is a bus error
                 if zlib.crc32(data) != checksum:
                     raise ValueError("not the bytes that were packed")
                 decode(data, manifest.extension, images[place])
             except ValueError as error:
-                path, key = self._folder / manifest.shards[shard].name, self.keys[ids[place]]
+                path, (key,) = self._folder / manifest.shards[shard].name, self.keys_of(ids[place : place + 1])
                 raise UserError(f"{path}: {key}: {error}; {manifest.way_out}") from None
         return images
 
+    def keys_of(self, ids: np.ndarray) -> list[str]:
+        """The samples' names, which are read when they are wanted, and a part of them at a time."""
+        rows = self._rows.start + ids if isinstance(self._rows, slice) else self._rows[ids]
+        return keys_at(self._folder / INDEX, self.manifest.of_index, rows)
 
-def _slice_where_possible(chosen: np.ndarray) -> np.ndarray | slice:
-    """Splits that stand together in the index, as in all that we pack, share its memory."""
-    rows = np.flatnonzero(chosen)
-    if len(rows) and len(rows) == rows[-1] - rows[0] + 1:
-        return slice(rows[0], rows[-1] + 1)
-    return rows
+
+def _rows_of(ends: np.ndarray, samples: np.ndarray) -> np.ndarray | slice:
+    """Of the index, those of a split's shards; where they adjoin, as in all that we pack, splits share its memory."""
+    starts = ends - samples
+    if np.array_equal(starts[1:], ends[:-1]):
+        return slice(int(starts[0]), int(ends[-1])) if len(ends) else slice(0, 0)
+    return np.concatenate([np.arange(*span) for span in zip(starts, ends, strict=True)])
 
 
 def _open(path: Path) -> FileIO:
@@ -207,56 +217,3 @@ def _open(path: Path) -> FileIO:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     return path.open("rb", buffering=0)
-
-
-def read_index(folder: Path, manifest: Manifest) -> dict[str, np.ndarray]:
-    """The columns of the index, checked against the manifest."""
-    import pyarrow as pa
-
-    path = folder / INDEX
-    if not path.is_file() or sha256_of(path) != manifest.index_sha256:
-        raise UserError(f"{path} is missing or does not match {MANIFEST}; {manifest.way_out}")
-    try:
-        columns = _read_columns(path, manifest.index_sha256)
-        problem = _index_problem(columns, manifest)
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        problem = str(error).splitlines()[0]
-    if problem:
-        raise UserError(f"{path} is damaged ({problem}); {manifest.way_out}")
-    return columns
-
-
-@lru_cache(maxsize=1)
-def _read_columns(path: Path, _sha256: str) -> dict[str, np.ndarray]:
-    """Read once for all splits of a run: with ten million samples it takes seconds, and gigabytes each time."""
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(path)
-    return {name: table[name].to_numpy() for name in COLUMNS}
-
-
-def _index_problem(columns: dict[str, np.ndarray], manifest: Manifest) -> str | None:
-    """What in an index cannot be true of the shards."""
-    for name, kind in COLUMNS.items():
-        if columns[name].dtype != np.dtype(kind):
-            return f"{name} is {columns[name].dtype}"
-    shards, offsets, sizes, labels = (columns[name] for name in ("shard", "offset", "size", "label"))
-    if not all(isinstance(key, str) for key in columns["key"]):
-        return "keys that are no text"
-    if len(shards) and not 0 <= shards.min() <= shards.max() < len(manifest.shards):
-        return "shards that are not in the manifest"
-    if np.bincount(shards, minlength=len(manifest.shards)).tolist() != [shard.samples for shard in manifest.shards]:
-        return "other numbers of samples than in the manifest"
-    ends = np.array([shard.bytes for shard in manifest.shards], np.int64)[shards]
-    if (offsets < 0).any() or (sizes < 0).any() or (offsets > ends - sizes).any():
-        return "samples outside of their shards"
-    if ((labels < UNLABELED) | (labels >= len(manifest.classes))).any():
-        return "labels without a class"
-    if ((columns["folds"] < 0) | (columns["folds"] >= 1 << manifest.num_folds)).any():
-        return "folds that are not in the manifest"
-    return None
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

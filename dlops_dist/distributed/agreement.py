@@ -11,14 +11,20 @@ from torch import Tensor
 from dlops_dist.distributed.collectives import of_all_ranks, world_size
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+AT_ONCE = 2**20
+"""Values whose products are held at once."""
 ODD = 0x9E3779B97F4A7C15 - 2**64
 
 
 @torch.no_grad()
 def bits_hash(x: Tensor) -> Tensor:
     """A 64-bit hash of the values of x and their places, int64 (): sum of bits times odd numbers, in any order."""
-    bits = x.contiguous().view(BITS[x.element_size()]).flatten().long()
-    return (bits * (torch.arange(len(bits), device=x.device) * ODD | 1)).sum()
+    bits = x.contiguous().view(BITS[x.element_size()]).flatten()
+    total = bits.new_zeros((), dtype=torch.int64)
+    for start in range(0, len(bits), AT_ONCE):
+        part = bits[start : start + AT_ONCE].long()
+        total += (part * (torch.arange(start, start + len(part), device=x.device) * ODD | 1)).sum()
+    return total
 
 
 def describe_divergence(tensors: Mapping[str, Tensor]) -> str | None:

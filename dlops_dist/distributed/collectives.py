@@ -3,11 +3,16 @@
 Without a process group every function is that of a world of one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
+SENT_AT_ONCE = 2**26
+"""Bytes of a long content."""
 
 
 def rank() -> int:
@@ -18,12 +23,52 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def all_sum(x: Tensor) -> Tensor:
-    """The sum of x over all ranks, the same bits on each; without gradient."""
+def all_sum(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The sum of x over all ranks, the same bits on each; without gradient.
+
+    Args:
+        group: another one of all ranks than the default.
+    """
     total = x.detach().clone(memory_format=torch.contiguous_format)
     if world_size() > 1:
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=group)
     return total
+
+
+def of_first_rank(result: Callable[[], T]) -> T:
+    """What a function gives on rank 0, on every rank: whatever can be pickled. So is what it raises."""
+    if world_size() == 1:
+        return result()
+    outcome: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = result()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]  # type: ignore[no-any-return]
+
+
+def bytes_of_first_rank(result: Callable[[], bytes | None], device: torch.device) -> bytes | None:
+    """What a function gives on rank 0, on every rank; sent by way of a device, a part at a time."""
+    content: bytes | None = None
+
+    def read() -> int | None:
+        nonlocal content
+        content = result()
+        return None if content is None else len(content)
+
+    size = of_first_rank(read)
+    if world_size() == 1 or not size:
+        return None if size is None else content or b""
+    whole = torch.frombuffer(bytearray(content or size), dtype=torch.uint8)
+    for part in whole.split(SENT_AT_ONCE):
+        sent = part.to(device)
+        dist.broadcast(sent, 0)
+        part.copy_(sent)
+    return whole.numpy().tobytes()
 
 
 def of_all_ranks(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:

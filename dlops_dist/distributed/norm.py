@@ -9,8 +9,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dlops_dist.distributed.collectives import of_all_ranks, rank, world_size
+from dlops_dist.distributed.collectives import all_sum, of_all_ranks, rank, world_size
 from dlops_dist.errors import RunError
+
+GATHERED = 8
+"""Ranks whose statistics are gathered, in one exchange that grows with their number; of more they are added up, in two
+that do not."""
 
 
 class _Group:
@@ -226,7 +230,10 @@ class _SyncNormalize(torch.autograd.Function):
                 [False, True, True],
             )  # fmt: skip
         own = torch.stack([sum_dy, sum_dy_xhat])
-        totals = of_all_ranks(own, _Group.norms).sum(dim=0) / count  # sooner there than a reduction
+        if world_size() > GATHERED:
+            totals = all_sum(own, _Group.norms) / count
+        else:
+            totals = of_all_ranks(own, _Group.norms).sum(dim=0) / count  # sooner there than a reduction
         scale = weight * inverse_std
         slope = -scale * totals[1] * inverse_std
         offset = -scale * totals[0] - slope * mean
@@ -244,13 +251,21 @@ def _global_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
         mean = m_0 + sum_r n_r (m_r - m_0) / n,    n variance = sum_r M2_r + n_r (m_r - mean)^2
 
-    of each rank's n_r values, their mean m_r and M2_r, the sum of their squared distances from it.
+    of each rank's n_r values, their mean m_r and M2_r, the sum of their squared distances from it. Of many ranks
+    sum_r n_r m_r / n in float64 instead.
     """
     local_count, channels = x.numel() // x.shape[1], x.shape[1]
     own = x.new_zeros(2 * channels + 1, dtype=torch.promote_types(x.dtype, torch.float32))
     if local_count:
         mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)  # var_mean takes 35 times as long
         own[:channels], own[channels : 2 * channels], own[-1] = mean, variance * local_count, local_count
+    if world_size() > GATHERED:
+        wide = own.double()
+        totals = all_sum(torch.cat([wide[:channels] * local_count, wide[-1:]]), _Group.norms)
+        mean, count = totals[:-1] / totals[-1:].clamp(min=1), totals[-1:]
+        m2 = wide[channels:-1] + local_count * (wide[:channels] - mean).square()
+        variance = all_sum(m2, _Group.norms) / count.clamp(min=1)
+        return mean.to(own.dtype), variance.to(own.dtype), count.to(own.dtype)
     means, m2s, counts = of_all_ranks(own, _Group.norms).split([channels, channels, 1], dim=1)
     count = counts.sum(dim=0)
     shares = counts / count.clamp(min=1)

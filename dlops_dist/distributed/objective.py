@@ -1,13 +1,13 @@
 """The one place that divides a loss: from each block's terms to what is back-propagated and what everyone logs."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dlops_dist.distributed.collectives import gather, world_size
-from dlops_dist.distributed.tree import Blocks, TreeSum, tree_sum
+from dlops_dist.distributed.collectives import world_size
+from dlops_dist.distributed.tree import Blocks, tree_sum
 from dlops_dist.losses import Terms
 from dlops_dist.losses.terms import Count, at_least_one
 
@@ -69,28 +69,3 @@ def _over_all_blocks(terms: Sequence[Mapping[str, Terms]], blocks: Blocks) -> di
     rows = torch.stack(pairs).view(len(of_blocks), -1, 2)
     totals = tree_sum(blocks.of_all(rows))
     return {name: (total, count) for name, (total, count) in zip(of_blocks[0], totals, strict=True)}
-
-
-def update_state(
-    loss: Any, outputs: Sequence[Tensor], labels: Sequence[Tensor], sizes: Sequence[int], blocks: Blocks
-) -> None:
-    """Move a loss's state, its centres say, by the whole global batch: the same bits on every rank.
-
-    Args:
-        loss: has `update`, and `sums`, which gives tensors (C, ...), a row for each class.
-        outputs: (n, D) of each of this rank's blocks.
-        labels: (n,) of each.
-        sizes: how many samples each rank has.
-
-    Sums of all classes are added up over blocks; where classes outnumber the batch, the samples are gathered instead,
-    so that the bytes grow with the batch and not with the classes.
-    """
-    if max(map(len, loss.buffers())) > sum(sizes):
-        loss.update(loss.sums(gather(torch.cat(list(outputs)), sizes), gather(torch.cat(list(labels)), sizes)))
-        return
-    added = TreeSum(blocks)
-    for block, x, y in zip(blocks.own, outputs, labels, strict=True):
-        own = loss.sums(x.detach(), y)
-        added.add(block, torch.cat([part.flatten() for part in own]))
-    total = added.total().split([part.numel() for part in own])
-    loss.update(type(own)(*(part.view_as(like) for part, like in zip(total, own, strict=True))))

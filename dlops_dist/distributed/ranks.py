@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from dlops_dist.errors import RunError
-from dlops_dist.files import leave_room_for_sockets, temporary_folder
+from dlops_dist.files import temporary_folder
+from dlops_dist.sockets import leave_room_for_sockets
 
 PRELOADED = ["torch", "torch._dynamo", "torch.nn.parallel", "pandas", "pyarrow.parquet", "dlops_dist.engine"]
 """Imported once, in the server that the ranks are forked from: what a step, the optimiser and the index need."""

@@ -3,7 +3,7 @@
 In floating point a + b is b + a, but (a + b) + c is not a + (b + c): only the tree matters, not who adds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -59,10 +59,13 @@ class TreeSum:
 
     Args:
         free: takes the tensors that are not needed any more.
+        pieces: how many of the values each rank wants, one after the other; by default each wants all.
     """
 
-    def __init__(self, blocks: Blocks, free: list[Tensor] | None = None) -> None:
-        self._blocks, self._held = blocks, dict[Node, Tensor]()
+    def __init__(
+        self, blocks: Blocks, free: list[Tensor] | None = None, pieces: Sequence[int] | None = None
+    ) -> None:  # fmt: skip
+        self._blocks, self._held, self._pieces = blocks, dict[Node, Tensor](), pieces
         self._free = [] if free is None else free
         self._exchange: Any = None
         self._whole = self._received = torch.empty(0)
@@ -79,20 +82,20 @@ class TreeSum:
             return
         own = [self._held[node] for node in sorted(self._held)]
         self._size, rest = len(own[0]), -len(own[0]) % ranks
-        if rest:
+        if rest and self._pieces is None:
             own = [F.pad(x, (0, rest)) for x in own]
-        self._whole, piece = own[0], len(own[0]) // ranks
+        self._whole, pieces = own[0], list(self._pieces or [len(own[0]) // ranks] * ranks)
         self._free += own[1:]
-        sent = own[0] if len(own) == 1 else torch.stack([x.view(ranks, piece) for x in own], dim=1)
-        nodes = _nodes_of_ranks(tuple(self._blocks.sizes))
+        sent = own[0] if len(own) == 1 else torch.cat([part for of_rank in _cut(own, pieces) for part in of_rank])
+        nodes, piece = _nodes_of_ranks(tuple(self._blocks.sizes)), pieces[rank()]
         self._received = own[0].new_empty(sum(map(len, nodes)), piece)
         self._exchange = dist.all_to_all_single(
-            self._received.view(-1), sent.view(-1), [len(n) * piece for n in nodes], [len(own) * piece] * ranks,
+            self._received.view(-1), sent, [len(n) * piece for n in nodes], [len(own) * size for size in pieces],
             async_op=True,
         )  # fmt: skip
 
     def total(self) -> Tensor:
-        """The same bits on every rank; all must call it, once. Written over what was given."""
+        """The same bits on every rank, or its piece of them; all must call it, once. Written over what was given."""
         if world_size() == 1:
             (total,) = self._held.values()
             return total
@@ -103,8 +106,15 @@ class TreeSum:
         for node, x in zip(nodes, self._received, strict=True):
             _rise(held, node, x, self._blocks.number)
         (summed,) = held.values()
+        if self._pieces is not None:
+            return summed
         dist.all_gather_into_tensor(self._whole, summed)
         return self._whole if len(self._whole) == self._size else self._whole[: self._size]
+
+
+def _cut(tensors: Sequence[Tensor], pieces: Sequence[int]) -> Iterator[tuple[Tensor, ...]]:
+    """The pieces of each rank, of all tensors."""
+    return zip(*(x.split(list(pieces)) for x in tensors), strict=True)
 
 
 def tree_sum(rows: Tensor) -> Tensor:

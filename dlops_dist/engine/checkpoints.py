@@ -1,18 +1,21 @@
 """The checkpoints of a run: copied between two steps, written beside the next ones, checked when they are read."""
 
+import io
 import re
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import PurePath
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from torch import Tensor
 
+from dlops_dist.distributed.collectives import bytes_of_first_rank, world_size
 from dlops_dist.errors import RunError, first_line
 from dlops_dist.files import PARTIAL, Folder
 
+T = TypeVar("T")
 ANEW = "remove the run's folder to train anew, or choose another --name"
 FILE = re.compile(r"step-(\d{9,})\.pt")
 
@@ -77,13 +80,16 @@ class Checkpoints:
         Raises:
             RunError: the file is damaged.
         """
+        return self._read(step, lambda file: _state_of(file, device))
+
+    def _read(self, step: int, result: Callable[[BinaryIO], T]) -> T:
         try:
             with self._folder.open(_file(step)) as file:
                 damaged = zipfile.ZipFile(file).testzip()  # torch reads flipped bits without a word
                 if damaged is not None:
                     raise ValueError(f"the checksum of {PurePath(damaged).name} is wrong")
                 file.seek(0)
-                return torch.load(file, map_location=device, weights_only=True)  # type: ignore[no-any-return]
+                return result(file)
         except Exception as error:  # torch and zipfile raise many kinds for a damaged file
             raise RunError(f"{self.name(step)} cannot be read ({first_line(error)})") from None
 
@@ -93,10 +99,22 @@ class Checkpoints:
         Raises:
             RunError: all of them are damaged.
         """
+        return self._latest(lambda file: _state_of(file, device), warn)
+
+    def latest_of_all_ranks(self, device: torch.device, warn: Callable[[str], None]) -> dict[str, Any] | None:
+        """The same, read and checked by rank 0 alone, which sends it to the others: however many there are, the file
+        is read once, and all go on from one step, also where a node's view of a shared folder lags behind.
+        """
+        if world_size() == 1:
+            return self.latest(device, warn)
+        content = bytes_of_first_rank(lambda: self._latest(lambda file: file.read(), warn), device)
+        return None if content is None else _state_of(io.BytesIO(content), device)
+
+    def _latest(self, result: Callable[[BinaryIO], T], warn: Callable[[str], None]) -> T | None:
         steps = self.steps()
         for step in reversed(steps):
             try:
-                return self.load(step, device)
+                return self._read(step, result)
             except RunError as error:
                 warn(f"{error}; going back to the one before")
         if steps:
@@ -109,6 +127,10 @@ class Checkpoints:
         for old in earlier[: max(0, len(earlier) + 1 - self.kept)]:
             if old != also_kept:
                 self._folder.delete(_file(old))
+
+
+def _state_of(file: BinaryIO, device: torch.device) -> dict[str, Any]:
+    return torch.load(file, map_location=device, weights_only=True)  # type: ignore[no-any-return]
 
 
 def _file(step: int) -> str:

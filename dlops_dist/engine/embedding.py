@@ -82,5 +82,5 @@ def write_rows(
             labels = [label if label >= 0 else None for label in split.labels[ids].tolist()]
             classes = [None if label is None else split.manifest.classes[label] for label in labels]
             vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.ravel()), dimension)
-            columns = [[name] * len(ids), split.keys[ids], labels, classes, vectors]
+            columns = [[name] * len(ids), split.keys_of(ids), labels, classes, vectors]
             writer.write_table(pa.table(columns, schema=schema))

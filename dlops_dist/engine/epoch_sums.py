@@ -6,13 +6,17 @@ import torch
 from torch import Tensor
 
 from dlops_dist.distributed.collectives import rank
-from dlops_dist.distributed.tree import Blocks, tree_sum
+from dlops_dist.distributed.tree import Blocks, TreeSum
 from dlops_dist.losses.center import add_rows
 from dlops_dist.metrics import rank_of_label, unit_length
 
+LARGEST = 2**30
+"""Bytes of the sums of classes of all blocks. Where they would be more, the sums are kept once, on every rank the same:
+each step adds its samples in their order, gathered from all ranks."""
+
 
 class EpochSums:
-    """Sums over the samples of an epoch so far: of each of this rank's blocks, and their `total` over all.
+    """Sums over the samples of an epoch so far: of each of this rank's blocks, and in the end their `total` over all.
 
     Args:
         losses: their names.
@@ -24,26 +28,37 @@ class EpochSums:
         self.counts = torch.zeros(len(blocks.own), 1 + len(losses), dtype=torch.float64, device=device)
         """Samples, then each loss summed over samples."""
         self._own = {"counts": self.counts}
+        self._kept_once: set[str] = set()
+        """Names of those that are not a block's, but all blocks'."""
 
     def total(self) -> dict[str, Tensor]:
-        return {name: tree_sum(rows) for name, rows in self.of_each_block().items()}
+        """Over all blocks, the same bits on every rank; the next epoch's sums start at zero."""
+        found = {}
+        for name, own in self._own.items():
+            if name in self._kept_once:
+                found[name] = own[0].clone()
+            else:
+                added = TreeSum(self._blocks)
+                for block, rows in zip(self._blocks.own, own, strict=True):
+                    added.add(block, rows.flatten())
+                found[name] = added.total().view(own.shape[1:]).clone()
+            own.zero_()
+        return found
 
     def of_each_block(self) -> dict[str, Tensor]:
-        """Every block's sums, in their order: what a checkpoint holds."""
-        return {name: self._blocks.of_all(own) for name, own in self._own.items()}
+        """Every block's sums, in their order, or all blocks' once: what a checkpoint holds."""
+        return {name: own if name in self._kept_once else self._blocks.of_all(own) for name, own in self._own.items()}
 
     def load(self, of_each_block: dict[str, Tensor]) -> None:
         """Go on from a checkpoint: each block from its own sums, or, where their number changed, one from the total."""
         for name, value in of_each_block.items():
-            if len(value) == self._blocks.number:
+            if name in self._kept_once:
+                self._own[name][0] = value.sum(dim=0)
+            elif len(value) == self._blocks.number:
                 self._own[name].copy_(value[self._blocks.own.start : self._blocks.own.stop])
             else:
                 self._own[name].zero_()
                 self._own[name][0] = value.sum(dim=0) * (rank() == 0)
-
-    def clear(self) -> None:
-        for own in self._own.values():
-            own.zero_()
 
     def top1(self) -> float | None:
         """Accuracy of the epoch so far, on this rank's samples; None where nothing is classified."""
@@ -76,15 +91,26 @@ class ClassifiedSums(EpochSums):
         num_classes, embedding_dim = like.shape
         self.counts = like.new_zeros(len(blocks.own), 4 + len(losses), dtype=torch.float64)
         """Samples, top-1, top-5, samples of steps where a loss had no term, then each loss summed over samples."""
-        self.by_class = like.new_zeros(len(blocks.own), num_classes, 1 + embedding_dim)
+        once = blocks.number * num_classes * (1 + embedding_dim) * like.element_size() > LARGEST
+        self.by_class = like.new_zeros(1 if once else len(blocks.own), num_classes, 1 + embedding_dim)
         """Samples and summed embeddings of each class."""
         self.unit = like.new_zeros(len(blocks.own), embedding_dim, dtype=torch.float64)
         """Summed embeddings of length 1."""
         self._own = {"counts": self.counts, "by_class": self.by_class, "unit": self.unit}
+        self._kept_once = {"by_class"} if once else set()
 
-    def of_block(self, place: int) -> tuple[Tensor, Tensor, Tensor]:
+    def of_block(self, place: int) -> tuple[Tensor, Tensor | None, Tensor]:
         """What `count` takes of one of this rank's blocks."""
-        return self.counts[place], self.by_class[place], self.unit[place]
+        return self.counts[place], None if self._kept_once else self.by_class[place], self.unit[place]
+
+    @property
+    def wants_everyone(self) -> bool:
+        """Whether `add_everyone` is to be called in each step."""
+        return bool(self._kept_once)
+
+    def add_everyone(self, embeddings: Tensor, labels: Tensor) -> None:
+        """Add all samples of a step to the sums of their classes."""
+        _add_by_class(self.by_class[0], embeddings, labels)
 
     def add_losses(self, losses: Tensor, num_samples: Sequence[int], defined: bool) -> None:
         for counts, number in zip(self.counts, num_samples, strict=True):
@@ -111,12 +137,19 @@ class ClassifiedSums(EpochSums):
         }
 
 
-def count(counts: Tensor, by_class: Tensor, unit: Tensor, embeddings: Tensor, logits: Tensor, labels: Tensor) -> None:
+def count(
+    counts: Tensor, by_class: Tensor | None, unit: Tensor, embeddings: Tensor, logits: Tensor, labels: Tensor
+) -> None:
     """Add a block's samples of a step to its sums."""
     place = rank_of_label(logits, labels)
     counts[0] += len(labels)
     counts[1] += (place < 1).sum()
     counts[2] += (place < 5).sum()
+    if by_class is not None:
+        _add_by_class(by_class, embeddings, labels)
+    unit += unit_length(embeddings).sum(dim=0)
+
+
+def _add_by_class(by_class: Tensor, embeddings: Tensor, labels: Tensor) -> None:
     ones = by_class.new_ones(len(labels), 1)
     add_rows(by_class, labels, torch.cat([ones, embeddings.to(ones.dtype)], dim=1))
-    unit += unit_length(embeddings).sum(dim=0)

@@ -20,7 +20,10 @@ from dlops_dist.losses import Terms
 from dlops_dist.metrics import (
     Judged,
     Metric,
-    confusion_counts,
+    Points,
+    add_confusion,
+    centers_of,
+    class_hits,
     map_at_r,
     nearest_center,
     recall_at,
@@ -52,15 +55,17 @@ def evaluate(learner: Learner, reader: Reader, ids: Ids, with_confusion: bool = 
     seen = ~learner.class_means.isnan().any(dim=1).cpu().numpy()
     is_open = bool(seen.any() and not seen[reader.labels[ids]].any())
     metrics = {**(OF_OPEN_SETS if is_open else OF_A_HEAD), **learner.metrics}
-    sums = device_sums(learner, reader, ids, metrics, with_losses=not is_open)
+    sums = device_sums(learner, reader, ids, metrics, with_losses=not is_open, with_confusion=with_confusion)
     figures = figures_of_sums(learner, reader, ids, metrics, sums)
     if is_open:
         return {"loss": None} | {name: figures[name] for name in metrics}
-    confusion = sums.confusion.cpu()
-    numbers = np.bincount(reader.labels[ids], minlength=len(confusion)).tolist()
-    hits = confusion.diagonal().tolist()
+    classified = sums.classified.cpu()
+    numbers = np.bincount(reader.labels[ids], minlength=len(classified)).tolist()
+    hits = (classified.diagonal() if with_confusion else classified).tolist()
     by_class = [h / n if n else None for h, n in zip(hits, numbers, strict=True)]
-    return {**figures, "top1_by_class": by_class} | ({"confusion": confusion.long().tolist()} if with_confusion else {})
+    return {**figures, "top1_by_class": by_class} | (
+        {"confusion": classified.long().tolist()} if with_confusion else {}
+    )
 
 
 class DeviceSums(NamedTuple):
@@ -68,8 +73,9 @@ class DeviceSums(NamedTuple):
 
     rows: Tensor
     """Of each block: sum and count of each loss, then the sum of each metric."""
-    confusion: Tensor
-    """(C, C) samples of a class (row) that were taken for which (column); (0, 0) where nothing is classified."""
+    classified: Tensor
+    """(C,) samples of each class that were taken for it; where that is wanted, (C, C) those of a class (row) that were
+    taken for which (column); (0,) where nothing is classified."""
 
 
 def figures_of_sums(
@@ -94,14 +100,18 @@ def figures_of_sums(
 
 @torch.no_grad()
 def device_sums(
-    learner: Step, reader: Reader, ids: Ids, metrics: Mapping[str, Metric] = OF_A_HEAD, with_losses: bool = True
-) -> DeviceSums:
+    learner: Step, reader: Reader, ids: Ids, metrics: Mapping[str, Metric] = OF_A_HEAD, with_losses: bool = True,
+    with_confusion: bool = False,
+) -> DeviceSums:  # fmt: skip
     """What figures are made of. Nothing here waits for a GPU."""
     parts, mine = evaluated_blocks(ids)
     num_losses = len(learner.loss.weights)
     rows = torch.zeros(len(parts), 2 * num_losses + len(metrics), dtype=torch.float64, device=learner.device)
     num_classes = learner.inputs.num_classes if metrics else 0
-    confusion = torch.zeros(num_classes, num_classes, dtype=torch.float64, device=learner.device)
+    shape = (num_classes, num_classes) if with_confusion else (num_classes,)
+    classified = torch.zeros(shape, dtype=torch.float64, device=learner.device)
+    means = _means(learner) if isinstance(learner, Learner) and metrics else None
+    centers = centers_of(means) if means is not None and nearest_center in metrics.values() else None
 
     def judged_block(_: Any, given: tuple[int, Batch]) -> Judged | None:
         place, batch = given
@@ -110,7 +120,7 @@ def device_sums(
             rows[place, : 2 * num_losses] = _flat_terms(learner, outputs, targets, batch)
         if not isinstance(learner, Learner) or not metrics:
             return None
-        judged = judged_alone(learner, outputs, batch.labels)
+        judged = judged_alone(learner, outputs, batch.labels, means)._replace(centers=centers)
         for i, (name, metric) in enumerate(metrics.items(), 2 * num_losses):
             if sees_own(metric):
                 rows[place, i] = _summed(name, metric, judged)
@@ -120,12 +130,16 @@ def device_sums(
     read = enumerate(read_blocks(learner, reader, parts[mine]), mine.start)
     while together := list(islice(read, len(learner.lanes))):
         for judged in filter(None, learner.lanes.map(judged_block, together)):
-            confusion += confusion_counts(judged.logits, judged.labels)
+            if with_confusion:
+                add_confusion(classified, judged.logits, judged.labels)
+            else:
+                classified += class_hits(judged.logits, judged.labels)
             own.append(judged.embeddings)
     if isinstance(learner, Learner) and not all(map(sees_own, metrics.values())):
         everyone = gather(torch.cat(own) if own else _no_embeddings(learner), _sizes(parts))
-        _add_retrieval(learner, rows, metrics, everyone, reader.labels[ids], parts, mine)
-    return DeviceSums(all_sum(rows), all_sum(confusion))  # the other ranks' rows are zero: exact
+        _add_retrieval(learner, rows, metrics, everyone, reader.labels[ids].astype(np.int64), parts, mine)
+    total = all_sum(torch.cat([rows.flatten(), classified.flatten()]))  # the other ranks' rows are zero: exact
+    return DeviceSums(total[: rows.numel()].view_as(rows), total[rows.numel() :].view_as(classified))
 
 
 def sees_own(metric: Metric) -> bool:
@@ -144,11 +158,18 @@ def _flat_terms(learner: Step, outputs: Outputs, targets: Tensor, batch: Batch) 
     ])  # fmt: skip
 
 
-def judged_alone(learner: Learner, outputs: Outputs, labels: Tensor) -> Judged:
-    """A block as a metric sees it that knows of no other."""
-    x = _compared(learner, outputs["embeddings"])
-    means, whole = _compared(learner, learner.class_means), slice(0, len(labels))
-    return Judged(x, labels, outputs["logits"], means, x, labels, whole, len(labels))
+def judged_alone(learner: Learner, outputs: Outputs, labels: Tensor, means: Tensor | None = None) -> Judged:
+    """A block as a metric sees it that knows of no other.
+
+    Args:
+        means: those of the learner's classes as they are compared, where they are at hand.
+    """
+    x, means = _compared(learner, outputs["embeddings"]), _means(learner) if means is None else means
+    return Judged(x, labels, outputs["logits"], means, x, labels, slice(0, len(labels)), len(labels))
+
+
+def _means(learner: Learner) -> Tensor:
+    return _compared(learner, learner.class_means)
 
 
 def _compared(learner: Learner, embeddings: Tensor) -> Tensor:
@@ -160,12 +181,13 @@ def _add_retrieval(
     parts: Sequence[Ids], mine: slice,
 ) -> None:  # fmt: skip
     """Sums of the metrics that see all samples, for this rank's blocks."""
-    labels, means = on_device(host_labels, learner.device), _compared(learner, learner.class_means)
+    labels, means = on_device(host_labels, learner.device), _means(learner)
     largest, end = int(np.bincount(host_labels).max()), sum(map(len, parts[: mine.start]))
+    points = Points(everyone)
     for row in range(mine.start, mine.stop):
         start, end = end, end + len(parts[row])
         x, place = everyone[start:end], slice(start, end)
-        judged = Judged(x, labels[place], x[:, :0], means, everyone, labels, place, largest)
+        judged = Judged(x, labels[place], x[:, :0], means, everyone, labels, place, largest, points=points)
         for i, (name, metric) in enumerate(metrics.items(), 2 * len(learner.loss.weights)):
             if not sees_own(metric):
                 rows[row, i] = _summed(name, metric, judged)

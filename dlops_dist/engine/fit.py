@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, tee
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +18,7 @@ from dlops_dist.distributed.agreement import describe_divergence
 from dlops_dist.distributed.collectives import of_all_ranks, rank, world_size
 from dlops_dist.engine.device import default_device, memory_errors_explained, use
 from dlops_dist.engine.exactness import use_threads
+from dlops_dist.engine.gallery import keep, told_only
 from dlops_dist.engine.learner import Learner
 from dlops_dist.engine.numerics import set_numerics
 from dlops_dist.engine.prepare import located, stages_of
@@ -103,20 +104,20 @@ class _Fit:
         data = self.settings.data
         readers, kind, why = open_readers(
             splits, data.reader, data.cache_dir, self.device,
-            warn=lambda text: self._tell(Warned(text)), tell=lambda text: self._tell(Told(text)),
+            warn=self._warn, tell=lambda text: self._tell(Told(text)),
         )  # fmt: skip
         self._tell(Told(f"data.reader: {kind} ({why})"))
         return readers
 
     def run(self) -> dict[str, Any]:
         self.samples.open(self._open)
-        state = self._loaded()
+        state = self.folder.load(self.settings, self.manifest.id, self.device, warn=self._warn)
         step = 0 if state is None else state["step"]
         first = next(i for i, span in enumerate(self.spans) if step <= span.end_step)
         self._enter(first, state)
         if rank() == 0:
             self._check_room(step)
-            self.folder.restore_rows(state, warn=lambda text: self._tell(Warned(text)))
+            self.folder.restore_rows(state, warn=self._warn)
         self._tell(self._started(step))
         self.rows = rows_before(state)
         row = self.rows[-1] if self.rows else {}
@@ -128,9 +129,11 @@ class _Fit:
                     break
                 row = self._epoch(epoch, max(step - self.span.first_step_of(epoch), 0))
             if rank() == 0:
-                with (self.folder.folder / "report").as_path() as report:
+                with told_only(self._warn), (self.folder.folder / "report").as_path() as report:
                     self.stage.draw(report, self.learner, row)
         self.folder.checkpoints.wait()
+        if rank() == 0 and isinstance(self.learner, Learner):
+            keep(self.folder, self.learner, self.samples, self.rows, self._started(0).facts, self._warn)
         self._tell(Finished())
         return row
 
@@ -142,17 +145,6 @@ class _Fit:
         weights = sum(p.numel() * p.element_size() for p in self.learner.model.parameters())
         self.folder.check_room(weights, after_epochs + within)
 
-    def _loaded(self) -> dict[str, Any] | None:
-        """The latest checkpoint that all ranks see: a node's view of a shared folder may lag behind another's."""
-        state = self.folder.load(
-            self.settings, self.manifest.id, self.device, warn=lambda text: self._tell(Warned(text))
-        )
-        step = 0 if state is None else state["step"]
-        seen_by_all = int(of_all_ranks(torch.tensor(step, device=self.device)).min())
-        if step == seen_by_all:
-            return state
-        return self.folder.checkpoints.load(seen_by_all, self.device) if seen_by_all else None
-
     def _enter(self, index: int, state: dict[str, Any] | None) -> None:
         """Begin a stage, or go on in it."""
         self.stage, self.span = self.stages[index], self.spans[index]
@@ -163,9 +155,7 @@ class _Fit:
         if state is not None:
             self.learner.load_state_dict(state)
         elif self.settings.init_from is not None and isinstance(self.learner, Learner):
-            weights = fitting_weights(
-                self.settings.init_from, self.learner.model, lambda text: self._tell(Warned(text))
-            )
+            weights = fitting_weights(self.settings.init_from, self.learner.model, self._warn)
             self.learner.start_from(weights)
         self.reader = self.stage.reader(self.learner)
         for notice in self.stage.notices:
@@ -235,8 +225,8 @@ class _Fit:
     def _batches(self, epoch: int, first: int) -> Iterator[list[Batch]]:
         """This rank's parts of each global batch's micro-batches."""
         data, size = self.settings.data, self.settings.micro_batch_size
-        steps = [blocks(ids, size) for ids in self.stage.order.epoch(epoch)[first:]]
-        parts = ((ids, self.learner.blocks.share(len(ids))) for step in steps for ids in step)
+        steps, ahead = tee(blocks(ids, size) for ids in self.stage.order.epoch(epoch, first))
+        parts = ((ids, self.learner.blocks.share(len(ids))) for step in ahead for ids in step)
         batches = read_ahead(
             self.reader, parts, self.device, data.threads, data.prefetch, self.learner.reads_next
         )  # fmt: skip
@@ -307,6 +297,9 @@ class _Fit:
         last = self.spans[-1]
         settings = result_settings(self.settings)
         return Started(str(self.folder), settings, facts, last.end_epoch, last.end_step, len(self.spans), step)
+
+    def _warn(self, text: str) -> None:
+        self._tell(Warned(text))
 
     def _tell(self, event: Event) -> None:
         if rank() == 0:

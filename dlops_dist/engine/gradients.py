@@ -26,39 +26,52 @@ class Gradients:
     """
 
     def __init__(self, network: nn.Module, parameters: Sequence[nn.Parameter], blocks: Blocks) -> None:
-        self.parameters, self._norms = parameters, block_norms(network)
+        self.parameters, self._norms, self._blocks = parameters, block_norms(network), blocks
         for norm in self._norms:
             norm.passed = False  # what it is part of now may leave it out
-        statistics = [x for norm in self._norms for x in (norm.block_mean, norm.block_var)]
-        like = [x.detach() for x in (*self.parameters, *statistics)]
-        dtype = reduce(torch.promote_types, {x.dtype for x in like})
-        places = _bucketed([x.numel() * dtype.itemsize for x in like])
-        self._buckets = [_Bucket(own, [like[place] for place in own], dtype, blocks) for own in places]
         self._given: set[int] = set()
         """Places of the weights that had a gradient in some block of a step."""
+        self.carried: list[Tensor] = []
+        """What else was added up in the last step."""
+        self._lay_out([])
+
+    def _lay_out(self, carried: Sequence[Tensor]) -> None:
+        statistics = [x for norm in self._norms for x in (norm.block_mean, norm.block_var)]
+        like = [x.detach() for x in (*self.parameters, *statistics, *carried)]
+        dtype = reduce(torch.promote_types, {x.dtype for x in like})
+        places = _bucketed([x.numel() * dtype.itemsize for x in like])
+        self._buckets = [_Bucket(own, [like[place] for place in own], dtype, self._blocks) for own in places]
+        self._num_carried = len(carried)
+
+    def carry(self, like: Sequence[Tensor]) -> None:
+        """Before a step's first `take`: let tensors of these shapes be added up too, if any, from now on."""
+        if like and not self._num_carried:
+            self._lay_out(like)
 
     def take(
         self, block: int, pairs: Sequence[tuple[Tensor, Tensor]], more: Sequence[Tensor | None],
-        statistics: Sequence[Tensor], last: bool,
+        statistics: Sequence[Tensor], last: bool, carried: Sequence[Tensor | None] = (),
     ) -> None:  # fmt: skip
         """Add those of a backward pass to those of a block. Threads may call it, each for blocks of its own.
 
         Args:
             pairs: outputs, and their own gradients.
             more: known gradients of the last of the weights.
+            carried: what else is added up.
             last: whether this rank passes nothing more in the step: what is whole is exchanged while the pass goes on.
         """
         number = len(self.parameters)
         found: list[Tensor | None] = [None] * number
         known = [*(None for _ in range(number - len(more))), *more]
         missing = [{place for place in bucket.places if place < number} for bucket in self._buckets]
+        others = [*statistics, *(carried or [None] * self._num_carried)]
         taken = 0
 
         def take_next() -> None:
             nonlocal taken
             bucket, taken = self._buckets[taken], taken + 1
             own = [
-                either_or_sum(found[place], known[place]) if place < number else statistics[place - number]
+                either_or_sum(found[place], known[place]) if place < number else others[place - number]
                 for place in bucket.places
             ]
             self._given.update(place for place, x in zip(bucket.places, own, strict=True) if x is not None)
@@ -98,7 +111,8 @@ class Gradients:
         }
         for place, parameter in enumerate(self.parameters):
             parameter.grad = parts[place].to(parameter.dtype) if place in self._given else None
-        statistics = [parts[place] for place in range(len(self.parameters), len(parts))]
+        others = [parts[place] for place in range(len(self.parameters), len(parts))]
+        statistics, self.carried = others[: 2 * len(self._norms)], others[2 * len(self._norms) :]
         move_all(list(zip(self._norms, statistics[::2], statistics[1::2], strict=True)))
 
     def forget(self) -> None:

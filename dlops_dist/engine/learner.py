@@ -21,6 +21,7 @@ from dlops_dist.distributed.norm import (
 from dlops_dist.engine.descent import Descent
 from dlops_dist.engine.ema import Ema
 from dlops_dist.engine.epoch_sums import ClassifiedSums, count
+from dlops_dist.engine.gathered import Everyone
 from dlops_dist.engine.losses import Losses
 from dlops_dist.engine.numerics import compiled, compiles, memory_format_of, precision_of
 from dlops_dist.engine.recipe import Recipe, made
@@ -112,11 +113,16 @@ class Learner(Step):
             embeddings, logits = network(*inputs)
         return {"embeddings": at_least_float32(embeddings), "logits": logits}
 
-    def stepped(self, step: int, outputs: Sequence[Outputs], labels: Sequence[Tensor]) -> None:
+    def stepped(
+        self, step: int, outputs: Sequence[Outputs], labels: Sequence[Tensor], everyone: Everyone
+    ) -> None:  # fmt: skip
         if self.ema is not None:
             self.ema.update(step)
         for place, (of_block, own) in enumerate(zip(outputs, labels, strict=True)):
             self._count(*self.classified.of_block(place), of_block["embeddings"], of_block["logits"], own)
+        if self.classified.wants_everyone:
+            rows = everyone.of("embeddings", [of_block["embeddings"] for of_block in outputs])
+            self.classified.add_everyone(rows, everyone.layout.by_block(everyone.labels))
 
     def judge(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings (N, D) and logits (N, C) of uint8 images, as they are evaluated.
@@ -164,12 +170,10 @@ class Learner(Step):
         """Each with running statistics of its own."""
         return [self.model] if self.ema is None else [self.model, self.ema.model]
 
-    def end_epoch(self) -> dict[str, float | None]:
+    def epoch_ended(self, total: Mapping[str, Tensor]) -> None:
         for model in self._models:
             average_running_statistics(model)
-        by_class = self.sums.total()["by_class"]
-        self.class_means = by_class[:, 1:] / by_class[:, :1]
-        return super().end_epoch()
+        self.class_means = total["by_class"][:, 1:] / total["by_class"][:, :1]
 
 
 def _in_views(batch: Batch, number: int) -> Batch:

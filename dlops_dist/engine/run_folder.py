@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path, PurePath
 from typing import Any
@@ -16,7 +16,7 @@ from dlops_dist.config import SHIPPED, Run, common_settings, is_loaded, load_rec
 from dlops_dist.config.yaml_file import parse_yaml
 from dlops_dist.data.shards import Manifest, read_manifest
 from dlops_dist.engine.checkpoints import ANEW, Checkpoints
-from dlops_dist.engine.lease import lease, owner, taken_over, unwritable
+from dlops_dist.engine.lease import LEASE, lease, owner, taken_over, unwritable
 from dlops_dist.engine.resume import hindrance, refuse_other_settings
 from dlops_dist.engine.rows import best_row, is_out_of_patience, parsed, rows_before, text_of, timeless
 from dlops_dist.errors import RunError, UserError
@@ -64,7 +64,7 @@ class RunFolder:
         A run may have been moved or renamed, and its config been lost: what it was started with is in its checkpoints.
         """
         text = yaml.safe_dump({"task": task, **settings.model_dump()}, sort_keys=False).encode()
-        config = self._read(CONFIG)
+        config = self.read(CONFIG)
         if not self.checkpoints.steps() and (rows := self.rows()):
             if config is None or len(rows) > 1:  # a single row may wait for a checkpoint that was never written
                 raise UserError(
@@ -84,12 +84,23 @@ class RunFolder:
 
     @contextmanager
     def locked(self, tell: Callable[[str], None] = lambda text: None) -> Iterator[None]:
-        """Keep other processes, of this machine and of others, from training the same run."""
+        """Keep other processes, of this machine and of others, from training the same run.
+
+        One that is refused before anything was trained leaves no folder.
+        """
         path = self.folder.local
-        if path is not None:
-            make_writable(path, "runs_dir", "choose another --runs-dir")
-        with nullcontext() if path is None else locked(path, "trained"), lease(self.folder, tell):
-            yield
+        with ExitStack() as stack:
+            if path is not None:
+                make_writable(path, "runs_dir", "choose another --runs-dir")
+                stack.enter_context(locked(path, "trained"))
+                stack.callback(_remove_empty, path)
+            stack.enter_context(lease(self.folder, tell))
+            try:
+                yield
+            except UserError:
+                if self.folder.names() == [CONFIG, LEASE] and not self.checkpoints.steps():
+                    self.folder.delete(CONFIG)
+                raise
 
     def check_room(self, weights: int, checkpoints: int) -> None:
         """Refuse a disk that will be full before so many checkpoints are written, of so many bytes of weights."""
@@ -117,7 +128,7 @@ class RunFolder:
         """Recipe and settings that the run was trained with last; of a user's that this process has not been pointed
         to, those settings that every run has: nothing in the folder is executed.
         """
-        where, content = self.folder / CONFIG, self._read(CONFIG)
+        where, content = self.folder / CONFIG, self.read(CONFIG)
         if content is None:
             advice = "; the command that trained it writes it again" if self.checkpoints.steps() else ""
             raise UserError(f"{self} is not a run: no {CONFIG} in it{advice}")
@@ -133,7 +144,7 @@ class RunFolder:
 
     def rows(self) -> list[dict[str, Any]]:
         """One row of metrics for each epoch; those of the latest checkpoint, where the file is damaged or missing."""
-        content, damage = self._read(METRICS), ""
+        content, damage = self.read(METRICS), ""
         try:
             if content:
                 return parsed(content)
@@ -168,7 +179,7 @@ class RunFolder:
 
     def restore_rows(self, state: dict[str, Any] | None, warn: Callable[[str], None]) -> None:
         """Let metrics.jsonl hold the rows before the checkpoint that the run goes on from, and no others."""
-        wanted, content = rows_before(state), self._read(METRICS) or b""
+        wanted, content = rows_before(state), self.read(METRICS) or b""
         try:
             there = parsed(content)
         except ValueError:
@@ -187,7 +198,7 @@ class RunFolder:
 
     def _keep_steps(self, last_step: int) -> None:
         """Drop the rows of steps that are later than the checkpoint."""
-        lines = (self._read(STEPS) or b"").splitlines(keepends=True)
+        lines = (self.read(STEPS) or b"").splitlines(keepends=True)
         kept = list(takewhile(lambda line: _step_of(line) <= last_step, lines))
         if len(kept) < len(lines):
             self.folder.write(STEPS, lambda file: file.writelines(kept))
@@ -219,8 +230,8 @@ class RunFolder:
     def load(
         self, settings: Run, dataset_id: str, device: torch.device, warn: Callable[[str], None]
     ) -> dict[str, Any] | None:
-        """The latest whole checkpoint, or None. One of other settings, data or format is refused by name."""
-        state = self.checkpoints.latest(device, warn)
+        """The latest whole checkpoint, or None: the same on every rank. Other settings, data or format are refused."""
+        state = self.checkpoints.latest_of_all_ranks(device, warn)
         if state is not None:
             self._check(state, settings, dataset_id)
         return state
@@ -261,13 +272,18 @@ class RunFolder:
         wanted = {name: value for name, value in found.items() if not name.startswith(settings.unused)}
         refuse_other_settings(self, existing, wanted, hindrance(existing, wanted))
 
-    def _read(self, name: str) -> bytes | None:
+    def read(self, name: str) -> bytes | None:
         """The content of a file; None where there is none."""
         try:
             with self.folder.open(name) as file:
                 return file.read()
         except (FileNotFoundError, NotADirectoryError):
             return None
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):  # something is in it
+        folder.rmdir()
 
 
 @contextmanager

@@ -10,15 +10,16 @@ from torch import Tensor, nn
 
 from dlops_dist.config import Run
 from dlops_dist.data.loader import Batch
-from dlops_dist.distributed.collectives import gather
 from dlops_dist.distributed.norm import running_statistics_held, with_mean_statistics
-from dlops_dist.distributed.objective import Objective, objective_of_blocks, update_state
+from dlops_dist.distributed.objective import Objective, objective_of_blocks
 from dlops_dist.distributed.tree import TreeSum
 from dlops_dist.engine.descent import Descent
 from dlops_dist.engine.epoch_sums import EpochSums
+from dlops_dist.engine.gathered import Everyone, Layout
 from dlops_dist.engine.gradients import gradients_of, or_zeros
 from dlops_dist.engine.lanes import Lane
 from dlops_dist.engine.losses import Losses, figures_of
+from dlops_dist.engine.moved import move, summed
 from dlops_dist.engine.numerics import compiled
 from dlops_dist.engine.samples import Inputs
 from dlops_dist.losses import Terms
@@ -49,9 +50,9 @@ class _Passed(NamedTuple):
 class _Mined(NamedTuple):
     """Losses over the global batch whose gradient has reached the network's outputs, but not yet the network."""
 
-    values: dict[str, Tensor]
+    objective: Objective
     gradient: Outputs
-    """With respect to the outputs of the step's samples, those of one micro-batch after the other."""
+    """With respect to the outputs of this rank's samples, in the order of the blocks."""
     of_weights: list[Sequence[Tensor | None]]
     """With respect to the weights of the losses, of each of this rank's blocks."""
 
@@ -106,7 +107,9 @@ class Step(ABC):
     def judged(self, batch: Batch) -> tuple[Outputs, Tensor]:
         """Outputs of a batch as it is evaluated, and what losses compare them with."""
 
-    def stepped(self, step: int, outputs: Sequence[Outputs], labels: Sequence[Tensor]) -> None:  # noqa: B027
+    def stepped(  # noqa: B027
+        self, step: int, outputs: Sequence[Outputs], labels: Sequence[Tensor], everyone: Everyone
+    ) -> None:
         """After a step, whose outputs are given of each of this rank's blocks; by default nothing."""
 
     def step(
@@ -129,40 +132,51 @@ class Step(ABC):
         cut = [self.cut(batch) for batch in micro_batches]
         seen = [self.lanes.map(lambda _, block: self.seen(block, epoch), own) for own in cut]
         lengths = [len(own[0].labels) for own in cut]
+        layout = Layout(self.blocks, lengths, self.views)
+        everyone = Everyone(layout, _joined([own[0].labels for own in cut]))
         shares = [[(block.part.stop - block.part.start) / sum(lengths) for block in own] for own in cut]
         host_labels = np.concatenate([own[0].host_labels for own in cut])
 
         passed: list[list[_Passed]] = []
-        mined = _Mined({}, {}, [()] * len(self.blocks.own))
+        mined = None
         if loss.of_all:
             if len(cut) == 1:
                 passed = ahead = [self._pass(seen[0], shares[0])]
             else:
                 with torch.no_grad(), running_statistics_held(self.model):
                     ahead = [self._pass(*given) for given in zip(seen, shares, strict=True)]
-            mined = self._mined(ahead, _joined([own[0].labels for own in cut]), lengths, host_labels, figures)
+            mined = self._mined(ahead, everyone, host_labels, figures)
 
-        values = dict(mined.values)
+        values = dict(mined.objective.values) if mined is not None else {}
         outputs: list[list[Outputs]] = []
         for i, own in enumerate(cut):
             of_blocks = passed[i] if passed else self._pass(seen[i], shares[i])
-            terms = [block.terms for block in of_blocks]
-            objective = objective_of_blocks(terms, loss.backward_weights, self.blocks, lengths[i] / sum(lengths))
-            for name, value in objective.values.items():
-                values[name] = values[name] + value if name in values else value
-            self._back_propagate(of_blocks, own, objective, mined, sum(lengths[:i]), last=i == len(cut) - 1)
             outputs.append([{name: x.detach() for name, x in block.outputs.items()} for block in of_blocks])
-
-        descent.step(step, figures)
+            if i == 0 and loss.moved:
+                none = {name: x[:0] for name, x in outputs[0][0].items()}
+                descent.gradients.carry(summed(loss.moved, none, everyone.labels[:0], sum(lengths)))
+            if passed and mined is not None:
+                objective = mined.objective
+            else:
+                terms = [block.terms for block in of_blocks]
+                objective = objective_of_blocks(terms, loss.backward_weights, self.blocks, lengths[i] / sum(lengths))
+                for name, value in objective.values.items():
+                    values[name] = values[name] + value if name in values else value
+            if i < len(cut) - 1:
+                self._back_propagate(of_blocks, own, objective, mined, layout, i)
         ours = [{name: _joined([o[name] for o in parts]) for name in parts[0]} for parts in zip(*outputs, strict=True)]
         own_labels = [_joined([b.labels[b.part] for b in blocks]) for blocks in zip(*cut, strict=True)]
+        carried = [summed(loss.moved, *given, sum(lengths)) for given in zip(ours, own_labels, strict=True)]
+        self._back_propagate(of_blocks, own, objective, mined, layout, len(cut) - 1, carried)
+
+        descent.step(step, figures)
         losses = torch.stack([values[name] for name in loss.weights])
         self.sums.add_losses(losses, [len(labels) for labels in own_labels], loss.defined(host_labels))
-        self._move_losses(ours, own_labels, lengths)
+        move(loss.moved, descent.gradients.carried, ours, everyone)
         if figures is not None:
             every = {name: _joined([outputs[name] for outputs in ours]) for name in ours[0]}
             figures |= figures_of(loss.of_own.values(), every, _joined(own_labels), host_labels)
-        self.stepped(step, ours, own_labels)
+        self.stepped(step, ours, own_labels, everyone)
         return (losses * self._weights).sum()
 
     def cut(self, batch: Batch) -> list[Batch]:
@@ -186,24 +200,26 @@ class Step(ABC):
         return self.lanes.map(passed, list(zip(seen, shares, strict=True)))
 
     def _back_propagate(
-        self, passed: Sequence[_Passed], own: Sequence[Batch], objective: Objective, mined: _Mined, begin: int,
-        last: bool,
+        self, passed: Sequence[_Passed], own: Sequence[Batch], objective: Objective, mined: _Mined | None,
+        layout: Layout, batch: int, carried: Sequence[Sequence[Tensor]] | None = None,
     ) -> None:  # fmt: skip
         """Add to each block's gradients what a micro-batch gives, as many blocks at once as there are lanes.
 
         Args:
-            begin: of the micro-batch, among the step's samples.
-            last: whether no other follows, and the blocks' gradients are whole.
+            carried: what is added up with the gradients of each block. Given with the last micro-batch: the blocks'
+                gradients are whole then.
         """
-        sums, number = self._descent.gradients, len(self.lanes)
+        sums, number, last = self._descent.gradients, len(self.lanes), carried is not None
 
         def back_propagated(_: Lane, place: int) -> None:
-            block, part = passed[place], slice(begin + own[place].part.start, begin + own[place].part.stop)
+            block = passed[place]
             pairs = [(terms.sum, objective.scales[name]) for name, terms in block.terms.items()]
-            pairs += [(block.outputs[name], gradient[part]) for name, gradient in mined.gradient.items()]
-            more = mined.of_weights[place] if begin == 0 else ()
+            gradients = {} if mined is None else mined.gradient
+            pairs += [(block.outputs[name], x[layout.place(place, batch)]) for name, x in gradients.items()]
+            more = mined.of_weights[place] if mined is not None and batch == 0 else ()
             ends = last and number == 1 and place == len(passed) - 1
-            sums.take(self.blocks.own[place], pairs, more, block.statistics, ends)
+            others = carried[place] if carried is not None else ()
+            sums.take(self.blocks.own[place], pairs, more, block.statistics, ends, others)
 
         for start in range(0, len(passed), number):
             places = range(start, min(start + number, len(passed)))
@@ -213,59 +229,51 @@ class Step(ABC):
                     sums.finish(self.blocks.own[place])
 
     def _mined(
-        self, passed: Sequence[Sequence[_Passed]], labels: Tensor, lengths: Sequence[int], host_labels: np.ndarray,
+        self, passed: Sequence[Sequence[_Passed]], everyone: Everyone, host_labels: np.ndarray,
         figures: dict[str, Tensor] | None,
     ) -> _Mined:  # fmt: skip
         """The losses of all samples, over all micro-batches, as gradients that each can back-propagate on its own.
 
         Gradient caching (Gao et al. 2021, Scaling Deep Contrastive Learning Batch Size): embed everything, take the
         gradient with respect to the outputs alone, then embed again, part by part, where that was without a graph.
+
+        Of a single micro-batch the terms of its other losses are known by then, and are exchanged with these.
         """
-        loss, blocks = self.loss, self.blocks
-        everyone = {
-            name: _joined([
-                gather(torch.cat([block.outputs[name].detach() for block in of_blocks]), self._sizes(length))
-                for of_blocks, length in zip(passed, lengths, strict=True)
-            ]).requires_grad_()
-            for name in loss.read_by_all
-        }  # fmt: skip
+        loss, blocks, layout, labels = self.loss, self.blocks, everyone.layout, everyone.labels
+        rows = {}
+        for name in loss.read_by_all:
+            own = [x.outputs[name] for of_block in zip(*passed, strict=True) for x in of_block]
+            rows[name] = layout.by_batch(everyone.of(name, own, keep=len(passed) == 1)).detach().requires_grad_()
         weights = [p for p in loss.parameters() if p.requires_grad]
         with torch.enable_grad():
-            shared = loss.shared(everyone, labels)
+            shared = loss.shared(rows, labels)
 
         def terms_of(_: Lane, block: int) -> dict[str, Terms]:
             with torch.enable_grad():
-                return loss.all_terms(everyone, labels, blocks.part(len(labels), block), host_labels, shared)
+                return loss.all_terms(rows, labels, blocks.part(len(labels), block), host_labels, shared)
 
         def of_block(_: Lane, terms: dict[str, Terms]) -> list[Tensor | None]:
             pairs = [(t.sum, objective.scales[name]) for name, t in terms.items()]
-            return gradients_of(pairs, [*everyone.values(), *weights])
+            return gradients_of(pairs, [*rows.values(), *weights])
 
         terms = self.lanes.map(terms_of, blocks.own)
-        objective = objective_of_blocks(terms, loss.backward_weights, blocks)
+        beside: list[dict[str, Terms]] = [x.terms for x in passed[0]] if len(passed) == 1 else [{} for _ in terms]
+        both = [own | of_all for own, of_all in zip(beside, terms, strict=True)]
+        objective = objective_of_blocks(both, loss.backward_weights, blocks)
         gradients = self.lanes.map(of_block, terms)
-        added = TreeSum(blocks)
-        for block, own in zip(blocks.own, gradients, strict=True):
-            of_outputs = zip(own, everyone.values(), strict=False)
-            added.add(block, torch.cat([or_zeros(g, x).flatten() for g, x in of_outputs]))
-        total = added.total().split([x.numel() for x in everyone.values()])
+        widths = [x[0].numel() for x in rows.values()]
+        added = TreeSum(blocks, pieces=[number * sum(widths) for number in layout.of_ranks])
+        for block, found in zip(blocks.own, gradients, strict=True):
+            parts = [or_zeros(g, x).flatten(1) for g, x in zip(found, rows.values(), strict=False)]
+            added.add(block, layout.by_block(_joined(parts, dim=1)).flatten())
+        total = added.total().view(-1, sum(widths)).split(widths, dim=1)
         if figures is not None:
-            figures |= figures_of(loss.of_all.values(), everyone, labels, host_labels)
+            figures |= figures_of(loss.of_all.values(), rows, labels, host_labels)
         return _Mined(
-            objective.values,
-            {name: gradient.view_as(x) for (name, x), gradient in zip(everyone.items(), total, strict=True)},
-            [own[len(everyone) :] for own in gradients],
+            objective,
+            {name: part.unflatten(1, x.shape[1:]) for (name, x), part in zip(rows.items(), total, strict=True)},
+            [found[len(rows) :] for found in gradients],
         )
-
-    def _move_losses(self, ours: Sequence[Outputs], labels: Sequence[Tensor], lengths: Sequence[int]) -> None:
-        """The state that a loss keeps of the whole batch, its centres say."""
-        sizes = [sum(of_rank) for of_rank in zip(*map(self._sizes, lengths), strict=True)]
-        for moved in self.loss.moved:
-            update_state(moved, [outputs[moved.reads] for outputs in ours], labels, sizes, self.blocks)
-
-    def _sizes(self, num_samples: int) -> list[int]:
-        """How many samples of a (micro-)batch each rank has; a sample's views are on one."""
-        return [size * self.views for size in self.blocks.shares(num_samples // self.views)]
 
     def state_dict(self) -> dict[str, Any]:
         """The state to resume from, as plain tensors and numbers. Every rank must call it."""
@@ -289,10 +297,14 @@ class Step(ABC):
 
     def end_epoch(self) -> dict[str, float | None]:
         """Figures of the epoch's training, equal on every rank; the next epoch's sums start at zero."""
-        figures = self.sums.metrics(self.sums.total())
-        self.sums.clear()
+        total = self.sums.total()
+        self.epoch_ended(total)
+        figures = self.sums.metrics(total)
         return {"loss": self.loss.total(figures), **figures}
 
+    def epoch_ended(self, total: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """After an epoch, whose sums are given; by default nothing."""
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)

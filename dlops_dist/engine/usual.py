@@ -9,7 +9,7 @@ from torch.utils.data import DistributedSampler
 
 from dlops_dist.config import DEFAULT, load_recipe
 from dlops_dist.data.loader import Batch
-from dlops_dist.data.order import last_batch, rank_part, uniform_epoch
+from dlops_dist.data.order import rank_part, uniform_epoch
 from dlops_dist.data.shapes import draw
 from dlops_dist.distributed.collectives import all_sum, gather, rank, world_size
 from dlops_dist.distributed.objective import global_objective
@@ -127,7 +127,7 @@ def _own_centers() -> Any:
 def _our_ids() -> Any:
     """How often each sample is seen in an epoch, short last batch included."""
     size = 100
-    steps = [*uniform_epoch(0, 0, EPOCH_SIZE, size), last_batch(0, 0, EPOCH_SIZE, size)]
+    steps = list(uniform_epoch(0, 0, EPOCH_SIZE, size, drop_last=False))
     own = [torch.from_numpy(ids[rank_part(len(ids), rank(), world_size())].copy()) for ids in steps]
     return torch.cat([gather(part) for part in own]).bincount(minlength=EPOCH_SIZE).double()
 

@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 from dlops_dist.losses.terms import Terms, at_least_float32, checked_labels
 
+CENTERS_AT_ONCE = 2**13
+
 
 class CenterSums(NamedTuple):
     """What a batch says about the centres; sums over parts of the batch add up to those of the whole."""
@@ -59,13 +61,27 @@ class CenterLoss(nn.Module):
         """Move the centres by the sums of the whole batch (eq. 4); classes without samples stay."""
         self.centers.addcdiv_(sums.differences, 1 + sums.counts[:, None], value=-self.alpha)
 
+    @torch.no_grad()
+    def move(self, embeddings: Tensor, labels: Tensor) -> None:
+        """`update` by the `sums` of a whole batch, to the same bits, without a look at the classes that are not in it.
+
+        Each sample finds the sums of its class where the first of that class would stand, were they sorted: nobody
+        has to count the classes.
+        """
+        labels = checked_labels(labels, len(embeddings), len(self.centers))
+        old, slots = self.centers[labels], torch.searchsorted(labels.sort().values, labels)
+        sums = add_rows(torch.zeros_like(old), slots, old - embeddings.to(old.dtype))
+        counts = add_rows(old.new_zeros(len(old)), slots, old.new_ones(len(old)))
+        self.centers[labels] = old.addcdiv_(sums[slots], 1 + counts[slots, None], value=-self.alpha)
+
     def figures(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
         return {"center_spread": self.spread()}
 
     @torch.no_grad()
     def spread(self) -> Tensor:
         """Root of the centres' mean squared distance from their mean."""
-        return (self.centers - self.centers.mean(dim=0)).square().sum(dim=1).mean().sqrt()
+        mean, parts = self.centers.mean(dim=0), self.centers.split(CENTERS_AT_ONCE)
+        return torch.cat([(part - mean).square().sum(dim=1) for part in parts]).mean().sqrt()
 
 
 def add_rows(sums: Tensor, labels: Tensor, rows: Tensor) -> Tensor:

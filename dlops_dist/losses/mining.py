@@ -1,6 +1,6 @@
 """Which triplets of a batch count: the samples of each class, how near all others are, and what is picked of them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 WEYL = 0x9E3779B97F4A7C15 - 2**64  # odd, and far from a pattern of bits
 COMPARED = 64  # samples of a class whose distances from an anchor are compared exactly
 CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**23}  # of a distance matrix held at once: 8 and 32 MB in float32
+PART_ELEMENTS = 2**18  # of embeddings that a CPU goes over while they are in its cache
 
 
 class ClassMates(NamedTuple):
@@ -65,8 +66,8 @@ class Nearness:
     """How far the samples (N, D) of a batch are from each other: of all by a product, of few by their differences."""
 
     def __init__(self, x: Tensor) -> None:
-        self._x, self._centered = x, x - x.mean(dim=0)
-        self._norms = self._centered.square().sum(dim=1)
+        self.x, self._centered = x, x - x.mean(dim=0)
+        self._norms = by_rows(lambda part: part.square().sum(dim=1), self._centered)
         self._original = _first_equal(x)
         self._repeated = on_gpu(x) or bool((self._original != torch.arange(len(x))).any())
 
@@ -90,22 +91,21 @@ class Nearness:
         of 3 times the largest ||x||^2, in ||a - b||^2 of 4 times, so 7 D eps / 2 for each of the two. The rest is for
         the roundings of the mean's subtraction and of the square root.
         """
-        return 8 * (self._x.shape[1] + 5) * torch.finfo(self._x.dtype).eps * self._norms.amax()
+        return 8 * (self.x.shape[1] + 5) * torch.finfo(self.x.dtype).eps * self._norms.amax()
 
     def exact(self, rows: Tensor, others: Tensor) -> Tensor:
         """Distances (R, M) of rows (R,) from others (R, M)."""
-        size = max(1, chunk_elements(self._x) // max(1, others.shape[1] * self._x.shape[1]))
+        size = max(1, chunk_elements(self.x) // max(1, others.shape[1] * self.x.shape[1]))
         parts = zip(rows.split(size), others.split(size), strict=True)
-        pairs = ((self._x[a][:, None], self._x[b]) for a, b in parts)
+        pairs = ((self.x[a][:, None], self.x[b]) for a, b in parts)
         return torch.cat([torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")[:, 0] for a, b in pairs])
 
 
 @torch.no_grad()
 def mined(
-    x: Tensor, classes: Classes, chunks: Iterator[ClassMates], mining: Literal["batch-hard", "semi-hard"]
+    nearness: Nearness, classes: Classes, chunks: Iterator[ClassMates], mining: Literal["batch-hard", "semi-hard"]
 ) -> Iterator[Triplets]:
-    """The triplets of x (N, D): batch-hard those of all chunks at once, which are few, semi-hard those of each."""
-    nearness = Nearness(x)
+    """The triplets of a batch: batch-hard those of all chunks at once, which are few, semi-hard those of each."""
     if mining == "semi-hard":
         yield from (_semi_hard(mates, nearness) for mates in chunks)
     elif picked := [_batch_hard(classes, mates, nearness) for mates in chunks]:
@@ -171,15 +171,25 @@ def _first_equal(x: Tensor) -> Tensor:
     bits = x.contiguous().view(torch.int32)
     factors = torch.arange(1, bits.shape[1] + 1, device=x.device) * WEYL
     factors = (factors.square() >> 32).int() | 1
-    hashes = (bits * factors).sum(dim=1)  # integers: no order of summation matters
+    hashes = by_rows(lambda part: (part * factors).sum(dim=1), bits)  # integers: no order of summation matters
     ordered, index = hashes.sort(stable=True)
-    lowest = index[torch.searchsorted(ordered, hashes)]  # the first of equal hashes
-    return torch.where((bits == bits[lowest]).all(dim=1), lowest, torch.arange(len(x), device=x.device))
+    lowest, own = index[torch.searchsorted(ordered, hashes)], torch.arange(len(x), device=x.device)
+    if on_gpu(x):
+        return torch.where((bits == bits[lowest]).all(dim=1), lowest, own)  # the first of equal hashes
+    later = (lowest != own).nonzero()[:, 0]
+    own[later] = torch.where((bits[later] == bits[lowest[later]]).all(dim=1), lowest[later], later)
+    return own
 
 
 def _argmin(x: Tensor) -> Tensor:
     """Of each row (R, N), the first least; on a CPU by numpy, which is six times as fast."""
     return x.argmin(dim=1) if on_gpu(x) else torch.from_numpy(x.numpy().argmin(axis=1))
+
+
+def by_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A function of each row of x (N, D), (N,): on a CPU a part at a time, which changes nothing but the time."""
+    parts = [x] if on_gpu(x) else x.split(max(1, PART_ELEMENTS // max(1, x.shape[1])))
+    return function(x) if len(parts) == 1 else torch.cat([function(part) for part in parts])
 
 
 def chunk_elements(x: Tensor) -> int:

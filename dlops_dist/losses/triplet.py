@@ -1,15 +1,15 @@
 """Triplet loss: given triplets, or triplets mined within a batch (batch-hard, semi-hard, all)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dlops_dist.losses.mining import Classes, ClassMates, Triplets, chunk_elements, mined, on_gpu
+from dlops_dist.losses.mining import Classes, ClassMates, Nearness, Triplets, by_rows, chunk_elements, mined, on_gpu
 from dlops_dist.losses.terms import Terms, at_least_float32, checked_labels, nan_unless_finite
 
 Mining = Literal["batch-hard", "semi-hard", "all"]
@@ -68,8 +68,9 @@ class TripletLoss(nn.Module):
         return Terms(*self._hinges(differences, torch.ones_like(differences, dtype=torch.bool))).mean()
 
     def terms(
-        self, embeddings: Tensor, labels: Tensor, anchors: slice | None = None, largest_class: int | None = None
-    ) -> Terms:
+        self, embeddings: Tensor, labels: Tensor, anchors: slice | None = None, largest_class: int | None = None,
+        shared: "Shared | None" = None,
+    ) -> Terms:  # fmt: skip
         """Sum and number of the triplets whose anchor is in `anchors` (default all), mined among all N samples.
 
         Pass the embeddings of all ranks, gathered with gradient, and a rank's own slice: the ranks' terms
@@ -78,15 +79,32 @@ class TripletLoss(nn.Module):
         Args:
             largest_class: number of samples with the most frequent label. Where it is given, nothing here waits for a
                 GPU.
+            shared: of the same embeddings, where it is at hand.
         """
         labels = checked_labels(labels, len(embeddings))
         first, last, _ = (anchors or slice(None)).indices(len(embeddings))
         if largest_class is None:
             largest_class = int(labels.unique(return_counts=True)[1].max()) if len(labels) else 0
+        zero, nearness = shared or self.shared(embeddings, labels)
         with torch.autocast(embeddings.device.type, enabled=False):
-            x = self._prepared(embeddings)
             classes = Classes(labels, largest_class)
-            return Terms(*_ChunkedSum.apply(x, self._pieces(x.detach(), classes, first, last)))
+            chunks = classes.mates(first, last)
+            if self.mining == "all" or nearness is None:
+                pieces: Iterable[Piece] = (partial(self._all_of_rows, mates=mates) for mates in chunks)
+            else:
+                found: Iterable[Triplets] = mined(nearness, classes, chunks, self.mining)
+                if not on_gpu(embeddings) and zero == 0:
+                    embeddings, found = _only_rows_of(list(found), embeddings)
+                pieces = self._pieces(embeddings, found)
+            return Terms(*_ChunkedSum.apply(self._prepared(embeddings), zero, pieces))
+
+    @torch.no_grad()
+    def shared(self, embeddings: Tensor, labels: Tensor) -> "Shared":
+        """What the anchors of all blocks of a batch have in common."""
+        with torch.autocast(embeddings.device.type, enabled=False):
+            x = at_least_float32(embeddings.detach())
+            zero = nan_unless_finite(x) if on_gpu(x) else by_rows(lambda part: (part * 0).sum(dim=1), x).sum()
+            return Shared(zero, None if self.mining == "all" else Nearness(self._prepared(x)))
 
     def hints(self, labels: np.ndarray) -> dict[str, int]:
         """What `terms` is told of the labels (N,), which are on the host too."""
@@ -102,12 +120,13 @@ class TripletLoss(nn.Module):
     @torch.no_grad()
     def active_share(self, embeddings: Tensor, labels: Tensor, largest_class: int | None = None) -> Tensor:
         """The part of a batch's triplets whose loss is above 0, float64; NaN where there are none."""
-        chosen = self.margin, self.mining, self.normalize, self.squared
-        valid, active = (
-            TripletLoss(*chosen, average).terms(embeddings, labels, None, largest_class).count  # type: ignore[arg-type]
-            for average in ("valid", "active")
-        )
-        return torch.as_tensor(active / valid)
+        loss = TripletLoss(self.margin, self.mining, self.normalize, self.squared, average="active")
+        active = loss.terms(embeddings, labels, None, largest_class).count
+        ordered = labels.sort().values
+        first, end = (torch.searchsorted(ordered, labels, right=right) for right in (False, True))
+        positives, negatives = (end - first - 1).double(), (len(labels) - (end - first)).double()
+        valid = positives.clamp(max=1) if self.mining == "batch-hard" else positives
+        return active / (valid * (negatives if self.mining == "all" else negatives.clamp(max=1))).sum()
 
     def _prepared(self, embeddings: Tensor) -> Tensor:
         embeddings = at_least_float32(embeddings)
@@ -122,14 +141,10 @@ class TripletLoss(nn.Module):
         counted = losses > 0 if self.average == "active" else valid
         return losses.sum(), counted.sum(dtype=torch.float64)
 
-    def _pieces(self, x: Tensor, classes: Classes, first: int, last: int) -> Iterator[Piece]:
-        """Parts of the sum over the anchors from first to last, each a function of the embeddings."""
-        chunks = classes.mates(first, last)
-        if self.mining == "all":
-            yield from (partial(self._all_of_rows, mates=mates) for mates in chunks)
-            return
+    def _pieces(self, x: Tensor, found: Iterable[Triplets]) -> Iterator[Piece]:
+        """Parts of the sum over some triplets, each a function of the embeddings."""
         size = max(1, chunk_elements(x) // (2 * x.shape[1]))
-        for triplets in mined(x, classes, chunks, self.mining):
+        for triplets in found:
             for part in zip(*(column.split(size, dim=-1) for column in triplets), strict=True):
                 yield partial(self._of_triplets, triplets=Triplets(*part))
 
@@ -155,6 +170,29 @@ class TripletLoss(nn.Module):
         return total, number.masked_fill(~mates.is_positive, 0).sum(dtype=torch.float64)
 
 
+class Shared(NamedTuple):
+    """What the anchors of all blocks have in common."""
+
+    zero: Tensor
+    """0; NaN where an embedding is NaN or infinite."""
+    nearness: Nearness | None
+    """Where triplets are picked."""
+
+
+def _only_rows_of(found: Sequence[Triplets], embeddings: Tensor) -> tuple[Tensor, Sequence[Triplets]]:
+    """Those embeddings that some triplets are made of, and the triplets as places among them: one rank's triplets are
+    made of few of a large batch, and to differentiate the rest of it, all zeros, takes longer than to mine.
+    """
+    wanted = torch.zeros(len(embeddings), dtype=torch.bool)
+    for triplets in found:
+        wanted[triplets.anchors] = True
+        wanted[triplets.others] = True
+    rows, place = wanted.nonzero()[:, 0], wanted.cumsum(dim=0) - 1
+    if len(rows) == len(embeddings):
+        return embeddings, found
+    return F.embedding(rows, embeddings), [Triplets(place[t.anchors], place[t.others], t.valid) for t in found]
+
+
 class _ChunkedSum(torch.autograd.Function):
     """Sum and count of pieces, f(x) = sum of f_k(x), with their gradient taken piece by piece in the forward pass.
 
@@ -162,8 +200,8 @@ class _ChunkedSum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, pieces: Iterator[Piece]) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        total, count = nan_unless_finite(x), x.new_zeros((), dtype=torch.float64)
+    def forward(ctx: Any, x: Tensor, zero: Tensor, pieces: Iterable[Piece]) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        total, count = zero.clone(), x.new_zeros((), dtype=torch.float64)
         gradient = torch.zeros_like(x).add_(total) if ctx.needs_input_grad[0] else None
         for piece in pieces:
             leaf = x.detach().requires_grad_(gradient is not None)
@@ -178,8 +216,8 @@ class _ChunkedSum(torch.autograd.Function):
         return total, count
 
     @staticmethod
-    def backward(ctx: Any, d_total: Tensor, _: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return d_total * ctx.gradient, None
+    def backward(ctx: Any, d_total: Tensor, _: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return d_total * ctx.gradient, None, None
 
 
 def _prefix_sums(x: Tensor) -> Tensor:

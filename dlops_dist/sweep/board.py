@@ -1,19 +1,17 @@
-"""What a person sees of a sweep: the ranking as it goes on, and in the end tables, pictures and a line."""
+"""What a person sees of a sweep: the ranking as it goes on, and in the end tables and a line."""
 
-import statistics
 from collections.abc import Sequence
 
-from rich.console import Console
+from rich.console import Group
 from rich.live import Live
-from rich.markup import escape
-from rich.table import Table
 
 from dlops_dist.config import Point, Sweep
 from dlops_dist.config.sweep import word
 from dlops_dist.console import Lines
 from dlops_dist.engine.run_folder import RunFolder
-from dlops_dist.figures import shown, title
+from dlops_dist.figures import shown, spread, title
 from dlops_dist.sweep.folder import Ranked, SweepFolder, importance, note_end
+from dlops_dist.tables import Table, on_terminal
 
 SHOWN_POINTS = 30
 
@@ -54,21 +52,8 @@ class Board(Lines):
             self.say(text)
             return
         self.live.start()
-        self.live.update(ranking_table(self._folder, self._folder.ranking(), SHOWN_POINTS), refresh=True)
-
-
-def summarize(folder: SweepFolder, out: Console) -> Ranked | None:
-    """Print the ranking and what it says, draw it, and return the best point; None where none has a figure yet."""
-    from dlops_dist import draw
-
-    ranked = folder.ranking()
-    out.print(ranking_table(folder, ranked))
-    if not ranked or ranked[0].mean is None:
-        return None
-    out.print(importance_table(folder.sweep, ranked))
-    for path in draw.sweep(folder.path / "report", folder.sweep.parameters, folder.sweep.choose_by, ranked):
-        out.print(f"drawn: {path}", markup=False)
-    return ranked[0]
+        table = ranking_table(self._folder, self._folder.ranking(), SHOWN_POINTS)
+        self.live.update(Group(*on_terminal(table, self.out.width)), refresh=True)
 
 
 def best_line(folder: SweepFolder, best: Ranked) -> str:
@@ -78,12 +63,8 @@ def best_line(folder: SweepFolder, best: Ranked) -> str:
     rows = [RunFolder(folder.path / trial.name).rows()[-1] for trial in best.trials if trial.scores]
     tested = [row[test] for row in rows if row.get(test) is not None]
     seeds = f"mean of {len(rows)} seeds" if len(rows) > 1 else "one seed"
-    return f"{described(best.point)}: {_spread(val, best.scores)}, {_spread(test, tested)} ({seeds})"
-
-
-def _spread(name: str, figures: Sequence[float]) -> str:
-    mean = shown(name, statistics.mean(figures) if figures else None)
-    return f"{title(name)} {mean}" + (f" ± {shown(name, statistics.stdev(figures))}" if len(figures) > 1 else "")
+    figures = (f"{title(name)} {spread(name, values)}" for name, values in ((val, best.scores), (test, tested)))
+    return f"{described(best.point)}: {', '.join(figures)} ({seeds})"
 
 
 def ranking_table(folder: SweepFolder, ranked: Sequence[Ranked], limit: int | None = None) -> Table:
@@ -93,29 +74,26 @@ def ranking_table(folder: SweepFolder, ranked: Sequence[Ranked], limit: int | No
         limit: leave out those beyond so many.
     """
     searched, figure = [parameter.name for parameter in folder.sweep.parameters], folder.sweep.choose_by
-    table = Table(title=f"{folder.path.name}: points, best first")
-    for column in ("", *searched, "epochs", title(figure), "deviation", "seeds"):
-        table.add_column(column, justify="right")
-    table.add_column("", overflow="fold")
-    for place, point in enumerate(ranked[:limit], 1):
-        values = [word(point.point[name]) for name in searched]
-        spread = shown(figure, point.mean), shown(figure, point.deviation)
-        seeds = f"{len(point.scores)}/{len(point.trials)}"
-        table.add_row(str(place), *values, str(point.epochs), *spread, seeds, _remark(point))
+    columns = ["", *searched, "epochs", title(figure), "deviation", "seeds", ""]
+    rows = [
+        [str(place), *(word(point.point[name]) for name in searched), str(point.epochs), shown(figure, point.mean),
+         shown(figure, point.deviation), f"{len(point.scores)}/{len(point.trials)}", _remark(point)]
+        for place, point in enumerate(ranked[:limit], 1)
+    ]  # fmt: skip
     if limit is not None and len(ranked) > limit:
-        table.add_row("...", *[""] * (len(searched) + 4), f"{len(ranked) - limit} more")
-    return table
+        rows.append(["...", *[""] * (len(searched) + 4), f"{len(ranked) - limit} more"])
+    return Table(f"{folder.path.name}: points, best first", columns, rows, remarks=True)
 
 
 def importance_table(sweep: Sweep, ranked: Sequence[Ranked]) -> Table:
     """How much of the figure's variance over the points each parameter explains on its own."""
     over = f"variance of {title(sweep.choose_by)} over {sum(point.finished for point in ranked)} points"
-    table = Table("parameter", "explains alone", "best at", title=over)
+    rows = []
     for parameter in sweep.parameters:
         part = importance(parameter, ranked)
         best = word(ranked[0].point[parameter.name])
-        table.add_row(parameter.name, "too few points to say" if part is None else f"{part:.0%}", best)
-    return table
+        rows.append([parameter.name, "too few points to say" if part is None else f"{part:.0%}", best])
+    return Table(over, ["parameter", "explains alone", "best at"], rows)
 
 
 def described(point: Point) -> str:
@@ -125,5 +103,5 @@ def described(point: Point) -> str:
 def _remark(point: Ranked) -> str:
     failed = [trial.failed for trial in point.trials if trial.failed]
     if failed:
-        return escape(f"failed: {failed[0]}")
+        return f"failed: {failed[0]}"
     return "stopped early" if any(trial.stopped for trial in point.trials) else "" if point.finished else "unfinished"

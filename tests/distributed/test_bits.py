@@ -1,5 +1,6 @@
 """The same bits on any number of ranks: whole runs, whose checkpoints and rows are compared byte for byte."""
 
+import io
 import json
 from pathlib import Path
 from unittest import mock
@@ -12,7 +13,7 @@ from kept_ranks import on_ranks
 from dlops_dist.config import load_recipe
 from dlops_dist.data.loader import Batch
 from dlops_dist.distributed.collectives import rank, world_size
-from dlops_dist.engine import fit, gradients
+from dlops_dist.engine import epoch_sums, fit, gradients
 from dlops_dist.engine.exactness import default_blocks
 from dlops_dist.engine.learner import Learner
 from dlops_dist.engine.samples import Inputs
@@ -113,6 +114,33 @@ def test_a_run_on_any_number_of_ranks_leaves_the_bytes_of_one_process(run, ranks
         assert found["rows"] == expected["rows"]
         assert found.keys() == expected.keys()
         assert [name for name in expected if found[name] != expected[name]] == []
+
+
+def trained_with_sums_kept_once(*arguments, **changes):
+    with mock.patch.object(epoch_sums, "LARGEST", 0):
+        return trained(*arguments, **changes)
+
+
+@pytest.mark.parametrize(
+    ("run", "ranks"), [("center", 3), pytest.param("batch-hard, micro-batches", 2, marks=pytest.mark.slow)]
+)
+def test_sums_of_classes_that_are_kept_once_are_those_of_the_blocks(run, ranks, shapes_shards, tmp_path):
+    """The same bytes on any number of ranks; within rounding those of sums of each of four blocks."""
+    expected = trained_with_sums_kept_once(run, shapes_shards, tmp_path / "one")
+    ours, by_block = (
+        [torch.load(io.BytesIO(files[name]), weights_only=True) for name in sorted(files.keys() - {"rows"})]
+        for files in (expected, trained(run, shapes_shards, tmp_path / "blocks"))
+    )
+    for own, other in zip(ours, by_block, strict=True):
+        once, each = own["sums"].pop("by_class"), other["sums"].pop("by_class")
+        assert (len(once), len(each)) == (1, 4)
+        torch.testing.assert_close(once[0], each.sum(dim=0), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(own["class_means"], other["class_means"], rtol=1e-5, atol=1e-5, equal_nan=True)
+        assert all(torch.equal(own["model"][name], value) for name, value in other["model"].items())
+    for found in on_ranks(trained_with_sums_kept_once, ranks, run, shapes_shards, tmp_path / "ranks"):
+        assert [name for name in expected if found[name] != expected[name]] == []
+    again = trained_with_sums_kept_once(run, shapes_shards, tmp_path / "one", after=3)
+    assert [name for name in expected if again[name] != expected[name]] == []
 
 
 def trained_in_small_buckets(*arguments):

@@ -3,6 +3,7 @@
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,15 +12,19 @@ from kept_ranks import WORLDS, on_ranks
 from torch import nn
 
 from dlops_dist.data.order import rank_part
+from dlops_dist.distributed import agreement, collectives
+from dlops_dist.distributed import norm as norm_module
 from dlops_dist.distributed.collectives import all_sum, gather, rank, world_size
 from dlops_dist.distributed.norm import SyncBatchNorm1d, SyncBatchNorm2d, average_running_statistics
-from dlops_dist.distributed.objective import global_objective, update_state
+from dlops_dist.distributed.objective import global_objective
 from dlops_dist.distributed.ranks import run_ranks
-from dlops_dist.distributed.tree import Blocks
+from dlops_dist.engine.checkpoints import Checkpoints
 from dlops_dist.errors import RunError
-from dlops_dist.losses import CenterLoss, CrossEntropyLoss, Terms
+from dlops_dist.files import Folder
+from dlops_dist.losses import CrossEntropyLoss, Terms
 from dlops_dist.torchrun import meeting
 
+CPU = torch.device("cpu")
 PARTS = {2: [3, 5], 3: [4, 0, 1], 4: [0, 2, 7, 1]}
 KINDS = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool]
 
@@ -81,6 +86,60 @@ def test_all_sum_adds_up_and_leaves_its_argument(ranks):
         assert torch.equal(before, values[rank_].T)
 
 
+def told_by_the_first(contents):
+    numbers = collectives.of_first_rank(lambda: (rank(), [7]))
+    with mock.patch.object(collectives, "SENT_AT_ONCE", 3):
+        results = [lambda own=own: own if rank() == 0 else 1 / 0 for own in contents]
+        found = [collectives.bytes_of_first_rank(result, CPU) for result in results]
+    try:
+        collectives.of_first_rank(fails)
+    except ValueError as error:
+        return numbers, found, str(error)
+
+
+def fails():
+    raise ValueError(f"of rank {rank()}")
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_what_the_first_rank_finds_all_have_and_what_it_raises_all_raise(ranks):
+    contents = [b"twenty bytes and more", b"", None]
+    assert on_ranks(told_by_the_first, ranks, contents) == [((0, [7]), contents, "of rank 0")] * ranks
+
+
+def read_back(folder):
+    """How often this rank opened a checkpoint, what it found, what it was warned of."""
+    opened, warnings, open_file = [], [], Folder.open
+    with mock.patch.object(Folder, "open", lambda *given: opened.append(given) or open_file(*given)):
+        found = Checkpoints(Folder(folder), 2).latest_of_all_ranks(CPU, warnings.append)
+    return len(opened), found, warnings
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_of_all_ranks_the_first_alone_reads_a_checkpoint_and_all_have_it(ranks, tmp_path):
+    assert on_ranks(read_back, ranks, tmp_path / "none") == [(0, None, [])] * ranks
+    checkpoints = Checkpoints(Folder(tmp_path), 2)
+    for step in (1, 2):
+        checkpoints.save(step, {"step": step, "x": torch.arange(5.0) * step})
+    checkpoints.wait()
+    path = tmp_path / "step-000000002.pt"
+    path.write_bytes(path.read_bytes()[:-100])
+    for place, (opened, found, warnings) in enumerate(on_ranks(read_back, ranks, tmp_path)):
+        assert (opened, len(warnings)) == ((2, 1) if place == 0 else (0, 0))
+        assert found["step"] == 1
+        assert torch.equal(found["x"], torch.arange(5.0))
+
+
+@pytest.mark.parametrize("number", [1, 5, 2500])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_a_hash_of_bits_adds_up_each_value_times_the_odd_number_of_its_place(number, dtype, monkeypatch):
+    monkeypatch.setattr(agreement, "AT_ONCE", 1000)
+    x = (torch.randn(number) * 100).to(dtype)
+    bits = x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]).tolist()
+    expected = sum(b * (i * 0x9E3779B97F4A7C15 % 2**64 | 1) for i, b in enumerate(bits)) % 2**64
+    assert int(agreement.bits_hash(x)) % 2**64 == expected
+
+
 def objective_gradient(weight, x, labels, sizes):
     """DDP's mean of gradients of the helper's loss, and the value it logs."""
     weight = weight.clone().requires_grad_()
@@ -111,29 +170,13 @@ def test_objective_is_that_of_one_process_for_unequal_counts(ranks):
         torch.testing.assert_close(values["positive"], positive.detach(), rtol=1e-12, atol=0)
 
 
-def centers_after(x, labels, sizes, num_classes):
-    loss = CenterLoss(num_classes, x.shape[1]).double()
-    part = slice(sum(sizes[: rank()]), sum(sizes[: rank() + 1]))
-    for _ in range(3):
-        update_state(loss, [x[part]], [labels[part]], sizes, Blocks())
-    return loss.centers
-
-
-@pytest.mark.parametrize("ranks", PARTS)
-@pytest.mark.parametrize("num_classes", [4, 1000], ids=["sums all-reduced", "embeddings gathered"])
-def test_centers_are_those_of_one_process_and_equal_bits_on_every_rank(ranks, num_classes):
-    sizes = PARTS[ranks]
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(sum(sizes), 5, generator=generator, dtype=torch.float64)
-    labels = torch.randint(num_classes, (sum(sizes),), generator=generator)
-    expected = centers_after(x, labels, [len(x)], num_classes)
-    centers = on_ranks(centers_after, ranks, x, labels, sizes, num_classes)
-    torch.testing.assert_close(centers[0], expected, rtol=1e-13, atol=1e-15)
-    assert all(torch.equal(c, centers[0]) for c in centers)
-
-
-def normalised(x, gradient, sizes):
+def normalised(x, gradient, sizes, gathered=8):
     """Two training steps of batch norm: output, gradients (of the parameters as DDP sums them), buffers."""
+    with mock.patch.object(norm_module, "GATHERED", gathered):
+        return normalised_twice(x, gradient, sizes)
+
+
+def normalised_twice(x, gradient, sizes):
     norm = (SyncBatchNorm2d if x.ndim == 4 else SyncBatchNorm1d)(x.shape[1]).double()
     with torch.no_grad():
         norm.weight.copy_(torch.linspace(0.5, 2, x.shape[1]))
@@ -148,13 +191,14 @@ def normalised(x, gradient, sizes):
 
 @pytest.mark.parametrize("ranks", PARTS)
 @pytest.mark.parametrize("size", [(3, 4, 2), (3,)], ids=["images", "units"])
-def test_sync_batch_norm_is_batch_norm_of_all_samples(ranks, size):
+@pytest.mark.parametrize("gathered", [8, 1], ids=["gathered", "added up"])
+def test_sync_batch_norm_is_batch_norm_of_all_samples(ranks, size, gathered):
     sizes = PARTS[ranks]
     generator = torch.Generator().manual_seed(ranks)
     x = torch.randn(sum(sizes), *size, generator=generator, dtype=torch.float64) * 3 + 1000  # E[x^2] would lose it
     gradient = torch.randn(x.shape, generator=generator, dtype=torch.float64)
     y, dx, dw, db, buffers = normalised(x, gradient, [len(x)])  # one process: torch's own
-    results = on_ranks(normalised, ranks, x, gradient, sizes)
+    results = on_ranks(normalised, ranks, x, gradient, sizes, gathered)
     torch.testing.assert_close(torch.cat([r[0] for r in results]), y, rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(torch.cat([r[1] for r in results]), dx, rtol=1e-9, atol=1e-10)
     for result in results:

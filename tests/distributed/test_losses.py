@@ -81,7 +81,7 @@ def test_the_cases_are_what_they_are_called():
     assert values["batch-hard, valid", "collapsed"] == pytest.approx(0.2, abs=1e-6)  # nothing is apart: the margin
 
 
-def from_readme(code, weight, x, labels, sizes):
+def from_docs(code, weight, x, labels, sizes):
     start = sum(sizes[: rank()])
     weight = weight.clone().requires_grad_()
     names = {
@@ -92,13 +92,13 @@ def from_readme(code, weight, x, labels, sizes):
     return all_sum(weight.grad) / world_size()
 
 
-def test_the_lines_in_the_readme_give_the_gradient_of_one_process():
-    text = (Path(__file__).parents[2] / "README.md").read_text()
+def test_the_lines_in_the_docs_give_the_gradient_of_one_process():
+    text = (Path(__file__).parents[2] / "docs/extending.md").read_text()
     code = re.search(r"## The losses in your own DDP loop.*?```python\n(.*?)```", text, re.DOTALL)[1]
     lines = [line for line in code.splitlines() if line and not line.startswith(("from", "import"))]
     assert len(lines) <= 5
     x, labels = batches()["mixed"]
     weight = torch.randn(6, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64, requires_grad=True)
     TripletLoss(margin=0.5)(x @ weight, labels).backward()
-    for gradient in on_ranks(from_readme, 3, code, weight.detach(), x, labels, PARTS[3]):
+    for gradient in on_ranks(from_docs, 3, code, weight.detach(), x, labels, PARTS[3]):
         torch.testing.assert_close(gradient, weight.grad, rtol=1e-12, atol=1e-14)

@@ -60,6 +60,19 @@ def test_ranks_add_to_the_bits_of_one_process(ranks):
             assert torch.equal(total, in_order(rows_of(*case))), case
 
 
+def own_pieces(number, pieces):
+    added = TreeSum(Blocks(number), pieces=pieces)
+    for block in Blocks(number).own:
+        added.add(block, rows_of(number, sum(pieces), torch.float32)[block].clone())
+    return added.total()
+
+
+@pytest.mark.parametrize(("number", "pieces"), [(4, [3, 5]), (5, [4, 0, 1]), (8, [0, 2, 7, 1])])
+def test_ranks_that_want_a_piece_each_get_those_bits_of_the_whole(number, pieces):
+    whole = in_order(rows_of(number, sum(pieces), torch.float32))
+    assert torch.equal(torch.cat(on_ranks(own_pieces, len(pieces), number, pieces)), whole)
+
+
 def shares(number, num_samples):
     blocks = Blocks(number)
     return blocks.share(num_samples), blocks.shares(num_samples), [blocks.part(num_samples, b) for b in blocks.own]

@@ -5,7 +5,6 @@ import importlib
 import io
 import json
 import os
-import runpy
 import shutil
 import signal
 import subprocess
@@ -43,11 +42,10 @@ TINY = [
 
 def start(*arguments, within=(), **options):
     """A command of the project, under way; its output on one pipe."""
-    module = [str(ROOT / "launch/shard.py")] if arguments[0] == "shard" else ["-m", f"dlops_dist.{arguments[0]}"]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "WANDB_"))}
     environment |= {"OMP_NUM_THREADS": "1", **options.pop("env", {})}
     return subprocess.Popen(
-        [*within, sys.executable, *module, *map(str, arguments[1:])],
+        [*within, sys.executable, "-m", f"dlops_dist.{arguments[0]}", *map(str, arguments[1:])],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
         **options,
     )  # fmt: skip
@@ -65,9 +63,7 @@ def run(*arguments, timeout_s=120, **options):
 
 def call(*arguments, cwd=None, env=None):
     """(exit code, everything printed) of a command, as `run` gives it; in this process, which it leaves as it was."""
-    shard = arguments[0] == "shard"
-    script = runpy.run_path(str(ROOT / "launch/shard.py")) if shard else None
-    main = script["main"] if shard else importlib.import_module(f"dlops_dist.{arguments[0]}").main
+    main = importlib.import_module(f"dlops_dist.{arguments[0]}").main
     output, threads = io.TextIOWrapper(io.BytesIO(), "utf-8"), torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(output):
         patch.setattr(sys, "argv", [arguments[0], *map(str, arguments[1:])])

@@ -17,16 +17,20 @@ RAY = Path(sys.executable).parent / "ray"
 @contextmanager
 def head_node(folder, cpus, within=(), address="127.0.0.1", options=()):
     """Environment in which commands reach a cluster that asks for a token."""
-    ports = [free_port() for _ in range(3)]
+    ports = [free_port() for _ in range(4)]
     token = folder / "token"
     token.write_text("0123456789abcdef" * 4)
     mode = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
     head = ["--head", "--port", ports[0], "--dashboard-port", ports[1], "--dashboard-agent-listen-port", ports[2]]
-    head += ["--node-ip-address", address, "--num-cpus", cpus]
+    head += ["--node-ip-address", address, "--num-cpus", cpus, "--metrics-export-port", ports[3]]
+    head += ["--system-config", json.dumps({"metrics_report_interval_ms": 1000})]
     with node(mode, *head, *options, within=within) as process:
         assert wait_until(lambda: process.poll() is not None or listens(ports[1], within), 120)
         assert process.poll() is None, "ray start ended"
-        dashboard = {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports[1]}"}
+        dashboard = {
+            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports[1]}",
+            "METRICS": f"http://{address}:{ports[3]}",
+        }
         yield {**mode, **dashboard, "RAY_ADDRESS": f"{address}:{ports[0]}"}
 
 

@@ -70,7 +70,7 @@ def test_every_sample_is_embedded_once_in_the_order_of_the_index(q2, stl_shards,
     found = table.to_pylist()
     for name in manifest.splits:
         split, own = Split(stl_shards, manifest, name), [row for row in found if row["split"] == name]
-        assert [row["key"] for row in own] == split.keys.tolist()
+        assert [row["key"] for row in own] == split.keys_of(np.arange(len(split)))
         labels = [None if label < 0 else label for label in split.labels.tolist()]
         assert [row["label"] for row in own] == labels
         assert [row["class"] for row in own] == [None if c is None else manifest.classes[c] for c in labels]

@@ -123,7 +123,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(loss, how, undisturbed, shapes_s
 
 
 MISTAKES = {
-    "no shards": (["--data.shards", "nowhere"], ["nowhere", "python launch/shard.py"]),
+    "no shards": (["--data.shards", "nowhere"], ["nowhere", "python -m dlops_dist.shard"]),
     "not shards": (["--data.shards", "."], ["manifest.json"]),
     "unknown setting": (["--optimizer.rl", "0.1"], ["--optimizer.rl", "--optimizer.lr"]),
     "out of range": (["--optimizer.momentum", "1.5"], ["optimizer.momentum", "1.5", "less than 1"]),

@@ -59,7 +59,10 @@ def test_folds_are_trained_one_after_another(smoke):
 def test_a_run_draws_its_pictures(smoke):
     report = smoke[0] / "run/report"
     names = ["classes.png", "confusion.png", "filters.png", "reconstructions.png", "samples.png"]
-    assert sorted(path.name for path in report.iterdir() if path.name != "curves.png") == names
+    assert sorted(path.name for path in report.glob("*.png") if path.name != "curves.png") == names
+    assert sorted(path.name for path in report.glob("*") if path.suffix != ".png") == [
+        "gallery.npz", "index.csv", "index.html", "index.md"
+    ]  # fmt: skip
     assert all((report / name).read_bytes().startswith(b"\x89PNG") for name in names)
 
 

@@ -20,9 +20,12 @@ from fleet import Fleet, can_have_hosts
 from happenings import node_killed_and_back, preempted, worker_processes, worker_stopped
 from ray_nodes import RAY, free_port, head_node, node, nodes_alive
 
+from dlops_dist.ray_metrics import GAUGES, RESTARTS
+
 SETTINGS = [*TINY, "--blocks", "4", "--exactness", "bits", "--epochs", "2", "--name", "run"]
-STEPS_PER_EPOCH = 12
+STEPS_PER_EPOCH, STOPPED_EPOCHS = 12, 20
 ELASTIC = ["--workers", "3", "--min-workers", "1", "--collective-timeout", "20"]
+LEFT_OUT = "; that node is left out"
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +124,15 @@ def test_more_workers_than_the_cluster_has_is_one_line(cluster, shapes_shards, t
     assert output.splitlines()[-1].startswith("error: workers: 5 is more than the 3 CPUs")
 
 
+@pytest.mark.slow
+def test_a_cluster_whose_token_is_missing_says_so_and_no_more(cluster, shapes_shards, tmp_path):
+    code, output = train(shapes_shards, tmp_path, env={"RAY_ADDRESS": cluster["RAY_ADDRESS"], "HOME": tmp_path})
+    assert (code, len(output.splitlines())) == (2, 2), output
+    assert output.splitlines()[-1].startswith(
+        f"error: RAY_ADDRESS={cluster['RAY_ADDRESS']}: what answers there does not "
+    )
+
+
 OCCUPY = """
 import ray, time
 ray.init(logging_level="ERROR")
@@ -168,6 +180,7 @@ def test_a_killed_worker_of_q2_changes_no_bit_of_the_result(cluster, stl_shards,
     command += ["--model.code-layer", "9", "--pretrain.epochs", "8", "--finetune", "--checkpoint-every", "2"]
     killed_and_whole(command, 4, 26, cluster, tmp_path)
     assert (tmp_path / "killed/run/report/confusion.png").is_file()
+    assert "Nearest neighbours" in (tmp_path / "killed/run/report/index.html").read_text()
 
 
 def killed_and_whole(command, after, epochs, cluster, tmp_path):
@@ -217,7 +230,7 @@ def test_nodes_that_are_lost_or_come_back_and_a_worker_that_hangs_change_no_bit(
 
 
 @pytest.mark.root
-def test_a_node_that_sees_other_files_is_refused_before_the_run_begins(cluster, shapes_shards, tmp_path):
+def test_a_node_that_sees_other_files_is_refused_where_it_is_needed_and_else_left_out(cluster, shapes_shards, tmp_path):
     """In a mount namespace of its own: without the shards and the run, and with other code."""
     (tmp_path / "runs").mkdir()
     shutil.copytree(ROOT / "dlops_dist", tmp_path / "other")
@@ -228,15 +241,18 @@ def test_a_node_that_sees_other_files_is_refused_before_the_run_begins(cluster, 
     within = ["unshare", "--mount", "sh", "-c", " && ".join([*hide, 'exec "$0" "$@"'])]
     with node(cluster, "--address", cluster["RAY_ADDRESS"], "--num-cpus", 1, within=within):
         assert wait_until(lambda: len(nodes_alive(cluster)) == 2, 90)
-        code, output = train(shapes_shards, tmp_path / "runs", "--workers", "2", env=cluster)
+        refused = train(shapes_shards, tmp_path / "runs", "--workers", "4", env=cluster)
+        assert not (tmp_path / "runs/run").exists()
+        trained = train(shapes_shards, tmp_path / "runs", "--workers", "3", "--epochs", "1", env=cluster)
     assert wait_until(lambda: len(nodes_alive(cluster)) == 1, 90)
-    assert code == 2, output
-    shards, runs, version = output.splitlines()[-3:]
-    assert shards.startswith(f"error: data.shards: {shapes_shards} are not there on node ")
-    assert runs.startswith(f"error: runs_dir: {tmp_path}/runs/run is not there on node ")
-    assert version.startswith("error: dlops_dist is ")
-    assert version.endswith("; install the same everywhere")
-    assert not (tmp_path / "runs/run/checkpoints").exists()
+    for (code, output), expected, prefix, suffix in ((refused, 2, "error: ", ""), (trained, 0, "warning: ", LEFT_OUT)):
+        assert code == expected, output
+        shards, runs, version = [line for line in output.splitlines() if line.startswith(prefix)]
+        assert shards.startswith(f"{prefix}data.shards: {shapes_shards} are not there on node ")
+        assert runs.startswith(f"{prefix}runs_dir: {tmp_path}/runs/run is not there on node ")
+        assert version.startswith(f"{prefix}dlops_dist is ")
+        assert version.endswith(f"; install the same everywhere{suffix}")
+    assert "3 workers on cpu" in trained[1]
 
 
 def job(cluster, *arguments, **options):
@@ -309,11 +325,12 @@ def test_ctrl_c_while_ray_starts_what_is_needed_is_one_line(after, cluster, shap
 @pytest.mark.slow
 def test_a_stopped_job_and_a_stopped_command_go_on_to_the_same_bits(cluster, shapes_shards, tmp_path):
     """No step is taken twice."""
-    command = training(shapes_shards, tmp_path / "stopped", "--epochs", "9", "--log-every", "1")
+    command = training(shapes_shards, tmp_path / "stopped", "--epochs", str(STOPPED_EPOCHS), "--log-every", "1")
     folder = tmp_path / "stopped/run"
     code, output = job(cluster, "submit", "--no-wait", "--submission-id", tmp_path.name, "--", *command)
     assert code == 0, output
     assert wait_until(lambda: last_step(folder) >= 15, 120)
+    assert wait_until(lambda: set(told_to_prometheus(cluster)) == {*GAUGES, RESTARTS}, 20, every_s=0.5)
     code, output = job(cluster, "stop", tmp_path.name)
     assert code == 0, output
     assert "STOPPED" in job(cluster, "status", tmp_path.name)[1].upper()
@@ -336,9 +353,20 @@ def test_a_stopped_job_and_a_stopped_command_go_on_to_the_same_bits(cluster, sha
     assert_is_that_of_one_process(folder, "train", *command[3:])
 
 
+def told_to_prometheus(cluster):
+    """{name: value} of the run's gauges, where Ray lets Prometheus read them."""
+    try:
+        answer = urllib.request.urlopen(cluster["METRICS"])
+    except urllib.error.URLError:  # it does not listen yet
+        return {}
+    with answer:
+        lines = re.findall(r'^ray_dlops_dist_(\w+)\{.*run="run".*\} (\S+)$', answer.read().decode(), re.MULTILINE)
+    return {name: float(value) for name, value in lines}
+
+
 def stopped_at(folder):
     """The last step, which is saved."""
     step = last_step(folder)
     assert max((folder / "checkpoints").iterdir()).name == f"step-{step:09d}.pt"
-    assert step < 9 * STEPS_PER_EPOCH, "it finished before it was stopped"
+    assert step < STOPPED_EPOCHS * STEPS_PER_EPOCH, "it finished before it was stopped"
     return step

@@ -54,6 +54,7 @@ def test_a_recipe_is_trained_gone_on_with_evaluated_and_reported(small, shapes_s
     code, output = call("report", tmp_path / "run")
     assert code == 0, output
     assert (tmp_path / "run/report/curves.png").is_file()
+    assert "Nearest neighbours" in (tmp_path / "run/report/index.html").read_text()
 
     shutil.copytree(tmp_path / "run", tmp_path / "whole")
     max((tmp_path / "run/checkpoints").iterdir()).unlink()

@@ -1,4 +1,4 @@
-"""launch/shard.py, from the command line: packing, killed and refused; is a folder as it was packed; what is in it."""
+"""dlops_dist.shard, from the command line: packing, killed and refused; is a folder as it was packed; what is in it."""
 
 import fcntl
 import os
@@ -296,6 +296,8 @@ def test_an_open_set_is_trained_evaluated_and_reported(tmp_path):
     code, output = call("report", tmp_path / "runs/run")
     assert code == 0, output
     assert "test MAP@R" in " ".join(output.split())
+    page = (tmp_path / "runs/run/report/index.html").read_text()
+    assert ("Nearest neighbours" in page, "What is taken for what" in page, "ape" in page) == (True, False, True)
 
 
 def test_bad_images_are_left_out_and_a_test_split_is_held_out_where_that_is_asked_for(tmp_path):
@@ -363,7 +365,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(mistake, tmp_path):
 
 
 HELP = {
-    (): ["$ shard.py folder --source DIR --size 64", "--test-fraction FLOAT", "--skip-bad", "by sorted name"],
+    (): ["dlops_dist.shard folder --source DIR --size 64", "--test-fraction FLOAT", "--skip-bad", "by sorted name"],
     ("verify",): ["Hash every file", "PATH"],
     ("show",): ["Print classes", "PATH"],
     ("index",): ["must tell the split", "--class-names PATH", "--workers INT"],
@@ -392,6 +394,14 @@ def test_shards_that_are_no_folder_are_refused_and_nothing_is_run(where, tmp_pat
     code, output = call("train", "q1", "--local", "--data.shards", where, *TINY, cwd=tmp_path)
     assert (code, len(output.splitlines())) == (2, 1), output
     assert "must be a folder" in output
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [("show",), ("verify",), ("index",), ("shapes", "--out")])
+def test_a_url_where_a_path_must_be_is_one_line_and_makes_no_folder(command, tmp_path):
+    code, output = call("shard", *command, "s3://bucket/shards", cwd=tmp_path)
+    assert (code, len(output.splitlines())) == (2, 1), output
+    assert "'s3://bucket/shards' must be a path on this machine" in output
     assert list(tmp_path.iterdir()) == []
 
 

@@ -41,7 +41,8 @@ def test_smoke_ranks_two_trials_and_is_done_once_where_temporary_files_lie_deep(
     assert output.splitlines()[-1].startswith("result: q1 triplet: triplet.margin ")
     assert "2 of 2 trials to train, " in output
     (sweep,) = (tmp_path / "runs").glob("tune-q1-triplet-*")
-    assert {path.name for path in (sweep / "report").iterdir()} == {"parallel.png", "responses.png"}
+    assert {path.name for path in (sweep / "report").glob("*.png")} == {"parallel.png", "responses.png"}
+    assert (sweep / "report/index.html").is_file()
 
     (sweep / "report/parallel.png").unlink()
     code, again = call("tune", "--smoke", cwd=tmp_path)

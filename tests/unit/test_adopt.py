@@ -96,7 +96,7 @@ def test_stock_shard_writer_long_names_json_labels_and_raw_pixels(tmp_path):
     train, unlabeled = (Split(tmp_path, manifest, name) for name in ("train", "unlabeled"))
     assert np.array_equal(train.read(np.array([2])), pixels(2)[None])
     assert (train.labels.tolist(), unlabeled.labels.tolist()) == ([0, 1, 2], [-1])
-    assert train.keys[0].startswith("longlong")
+    assert train.keys_of(np.arange(1))[0].startswith("longlong")
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_shards_of_val_and_of_test_are_not_mixed(folder, sample, user_error):
 def test_what_was_packed_here_keeps_its_manifest(shapes_shards, tmp_path, user_error):
     shards = shutil.copytree(shapes_shards, tmp_path / "shards")
     before = (shards / "manifest.json").read_bytes()
-    with user_error(shards, "launch/shard.py"):
+    with user_error(shards, "dlops_dist.shard"):
         adopt(shards, "others", workers=1)
     assert (shards / "manifest.json").read_bytes() == before
 
@@ -136,7 +136,7 @@ def test_files_without_an_ending_and_those_that_systems_leave_are_passed_over(fo
 def as_lists(folder):
     """Keys, labels and pixels of what is trained on."""
     split = Split(folder, read_manifest(folder), "train")
-    return split.keys.tolist(), split.labels.tolist(), split.read(np.arange(len(split))).tolist()
+    return split.keys_of(np.arange(len(split))), split.labels.tolist(), split.read(np.arange(len(split))).tolist()
 
 
 def test_archives_joined_by_cat_are_read_to_the_last(folder, sample):
@@ -207,7 +207,7 @@ FAULTS = {
     "a json without label": ({"train-0.tar": [("a", {"cls": None, "json": b"{}"})]}, ["train-0.tar", "a", "no label"]),
     "a json that is a list": ({"train-0.tar": [("a", {"cls": None, "json": b"[1]"})]}, ["train-0.tar", "no label"]),
     "a label of a half": ({"train-0.tar": [("a", {"cls": None, "json": b'{"label": 1.5}'})]}, ["a", "'1.5'"]),
-    "a png": ({"train-0.tar": [("a", {"jpg": None, "png": b""})]}, ["a.png", "neither jpg nor npy", "shard.py folder"]),
+    "a png": ({"train-0.tar": [("a", {"jpg": None, "png": b""})]}, ["a.png", "neither jpg nor npy", "shard folder"]),
     "dots in names": ({"train-0.tar": [("x", {}), ("a.b", {})]}, ["train-0.tar: a.b.jpg has a dot in its name"]),
     "a dot in one name": ({"train-0.tar": [("a", {}), ("a.b", {})]}, ["train-0.tar: a.b.jpg has a dot in its name"]),
     "another size elsewhere": (
@@ -387,5 +387,5 @@ def test_classes_of_an_open_set_that_only_its_test_has_are_no_doubt(sample, tmp_
 
 
 def test_shards_without_an_index_are_named_with_the_command_that_writes_it(folder, user_error):
-    with user_error(folder, f"launch/shard.py index {folder}"):
+    with user_error(folder, f"dlops_dist.shard index {folder}"):
         read_manifest(folder)

@@ -72,6 +72,25 @@ def test_update_equals_the_loop_step_by_step(alpha, dtype, rtol):
         assert_close(loss.centers.double(), expected, rtol=0, atol=rtol * expected.norm().item())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_whole_batch_moves_its_own_classes_to_the_bits_of_a_move_of_all(dtype):
+    ours, whole = center_loss(dtype=dtype), center_loss(dtype=dtype)
+    for seed, number in enumerate((11, 1, 0, 40)):
+        embeddings, labels = batch(number, dtype, seed)
+        expected = loop_update(whole.centers, embeddings, labels, whole.alpha)
+        ours.move(embeddings.detach(), labels)
+        whole.update(whole.sums(embeddings, labels))
+        assert torch.equal(ours.centers, whole.centers)
+        assert_close(ours.centers.double(), expected, rtol=0, atol=1e-5 * expected.norm().item())
+
+
+def test_the_spread_of_many_centres_is_that_of_all_at_once():
+    loss = CenterLoss(20_000, 3)
+    loss.centers.normal_()
+    differences = loss.centers - loss.centers.mean(dim=0)
+    assert loss.spread() == differences.square().sum(dim=1).mean().sqrt()
+
+
 def test_with_alpha_1_a_lone_sample_draws_its_centre_half_way():
     loss = CenterLoss(2, 1, alpha=1.0)
     loss.update(loss.sums(torch.tensor([[8.0]]), torch.tensor([1])))

@@ -53,6 +53,15 @@ def test_the_tasks_own_file_is_not_taken_from_the_working_directory(tmp_path, mo
     assert read_settings("q1", []).epochs == 10
 
 
+def test_a_bare_name_is_a_file_there_or_a_config_that_comes_with_the_package(tmp_path, monkeypatch, user_error):
+    monkeypatch.chdir(tmp_path)
+    assert read_settings("q1", ["--config", "quickstart"]).name == "quickstart"
+    with user_error("quickstart.yaml", "No such file"):
+        read_settings("q1", ["--config", "quickstart.yaml"])
+    (tmp_path / "quickstart").write_text("epochs: 99")
+    assert read_settings("q1", ["--config", "quickstart"]).epochs == 99
+
+
 def test_the_command_line_wins_over_smoke_and_smoke_over_yaml(read):
     text = "epochs: 7\nseed: 5\nmodel: {width: 32, norm: local}\noptimizer: {lr: 0.02, momentum: 0.5}"
     yaml_only = read(text)

@@ -64,7 +64,7 @@ def test_what_is_no_jpeg_is_packed_as_raw_pixels(tree, tmp_path):
     grey.save(root / "train/a/3.png")
     pack(ImageFolder(root), tmp_path / "out", "tree", workers=1)
     split = Split(tmp_path / "out", read_manifest(tmp_path / "out"), "train")
-    found = dict(zip(split.keys, split.read(np.arange(3)), strict=True))
+    found = dict(zip(split.keys_of(np.arange(3)), split.read(np.arange(3)), strict=True))
     assert np.array_equal(found["a_0"], pixels(0))
     assert np.array_equal(found["a_3"], pixels(3)[..., :1].repeat(3, axis=2))
 
@@ -160,7 +160,7 @@ def test_odd_names_of_files_become_keys_and_long_ones_are_shortened(tree, tmp_pa
     (root / "train/日本" / os.fsdecode(b"\xff.jpg")).write_bytes((root / "train" / names[0]).read_bytes())
     manifest = pack(ImageFolder(root), tmp_path / "out", "tree", workers=1)
     assert manifest.splits == {"train": 5, "test": 4}
-    keys = Split(tmp_path / "out", manifest, "train").keys
+    keys = Split(tmp_path / "out", manifest, "train").keys_of(np.arange(5))
     assert "日本_été" in keys
     assert all(key.isprintable() and not key.startswith("__") for key in keys)
 
@@ -290,7 +290,7 @@ def test_a_limit_leaves_the_images_that_it_chose(tree, tmp_path):
     assert manifest.splits == {"train": 4, "test": 4}
     for name, listing in source.splits.items():
         split = Split(tmp_path / "out", manifest, name)
-        assert sorted(split.keys) == [listing.keys[i] for i in limited(listing.labels, 4, 5)]
+        assert sorted(split.keys_of(np.arange(len(split)))) == [listing.keys[i] for i in limited(listing.labels, 4, 5)]
         assert np.bincount(split.labels).tolist() == [2, 2]
 
 
@@ -302,7 +302,7 @@ def test_folds_of_stl10_come_into_the_index(stl10, tmp_path):
     manifest = pack(STL10(stl10), tmp_path / "out", "stl10", shard_size=2, workers=1)
     assert manifest.num_folds == 2
     split = Split(tmp_path / "out", manifest, "train")
-    found = dict(zip(split.keys, split.folds.tolist(), strict=True))
+    found = dict(zip(split.keys_of(np.arange(len(split))), split.folds.tolist(), strict=True))
     assert found == {"train-000000": 1, "train-000001": 3, "train-000002": 0, "train-000003": 2, "train-000004": 1}
     assert (Split(tmp_path / "out", manifest, "unlabeled").folds == 0).all()
 

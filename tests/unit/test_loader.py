@@ -66,7 +66,8 @@ def test_a_uniform_epoch_holds_each_of_the_ids_once(drop_last):
     run = TrainingOrder(ids, labels, 0, 10, None, drop_last)
     assert run.steps_per_epoch == (4 if drop_last else 5)
     for epoch in (0, 1, 7):
-        batches = run.epoch(epoch)
+        batches = list(run.epoch(epoch))
+        assert [b.tolist() for b in run.epoch(epoch, 3)] == [b.tolist() for b in batches[3:]]
         assert [len(b) for b in batches] == [10] * 4 + [9] * (not drop_last)
         seen = np.concatenate(batches)
         assert len(np.unique(seen)) == len(seen)
@@ -78,8 +79,8 @@ def test_epochs_are_shuffled_anew_and_can_be_asked_for_in_any_order():
         return TrainingOrder(np.arange(200), np.zeros(200, np.int64), 5, 20, None, True)
 
     forwards, one = run(), run()
-    epochs = [np.concatenate(forwards.epoch(e)) for e in range(4)]
-    assert np.array_equal(np.concatenate(one.epoch(3)), epochs[3])
+    epochs = [np.concatenate(list(forwards.epoch(e))) for e in range(4)]
+    assert np.array_equal(np.concatenate(list(one.epoch(3))), epochs[3])
     assert all((a == b).mean() < 0.05 for a, b in itertools.combinations(epochs, 2))
 
 
@@ -138,7 +139,7 @@ def test_what_balanced_batches_leave_out_is_said_by_count_and_class():
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize(("threads", "prefetch"), [(1, 1), (3, 4)])
 def test_the_ranks_read_the_global_batches_in_order(world_size, threads, prefetch, split):
-    batches = TrainingOrder(np.arange(38), split.labels, 0, 12, None, False).epoch(0)  # the last has 2 samples
+    batches = list(TrainingOrder(np.arange(38), split.labels, 0, 12, None, False).epoch(0))  # the last has 2 samples
     ranks = []
     for rank in range(world_size):
         parts = [(ids, rank_part(len(ids), rank, world_size)) for ids in batches]

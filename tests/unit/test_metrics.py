@@ -12,7 +12,10 @@ from torch.testing import assert_close
 
 from dlops_dist.metrics import (
     Judged,
-    confusion_counts,
+    Points,
+    add_confusion,
+    centers_of,
+    class_hits,
     map_at_r,
     nearest_center_correct,
     rank_of_label,
@@ -70,10 +73,11 @@ def test_the_confusion_counts_the_first_largest_logit_of_each_row_without_a_nan(
     for row, label in zip(rows, labels, strict=True):
         if not any(map(math.isnan, row)):
             expected[label][row.index(max(row))] += 1
-    counts = confusion_counts(torch.tensor(rows), torch.tensor(labels))
+    logits, labels, counts = torch.tensor(rows), torch.tensor(labels), torch.zeros(4, 4, dtype=torch.float64)
+    add_confusion(counts, logits[:3], labels[:3])
+    add_confusion(counts, logits[3:], labels[3:])
     assert counts.tolist() == expected
-    hits = torch.tensor(labels)[rank_of_label(torch.tensor(rows), torch.tensor(labels)) < 1].bincount(minlength=4)
-    assert torch.equal(counts.diagonal(), hits)
+    assert class_hits(logits, labels).tolist() == counts.diagonal().tolist()
 
 
 def test_a_row_with_a_nan_is_a_miss_for_every_k():
@@ -95,7 +99,7 @@ def test_nearest_center_equals_the_loop(offset, dtype):
     expected = [
         nearest(x, enumerate(centers.tolist())) == y for x, y in zip(embeddings.tolist(), labels.tolist(), strict=True)
     ]
-    assert nearest_center_correct(embeddings, labels, centers).tolist() == expected
+    assert nearest_center_correct(embeddings, labels, centers_of(centers)).tolist() == expected
     assert 0 < sum(expected) < 60
 
 
@@ -106,18 +110,33 @@ def test_a_class_never_seen_is_nearest_to_nothing(unseen):
     centers[unseen] = NAN
     seen = [(c, center) for c, center in enumerate(centers.tolist()) if c != unseen]
     expected = [nearest(x, seen) == y for x, y in zip(embeddings.tolist(), labels.tolist(), strict=True)]
-    assert nearest_center_correct(embeddings, labels, centers).tolist() == expected
+    assert nearest_center_correct(embeddings, labels, centers_of(centers)).tolist() == expected
     assert not any(correct for correct, y in zip(expected, labels.tolist(), strict=True) if y == unseen)
 
 
 def test_a_centre_with_one_nan_is_nearest_to_nothing():
     centers = torch.tensor([[0.0, NAN], [5.0, 5.0]])
-    assert nearest_center_correct(torch.zeros(2, 2), torch.tensor([0, 1]), centers).tolist() == [False, True]
+    assert nearest_center_correct(torch.zeros(2, 2), torch.tensor([0, 1]), centers_of(centers)).tolist() == [
+        False,
+        True,
+    ]
 
 
 def test_without_any_class_seen_nothing_is_correct():
     embeddings, labels = samples()
-    assert not nearest_center_correct(embeddings, labels, torch.full((4, 5), NAN, dtype=torch.float64)).any()
+    assert not nearest_center_correct(
+        embeddings, labels, centers_of(torch.full((4, 5), NAN, dtype=torch.float64))
+    ).any()
+
+
+def judged(embeddings, labels, place=slice(None), logits=None):
+    logits = embeddings.new_empty(len(labels[place]), 0) if logits is None else logits
+    largest = int(labels.bincount().max())
+    return Judged(embeddings[place], labels[place], logits, embeddings.new_empty(0), embeddings, labels, place, largest)
+
+
+def nearest_has_label(embeddings, labels, place=slice(None)):
+    return retrieved(judged(embeddings, labels, place), 1)[:, 0]
 
 
 def loop_recall(embeddings, labels):
@@ -135,7 +154,7 @@ def test_recall_equals_the_loop(offset, dtype):
     embeddings, labels = samples(num=60, dim=3, dtype=dtype)
     embeddings += offset
     expected = loop_recall(embeddings, labels)
-    assert retrieved(embeddings, labels, slice(None), 1)[:, 0].tolist() == expected
+    assert nearest_has_label(embeddings, labels).tolist() == expected
     assert 0 < sum(expected) < 60
 
 
@@ -145,19 +164,19 @@ def test_recall_in_tight_clusters_of_several_labels_is_that_of_float64(noise):
     centers = torch.randn(7, 16, generator=generator, dtype=torch.float64)
     embeddings = (centers.repeat(30, 1) + noise * torch.randn(210, 16, generator=generator)).float()
     labels = torch.randint(3, (210,), generator=generator)
-    assert retrieved(embeddings, labels, slice(None), 1)[:, 0].tolist() == loop_recall(embeddings.double(), labels)
+    assert nearest_has_label(embeddings, labels).tolist() == loop_recall(embeddings.double(), labels)
 
 
 def test_of_equally_near_samples_the_first_counts():
     embeddings = torch.tensor([[0.0], [1.0], [-1.0], [1.0]])
     for labels, hits in (([0, 0, 1, 1], [True, False, False, False]), ([0, 1, 0, 0], [False, False, True, False])):
-        assert retrieved(embeddings, torch.tensor(labels), slice(None), 1)[:, 0].tolist() == hits
+        assert nearest_has_label(embeddings, torch.tensor(labels)).tolist() == hits
 
 
 @pytest.mark.parametrize("cuts", [[0, 24], [0, 10, 10, 24], [0, 1, 23, 24]])
 def test_recall_of_blocks_of_queries_is_that_of_all(cuts):
     embeddings, labels = samples()
-    blocks = [retrieved(embeddings, labels, slice(*ends), 1)[:, 0] for ends in pairwise(cuts)]
+    blocks = [nearest_has_label(embeddings, labels, slice(*ends)) for ends in pairwise(cuts)]
     assert torch.cat(blocks).tolist() == loop_recall(embeddings, labels)
 
 
@@ -166,7 +185,7 @@ def test_the_nearest_other_of_a_duplicate_is_its_twin(dtype):
     embeddings, _ = samples(num=11, dim=32, dtype=dtype)
     first = torch.arange(11) % 4
     second = torch.where(torch.arange(11) < 6, first, first + 1)
-    hits = retrieved(embeddings.repeat(2, 1), torch.cat([first, second]), slice(None), 1)[:, 0]
+    hits = nearest_has_label(embeddings.repeat(2, 1), torch.cat([first, second]))
     assert hits.tolist() == ([True] * 6 + [False] * 5) * 2
 
 
@@ -179,10 +198,14 @@ def test_unit_length_keeps_directions_and_has_length_1(dtype):
     assert_close(F.cosine_similarity(scaled, values.to(scaled.dtype)), torch.ones(24, dtype=scaled.dtype))
 
 
-def judged(embeddings, labels, place=slice(None), logits=None):
-    logits = embeddings.new_empty(len(labels[place]), 0) if logits is None else logits
-    largest = int(labels.bincount().max())
-    return Judged(embeddings[place], labels[place], logits, embeddings.new_empty(0), embeddings, labels, place, largest)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_points_that_are_prepared_once_are_as_far_as_those_prepared_for_each_metric(dtype):
+    embeddings, labels = samples(num=300, dim=8, num_classes=9, dtype=dtype)
+    points, parts = Points(embeddings), (slice(0, 7), slice(7, 299), slice(299, 300))
+    for metric in (recall_at(1), recall_at(9), map_at_r()):
+        for part in parts:
+            own = judged(embeddings, labels, part)
+            assert torch.equal(metric(own._replace(points=points)), metric(own))
 
 
 def neighbours(embeddings, i):

@@ -1,5 +1,6 @@
 """The order of samples: permutations, whole epochs, balanced batches, held-out samples, parts of ranks."""
 
+import hashlib
 import random
 from functools import cache
 from itertools import combinations
@@ -30,6 +31,12 @@ def philox_bits(philox_key: int, size: int) -> list[int]:
             k = [(k[0] + 0x9E3779B97F4A7C15) & MASK, (k[1] + 0xBB67AE8584CAA73B) & MASK]
         bits += c
     return bits[:size]
+
+
+def rows_of(balance: order.Balance, seed: int, epoch: int) -> np.ndarray:
+    """(steps, G), the batches of a balanced epoch."""
+    rows = list(balance.epoch(seed, epoch))
+    return np.stack(rows) if rows else np.empty((0, balance.classes_per_batch * balance.samples_per_class), np.int64)
 
 
 def shuffles(size: int, number: int) -> np.ndarray:
@@ -136,21 +143,19 @@ def test_large_shuffles_are_not_correlated_with_the_ids_nor_with_the_next_epoch(
 @few
 @given(seeds, epochs, st.integers(0, 60), st.integers(1, 20))
 def test_an_epoch_with_its_last_batch_holds_every_id_once(seed, epoch, size, batch):
-    whole = order.uniform_epoch(seed, epoch, size, batch)
-    rest = order.last_batch(seed, epoch, size, batch)
-    assert whole.shape == (size // batch, batch)
-    assert len(rest) == size % batch
-    assert sorted([*whole.ravel().tolist(), *rest.tolist()]) == list(range(size))
+    batches = [ids.tolist() for ids in order.uniform_epoch(seed, epoch, size, batch, drop_last=False)]
+    assert [len(ids) for ids in batches] == [batch] * (size // batch) + [size % batch] * (size % batch > 0)
+    assert sorted(i for ids in batches for i in ids) == list(range(size))
+    assert [ids.tolist() for ids in order.uniform_epoch(seed, epoch, size, batch)] == batches[: size // batch]
+    rest = order.uniform_epoch(seed, epoch, size, batch, drop_last=False, first=len(batches) // 2)
+    assert [ids.tolist() for ids in rest] == batches[len(batches) // 2 :]
 
 
 @few
 @given(seeds, epochs, st.integers(1, 60), st.integers(1, 20), st.integers(1, 20))
 def test_the_order_does_not_depend_on_the_batch_size(seed, epoch, size, batch_a, batch_b):
-    a, b = (
-        np.concatenate([order.uniform_epoch(seed, epoch, size, g).ravel(), order.last_batch(seed, epoch, size, g)])
-        for g in (batch_a, batch_b)
-    )
-    assert a.tolist() == b.tolist()
+    a, b = ([*order.uniform_epoch(seed, epoch, size, g, drop_last=False)] for g in (batch_a, batch_b))
+    assert np.concatenate(a).tolist() == np.concatenate(b).tolist()
 
 
 # balanced epochs
@@ -187,7 +192,7 @@ def balanced_cases(draw):
 @given(balanced_cases())
 def test_balanced_batches_hold_p_classes_of_k_samples_as_often_as_can_be(case):
     labels, p, k, seed, epoch = case
-    batches = order.Balance(labels, p * k, k).epoch(seed, epoch)
+    batches = rows_of(order.Balance(labels, p * k, k), seed, epoch)
     assert batches.shape[1:] == (p * k,)
     for batch in batches:
         classes, counts = np.unique(labels[batch], return_counts=True)
@@ -202,25 +207,73 @@ def test_balanced_batches_hold_p_classes_of_k_samples_as_often_as_can_be(case):
 @given(balanced_cases(), st.integers(1, 9))
 def test_every_rank_part_of_a_balanced_batch_holds_as_many_classes_as_it_can(case, world_size):
     labels, p, k, seed, epoch = case
-    for batch in order.Balance(labels, p * k, k).epoch(seed, epoch):
+    for batch in rows_of(order.Balance(labels, p * k, k), seed, epoch):
         for rank in range(world_size):
             part = batch[order.rank_part(p * k, rank, world_size)]
             assert len(np.unique(labels[part])) == min(len(part), p)
 
 
+@few
+@given(balanced_cases(), st.booleans())
+def test_balanced_batches_are_those_of_the_class_with_most_groups_left_written_out(case, repeat):
+    """Class by class, batch by batch, with a look at all that is left before each choice."""
+    labels, p, k, seed, epoch = case
+    balance = order.Balance(labels, p * k, k, repeat)
+    members = {c: np.flatnonzero(labels == c) for c in np.unique(labels).tolist()}
+    if repeat:
+        members = {c: np.resize(m, max(k, len(m))) for c, m in members.items()}
+    groups = {c: min(len(m) // k, balance.num_batches) for c, m in members.items() if len(m) >= k}
+    groups = {c: number for c, number in groups.items() if number}
+    spare, left, begun = sum(groups.values()) - balance.num_batches * p, {}, {}
+    for place, (c, number) in enumerate(groups.items()):
+        times = [max(0, -((place - e * spare) // len(groups))) for e in (epoch, epoch + 1)]
+        left[c], begun[c] = number - (times[1] - times[0]), epoch * number - times[0]
+    ties = iter(order.shuffled(key(seed, epoch, "class order"), sum(left.values()) + int(labels.max()) + 1).tolist())
+    rows = {}
+    for c, number in left.items():
+        own = members[c]
+        if number * k < len(own):
+            turned = own[order.shuffled(key(seed, 0, "rotation") ^ c, len(own))]
+            own = np.array([turned[(begun[c] * k + i) % len(own)] for i in range(number * k)], np.int64)
+        rows[c] = own[order.shuffled(key(seed, epoch, "order") ^ c, len(own))].reshape(-1, k)
+    tie = {c: next(ties) for c, number in left.items() if number}
+    expected = []
+    for _ in range(balance.num_batches):
+        chosen = sorted((c for c in left if left[c]), key=lambda c: (-left[c], tie[c]))[:p]
+        expected.append([int(rows[c][-left[c]][j]) for j in range(k) for c in chosen])
+        for c in chosen:
+            left[c] -= 1
+            if left[c]:
+                tie[c] = next(ties)
+    assert rows_of(balance, seed, epoch).tolist() == expected
+    assert [ids.tolist() for ids in balance.epoch(seed, epoch, 1)] == expected[1:]
+
+
+def test_orders_are_those_of_earlier_versions():
+    """A run that was begun goes on in the order that it began with."""
+    labels = np.random.default_rng(0).integers(0, 7, 300) ** 2 // 6
+    uniform = [*order.uniform_epoch(3, 2, 300, 32, drop_last=False), *order.uniform_epoch(3, 2, 300, 32)]
+    both = (order.Balance(labels, 12, 4, repeat) for repeat in (False, True))
+    balanced = [row for balance in both for epoch in (0, 4) for row in balance.epoch(1, epoch)]
+    held = order.hold_out(labels, 0.3)
+    for rows, known in ((uniform, "9bba0ffcf26a5294"), (balanced, "0208b3b37f34e123"), (held, "11ae1c2475f2571e")):
+        content = np.concatenate(rows).astype("<i8").tobytes()
+        assert hashlib.sha256(content).hexdigest()[:16] == known
+
+
 def test_balanced_epochs_differ_by_seed_and_epoch_and_repeat_exactly():
     labels = np.arange(400) % 10
-    first = order.Balance(labels, 20, 4).epoch(0, 0)
-    assert (first == order.Balance(labels, 20, 4).epoch(0, 0)).all()
+    first = rows_of(order.Balance(labels, 20, 4), 0, 0)
+    assert (first == rows_of(order.Balance(labels, 20, 4), 0, 0)).all()
     for seed, epoch in ((1, 0), (0, 1)):
-        assert (first == order.Balance(labels, 20, 4).epoch(seed, epoch)).mean() < 0.05  # 1 in 400 by chance
+        assert (first == rows_of(order.Balance(labels, 20, 4), seed, epoch)).mean() < 0.05  # 1 in 400 by chance
 
 
 def test_samples_left_out_of_one_balanced_epoch_come_in_another():
     labels = np.repeat([0, 1, 2], [5, 6, 7])
     seen = set()
     for epoch in range(30):
-        seen |= set(order.Balance(labels, 12, 4).epoch(0, epoch).ravel().tolist())
+        seen |= set(rows_of(order.Balance(labels, 12, 4), 0, epoch).ravel().tolist())
     assert seen == set(range(18))
 
 
@@ -234,11 +287,11 @@ def test_every_sample_comes_within_the_stated_number_of_epochs(case, repeat):
     assert balance.left_out.tolist() == np.flatnonzero((sizes > 0) & (sizes < k) & (not repeat)).tolist()
     if not balance.num_batches:
         return
-    seen = np.concatenate([balance.epoch(seed, first + e).ravel() for e in range(balance.rounds)])
+    seen = np.concatenate([rows_of(balance, seed, first + e).ravel() for e in range(balance.rounds)])
     missing = set(range(len(labels))) - set(seen.tolist())
     assert set(labels[list(missing)].tolist()) <= set(balance.left_out.tolist())
     for e in range(3):
-        batches = balance.epoch(seed, first + e)
+        batches = rows_of(balance, seed, first + e)
         times = np.bincount(batches.ravel(), minlength=len(labels))
         assert (times[sizes[labels] >= k] <= 1).all()
         for batch in batches:
@@ -251,7 +304,7 @@ def test_a_large_class_takes_turns_and_is_not_drawn_at_random():
     labels = np.repeat(np.arange(5), [1000, 20, 20, 20, 20])
     balance = order.Balance(labels, 20, 4)
     assert (balance.num_batches, balance.rounds) == (5, 50)
-    epochs = [balance.epoch(0, e) for e in range(50)]
+    epochs = [rows_of(balance, 0, e) for e in range(50)]
     large = np.concatenate([e[labels[e] == 0] for e in epochs])
     assert sorted(large.tolist()) == list(range(1000)), "each once"
     assert [np.unique(e[labels[e] > 0]).size for e in epochs] == [80] * 50
@@ -261,9 +314,9 @@ def test_small_classes_are_taken_again_where_that_is_wanted():
     labels = np.repeat(np.arange(5), [8, 6, 3, 2, 1])
     assert order.Balance(labels, 8, 4).left_out.tolist() == [2, 3, 4]
     balance = order.Balance(labels, 8, 4, repeat=True)
-    times = np.bincount(np.concatenate([balance.epoch(0, e).ravel() for e in range(balance.rounds)]), minlength=20)
+    times = np.bincount(np.concatenate([rows_of(balance, 0, e).ravel() for e in range(balance.rounds)]), minlength=20)
     assert (times > 0).all()
-    lone = balance.epoch(0, 0).ravel() == 19
+    lone = rows_of(balance, 0, 0).ravel() == 19
     assert lone.sum() in (0, 4)
 
 
@@ -271,7 +324,7 @@ def test_classes_meet_in_balanced_batches_equally_often():
     labels, number = np.repeat(np.arange(6), 4), 900
     pairs = np.zeros((6, 6), int)
     for epoch in range(number):
-        for batch in order.Balance(labels, 8, 4).epoch(3, epoch):
+        for batch in rows_of(order.Balance(labels, 8, 4), 3, epoch):
             a, b = np.unique(labels[batch])
             pairs[a, b] += 1
     met = pairs[np.triu_indices(6, 1)]
@@ -281,7 +334,7 @@ def test_classes_meet_in_balanced_batches_equally_often():
 
 def test_classes_of_one_size_are_shuffled_each_on_its_own():
     labels, size = np.arange(400) % 2, 200
-    batches = order.Balance(labels, 8, 4).epoch(0, 0)
+    batches = rows_of(order.Balance(labels, 8, 4), 0, 0)
     places = [np.concatenate([batch[labels[batch] == c] // 2 for batch in batches]) for c in (0, 1)]
     assert (places[0] == places[1]).sum() < 8  # 1 +- 1 for unrelated permutations
     assert abs(np.corrcoef(*places)[0, 1]) < 4.5 / np.sqrt(size)

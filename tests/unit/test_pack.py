@@ -18,11 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from dlops_dist.data import index as index_module
 from dlops_dist.data import pack as pack_module
 from dlops_dist.data.images import decode
 from dlops_dist.data.pack import pack
 from dlops_dist.data.shards import Split, read_manifest
 from dlops_dist.data.sources import STL10, Listing, TinyImageNet
+from dlops_dist.files import sha256_of
 
 SHARDS = [f"{split}-{i:06d}.tar" for split in ("test", "train") for i in range(3)]
 
@@ -398,7 +400,8 @@ def test_all_bad_images_are_named_at_once_or_left_out(tmp_path, jpeg, user_error
     found = Split(tmp_path / "out", manifest, "train")
     pack(whole, tmp_path / "whole", "bad", workers=1)
     wanted = Split(tmp_path / "whole", read_manifest(tmp_path / "whole"), "train")
-    images = [dict(zip(split.keys, split.read(np.arange(6)), strict=True)) for split in (found, wanted)]
+    ids = np.arange(6)
+    images = [dict(zip(split.keys_of(ids), split.read(ids), strict=True)) for split in (found, wanted)]
     assert all(np.array_equal(images[0][key], images[1][key]) for key in images[1])
     assert (manifest.mean, manifest.std) == (wanted.manifest.mean, wanted.manifest.std)
     with user_error("2 images cannot be packed"):
@@ -532,11 +535,29 @@ def test_a_shard_that_is_not_whole_is_named(length, packed, user_error):
 
 
 def test_splits_share_one_reading_of_the_index(packed, monkeypatch):
-    read, read_table = [], pq.read_table
-    monkeypatch.setattr(pq, "read_table", lambda path: read.append(path) or read_table(path))
+    read = []
+    monkeypatch.setattr(index_module, "sha256_of", lambda path: read.append(path) or sha256_of(path))
     splits = [Split(packed, read_manifest(packed), name) for name in ("train", "test", "train")]
     assert read == [packed / "index.parquet"]
-    assert np.shares_memory(splits[0].folds, splits[2].folds)
+    assert np.shares_memory(splits[0].labels, splits[2].labels)
+
+
+def test_an_index_is_read_a_part_at_a_time_and_again_once_it_has_changed(packed, monkeypatch, user_error):
+    whole = [Split(packed, read_manifest(packed), name) for name in ("train", "test")]
+    monkeypatch.setattr(index_module, "PART", 3)
+    index_module._columns.cache_clear()
+    for split in whole:
+        found = Split(packed, read_manifest(packed), split.name)
+        for name in ("labels", "folds", "_offsets", "_sizes", "_checksums"):
+            assert np.array_equal(getattr(found, name), getattr(split, name))
+        ids = np.arange(len(split))
+        assert np.array_equal(found.read(ids), split.read(ids))
+        assert found.keys_of(ids[::-1]) == split.keys_of(ids)[::-1]
+    content = bytearray((packed / "index.parquet").read_bytes())
+    content[len(content) // 2] ^= 1
+    (packed / "index.parquet").write_bytes(content)
+    with user_error("index.parquet is missing or does not match"):
+        Split(packed, read_manifest(packed), "train")
 
 
 def test_an_index_that_is_not_the_manifests_is_named(packed, user_error):
@@ -555,6 +576,7 @@ UNTRUE = {
     "keys that are no text": lambda index: index.assign(key=[b"bytes"] * len(index)),
     "shards that are not in the manifest": lambda index: index.assign(shard=index.shard + 1),
     "other numbers of samples than in the manifest": lambda index: index[1:],
+    "samples that are not in the order of the shards": lambda index: index[::-1],
     "samples outside of their shards": lambda index: index.assign(offset=index.offset.max() + 10**6),
     "labels without a class": lambda index: index.assign(label=index.label.max() + 99),
     "folds that are not in the manifest": lambda index: index.assign(folds=index.folds + 1),
@@ -604,5 +626,5 @@ def test_a_folder_without_a_manifest_is_named_with_what_to_do(there, tmp_path, u
     folder = tmp_path / "stl10"
     if there:
         folder.mkdir()
-    with user_error("data.shards", folder, f"python launch/shard.py stl10 --out {tmp_path}"):
+    with user_error("data.shards", folder, f"python -m dlops_dist.shard stl10 --out {tmp_path}"):
         read_manifest(folder)

@@ -24,6 +24,7 @@ from dlops_dist.data.readers import decoded_pixels, open_readers
 from dlops_dist.data.shapes import write_tiny_imagenet
 from dlops_dist.data.shards import Split, read_manifest
 from dlops_dist.data.sources import TinyImageNet
+from dlops_dist.files import sha256_of
 
 CPU = torch.device("cpu")
 
@@ -113,6 +114,23 @@ def test_a_decoded_file_that_is_not_what_was_written_is_made_again(damage, split
     assert np.array_equal(decoded_pixels(split, tmp_path, silent), expected)
 
 
+def test_a_decoded_file_is_compared_with_its_hash_once_after_each_start_of_the_node(split, tmp_path, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(readers, "sha256_of", lambda path: hashed.append(path) or sha256_of(path))
+    for _ in range(3):
+        decoded_pixels(split, tmp_path, silent)
+    assert hashed == []
+    for start in (1, 2):
+        monkeypatch.setattr(readers.psutil, "boot_time", lambda start=start: float(start))
+        for _ in range(3):
+            decoded_pixels(split, tmp_path, silent)
+        assert len(hashed) == start
+    (sha256,) = tmp_path.glob("*.sha256")
+    sha256.write_text(sha256.read_text().splitlines()[0])  # as earlier versions wrote it
+    decoded_pixels(split, tmp_path, silent)
+    assert len(hashed) == 3
+
+
 def decode_in_process(shards, folder, started, results):
     started.wait()
     written = []
@@ -144,6 +162,7 @@ from pathlib import Path
 from dlops_dist.data import readers
 from dlops_dist.data.shards import Split, read_manifest
 from dlops_dist.data.sources import TinyImageNet
+from dlops_dist.files import sha256_of
 shards, folder = map(Path, sys.argv[1:])
 readers.BLOCK = 16
 split = Split(shards, read_manifest(shards), "train")

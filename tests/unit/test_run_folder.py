@@ -7,10 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from rich.console import Console
 from states import same_checkpoint
 
-from dlops_dist import report
 from dlops_dist.config import result_settings
 from dlops_dist.data.shards import read_manifest
 from dlops_dist.engine import fit, prepare
@@ -21,6 +19,9 @@ from dlops_dist.evaluate import evaluate_run
 from dlops_dist.events import Started, Warned
 from dlops_dist.recipes.q1 import Settings as Q1
 from dlops_dist.recipes.q2 import Settings as Q2
+from dlops_dist.report.printing import Printed
+from dlops_dist.report.runs import load
+from dlops_dist.report.writing import write_run
 from dlops_dist.sweep.folder import SweepFolder
 
 EPOCHS, STEPS = 4, 6
@@ -126,8 +127,8 @@ def test_a_finished_run_that_was_moved_is_complete_where_it_is(whole, settings_o
     figures, epoch = evaluate_run(str(tmp_path / "b"))
     assert (figures["loss"], epoch) == (best["test/loss"], best["epoch"])
     monkeypatch.chdir(tmp_path / "b")
-    assert report.load(".").name == "b"
-    report.report_runs([report.load(".")], Console())
+    assert load(".").name == "b"
+    write_run(".", Printed())
     assert (tmp_path / "b/report/curves.png").is_file()
 
 
@@ -271,7 +272,7 @@ def test_damaged_rows_are_read_from_the_checkpoint(how, damaged, whole, tmp_path
     run = damaged(tmp_path / "run", how)
     read = [{k: v for k, v in row.items() if not k.endswith("_s")} for row in RunFolder(run).rows()]
     assert read == rows_of(whole)[:2]
-    assert len(report.load(str(run)).rows) == 2
+    assert len(load(str(run)).rows) == 2
     shutil.rmtree(run / "checkpoints")
     if how in ("empty", "missing"):
         assert RunFolder(run).rows() == []
@@ -369,3 +370,15 @@ def test_a_full_disk_ends_a_run_in_one_line(tmp_path):
         (tmp_path / partial).symlink_to("/dev/full")
         with pytest.raises(RunError, match=rf"{tmp_path}/{file}: No space left on device; mend that, then the same"):
             write()
+
+
+def test_the_gallery_is_of_the_result_which_may_be_an_earlier_epochs(settings_of, tmp_path):
+    fit(settings_of(tmp_path, epochs=3, choose_by="val/recall_at_1"))
+    rows = RunFolder(tmp_path / "run").rows()
+    best = best_row(rows, "val/recall_at_1")
+    gallery = load(str(tmp_path / "run")).gallery
+    assert best["epoch"] < 3
+    assert best["test/top1"] != rows[-1]["test/top1"]
+    assert (gallery.labels == gallery.predicted).mean() == pytest.approx(best["test/top1"])
+    by_class = [(gallery.predicted == c)[gallery.labels == c].mean() for c in range(10)]
+    assert by_class == pytest.approx(best["test/top1_by_class"])

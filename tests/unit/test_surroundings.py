@@ -13,18 +13,16 @@ import ray
 from fsspec.implementations.memory import MemoryFileSystem
 from ray._private import services
 
-from dlops_dist import files, ray_cluster
+from dlops_dist import ray_cluster, shard, sockets
 from dlops_dist.engine import fit
 from dlops_dist.errors import RunError
-from dlops_dist.files import LONGEST_SOCKET, leave_room_for_sockets, temporary_folder
+from dlops_dist.files import temporary_folder
 from dlops_dist.ray_cluster import Head, address_of_head, cluster
 from dlops_dist.ray_telling import _loss
 from dlops_dist.ray_worker import num_threads
 from dlops_dist.recipes.q1 import Settings as Q1
+from dlops_dist.sockets import LONGEST_SOCKET, leave_room_for_sockets
 from dlops_dist.train import main as train
-
-sys.path.append(str(Path(__file__).parents[2] / "launch"))
-import shard
 
 
 def silent(text):
@@ -69,7 +67,7 @@ def test_a_short_temporary_folder_stays(tmp_path, monkeypatch):
 
 
 def test_a_long_one_is_named_where_nothing_shorter_is_to_be_had(long_folder, monkeypatch, user_error):
-    monkeypatch.setattr(files, "SHORT_FOLDERS", ("/proc",))
+    monkeypatch.setattr(sockets, "SHORT_FOLDERS", ("/proc",))
     with user_error("TMPDIR", long_folder, "bytes"):
         leave_room_for_sockets()
 
@@ -117,7 +115,7 @@ def test_a_runs_folder_that_cannot_be_written_to_is_one_line(place, shapes_shard
 
 @pytest.mark.parametrize("place", UNWRITABLE)
 def test_packing_to_where_nothing_can_be_written_is_one_line(place, tiny_zip, monkeypatch, user_error):
-    monkeypatch.setattr(sys, "argv", ["shard.py", "tiny-imagenet", "--source", str(tiny_zip), "--out", place])
+    monkeypatch.setattr(sys, "argv", ["shard", "tiny-imagenet", "--source", str(tiny_zip), "--out", place])
     with user_error("--out", place, "cannot be written to"):
         shard.main()
 
@@ -136,8 +134,9 @@ def test_an_address_that_is_none_is_one_line(address, monkeypatch, user_error):
 
 
 @pytest.fixture
-def listening():
+def listening(monkeypatch):
     """HOST:PORT at which something answers, and nothing comes of it."""
+    monkeypatch.setattr(ray_cluster, "CONNECT_TIMEOUT_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield f"127.0.0.1:{server.getsockname()[1]}"
 

@@ -28,7 +28,9 @@ from dlops_dist.config import (
     trial_settings,
 )
 from dlops_dist.ray_tuner import trials_at_once
-from dlops_dist.sweep.board import Board, best_line, summarize
+from dlops_dist.report.printing import Printed
+from dlops_dist.report.writing import write_sweep
+from dlops_dist.sweep.board import Board, best_line
 from dlops_dist.sweep.folder import Ranked, SweepFolder, Trial, gain_of, importance
 from dlops_dist.sweep.folder import ranking as ranking_by
 from dlops_dist.sweep.points import points_of, suggest
@@ -308,12 +310,13 @@ def test_the_held_out_figure_that_is_named_chooses_the_best_point(choose_by: str
     })  # fmt: skip
     assert len(folder.trial("lr-0.4").scores) == 1, "pretraining is not judged"
     output = Console(width=200, record=True, file=io.StringIO())
-    best = summarize(folder, output)
+    best = write_sweep(folder, Printed(console=output))
     assert best is not None
     assert (best.point, best_line(folder, best)) == ({"optimizer.lr": lr}, f"optimizer.lr {lr}: {line}")
     text = output.export_text()
     assert all(words in text for words in (f" {name} ", shown, f"variance of {name} over 3 points")), text
-    assert sorted(path.name for path in (folder.path / "report").iterdir()) == ["parallel.png", "responses.png"]
+    files = ["index.csv", "index.html", "index.md", "parallel.png", "responses.png"]
+    assert sorted(path.name for path in (folder.path / "report").iterdir()) == files
     again = read_settings("q2", ["--config", str(folder.write_best(best.point))])
     assert (again.choose_by, again.optimizer.lr) == (choose_by, lr)
 

@@ -229,7 +229,7 @@ def test_report_sends_its_pictures_where_the_run_was_logged(begun, shapes_shards
     report.main()
     ((mode, folder, _, name),) = logged
     assert (mode, folder, name) == ("offline", tmp_path / "offline", "offline")
-    assert [path.name for path in (folder / "report").iterdir()] == ["curves.png"]
+    assert [path.name for path in (folder / "report").glob("*.png")] == ["curves.png"]
     assert capsys.readouterr().err.startswith("warning: wandb: online needs a key")
 
 

@@ -514,7 +514,7 @@ def test_what_a_cpu_does_not_compare_exactly_comes_out_as_what_a_gpu_does(spread
     for on_gpu in (False, True):
         monkeypatch.setattr("dlops_dist.losses.mining.on_gpu", lambda x, on_gpu=on_gpu: on_gpu)
         classes = Classes(labels, per_class)
-        (found,) = mined(embeddings, classes, classes.mates(0, 210), "batch-hard")
+        (found,) = mined(Nearness(embeddings), classes, classes.mates(0, 210), "batch-hard")
         triplets.append(found)
     assert torch.equal(triplets[0].others, triplets[1].others)
     assert compared[2:] == [210, 210]

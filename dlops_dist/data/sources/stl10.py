@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from dlops_dist.data.images import encode
-from dlops_dist.data.shards import UNLABELED
+from dlops_dist.data.index import UNLABELED
 from dlops_dist.data.sources.source import Listing, is_litter
 from dlops_dist.errors import UserError, first_line
 from dlops_dist.files import PARTIAL, locked

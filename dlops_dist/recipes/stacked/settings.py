@@ -13,7 +13,7 @@ class StlData(Data):
     """Which samples, in which order."""
 
     shards: str = "shards/stl10"
-    """Folder of packed shards, as written by launch/shard.py."""
+    """Folder of packed shards, as written by dlops_dist.shard."""
 
 
 class Autoencoders(Section):
