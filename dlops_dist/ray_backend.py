@@ -135,9 +135,8 @@ def _result(ended: Future[Any], restarts: int) -> None:
         why = last_line(next(iter(failures.values()), error))
         raise RunError(f"{why} (after {restarts} restarts)") from error
     except RayError as error:
-        raise RunError(
-            f"what controls Ray's workers is lost ({first_line(error)}); the same command goes on"
-        ) from error
+        lost = f"what controls Ray's workers is lost ({type(error).__name__})"
+        raise RunError(f"{lost}; the same command goes on, on a new head where this one has ended") from error
 
 
 def _trainer(

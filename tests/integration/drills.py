@@ -77,6 +77,7 @@ class End:
     """The last one, of a run."""
     equal: bool = False
     """Whether it ended with the undisturbed bits."""
+    interrupted: bool = False
 
 
 def drill(names, fleet, shards, runs):
@@ -96,6 +97,7 @@ def drill(names, fleet, shards, runs):
     except (Exception, KeyboardInterrupt) as error:  # told; what happened before is compared
         traceback.print_exc()
         end.happened.append((f"{name} failed: {first_line(error)}", math.inf, 0))
+        end.interrupted = isinstance(error, KeyboardInterrupt)
     finally:
         said = [line for line in drilled.lines if line.startswith(("warning: ", "error: ", "failed: "))]
         print(*(f"    {line}\n" for line in said), sep="", end="", flush=True)
@@ -105,7 +107,8 @@ def drill(names, fleet, shards, runs):
         end.happened.append((f"the run did not stop: {first_line(error)}", math.inf, 0))
     finally:
         kill_all(drilled.process)
-    end.lost, end.checkpoint = lost_or_repeated(drilled.folder), last_checkpoint(drilled.folder)
+    if drilled.step:
+        end.lost, end.checkpoint = lost_or_repeated(drilled.folder), last_checkpoint(drilled.folder)
     return end
 
 
@@ -186,12 +189,14 @@ def drilled_all(names, scratch):
     for name in names:
         groups.setdefault(SWEEP if name == SWEEP else DRILLS[name].options, []).append(name)
     with small_disk(scratch / "small"), Fleet(scratch, 2, on_hosts=can_have_hosts()) as fleet:
-        ends = [
-            sweep_with_a_node_lost(fleet, shards, scratch)
-            if options == SWEEP
-            else drill(group, fleet, shards, scratch / "small" / str(place))
-            for place, (options, group) in enumerate(groups.items())
-        ]
+        ends = []
+        for place, (options, group) in enumerate(groups.items()):
+            if options == SWEEP:
+                ends.append(sweep_with_a_node_lost(fleet, shards, scratch))
+            else:
+                ends.append(drill(group, fleet, shards, scratch / "small" / str(place)))
+            if ends[-1].interrupted:
+                break
     print("the same runs, undisturbed", flush=True)
     trained = [(int(re.findall(r"\d+", end.checkpoint[0])[0]), end) for end in ends if end.checkpoint[0]]
     whole = undisturbed(shards, {step for step, _ in trained}, scratch / "one")
