@@ -14,7 +14,8 @@ from dlops_dist.data.readers import Reader, on_device
 from dlops_dist.distributed.collectives import all_sum, gather, rank, world_size
 from dlops_dist.engine.learner import BLOCK, Learner
 from dlops_dist.engine.losses import is_defined
-from dlops_dist.engine.step import Outputs, Step
+from dlops_dist.engine.mined import Outputs
+from dlops_dist.engine.step import Step
 from dlops_dist.errors import RunError
 from dlops_dist.losses import Terms
 from dlops_dist.metrics import (

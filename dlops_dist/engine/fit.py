@@ -26,7 +26,7 @@ from dlops_dist.engine.recipe import failures_placed
 from dlops_dist.engine.rows import is_out_of_patience, rows_before
 from dlops_dist.engine.run_folder import RunFolder
 from dlops_dist.engine.samples import Samples
-from dlops_dist.engine.stages import Span, Stage, collapse, named, spans_of
+from dlops_dist.engine.stages import Span, Stage, checkpoints_after, collapse, named, spans_of
 from dlops_dist.engine.step import Step
 from dlops_dist.engine.step_log import StepLog
 from dlops_dist.engine.warm_start import fitting_weights
@@ -116,7 +116,8 @@ class _Fit:
         first = next(i for i, span in enumerate(self.spans) if step <= span.end_step)
         self._enter(first, state)
         if rank() == 0:
-            self._check_room(step)
+            to_come = checkpoints_after(step, self.spans, self.settings.checkpoint_every)
+            self.folder.check_room(self.learner.model, to_come)
             self.folder.restore_rows(state, warn=self._warn)
         self._tell(self._started(step))
         self.rows = rows_before(state)
@@ -136,14 +137,6 @@ class _Fit:
             keep(self.folder, self.learner, self.samples, self.rows, self._started(0).facts, self._tell)
         self._tell(Finished())
         return row
-
-    def _check_room(self, step: int) -> None:
-        """For the checkpoints that come after a step."""
-        last, every = self.spans[-1], self.settings.checkpoint_every
-        after_epochs = last.end_epoch - int(self.span.epoch_of(step))
-        within = (last.end_step - step) // every if every else 0
-        weights = sum(p.numel() * p.element_size() for p in self.learner.model.parameters())
-        self.folder.check_room(weights, after_epochs + within)
 
     def _enter(self, index: int, state: dict[str, Any] | None) -> None:
         """Begin a stage, or go on in it."""

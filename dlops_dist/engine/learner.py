@@ -25,10 +25,11 @@ from dlops_dist.engine.ema import Ema
 from dlops_dist.engine.epoch_sums import ClassifiedSums, count
 from dlops_dist.engine.gathered import Everyone
 from dlops_dist.engine.losses import Losses
+from dlops_dist.engine.mined import Outputs
 from dlops_dist.engine.numerics import compiled, compiles, memory_format_of, precision_of
 from dlops_dist.engine.recipe import Recipe, made
 from dlops_dist.engine.samples import Inputs
-from dlops_dist.engine.step import Outputs, Seen, Step
+from dlops_dist.engine.step import Seen, Step
 from dlops_dist.engine.warm_start import freeze
 from dlops_dist.losses.terms import at_least_float32
 

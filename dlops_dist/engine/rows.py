@@ -1,6 +1,7 @@
 """The rows of metrics of a run, one for each epoch: as text, and which of them is its result."""
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,3 +55,11 @@ def is_out_of_patience(rows: Sequence[dict[str, Any]], settings: Run) -> bool:
     """Whether the last `patience` epochs have not bettered what a run is chosen by."""
     best = best_row(rows, settings.choose_by)
     return best is not None and settings.patience is not None and rows[-1]["epoch"] - best["epoch"] >= settings.patience
+
+
+def step_of(line: bytes) -> float:
+    """Of a row of a step; that of a killed process's last, of which only a part was written, is later than all."""
+    try:
+        return float(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
+    except ValueError:
+        return math.inf

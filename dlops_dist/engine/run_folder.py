@@ -1,7 +1,5 @@
 """The folder of a run: its settings, its rows of metrics, its checkpoints."""
 
-import json
-import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -18,7 +16,7 @@ from dlops_dist.data.shards import Manifest, read_manifest
 from dlops_dist.engine.checkpoints import ANEW, Checkpoints
 from dlops_dist.engine.lease import LEASE, lease, owner, taken_over, unwritable
 from dlops_dist.engine.resume import hindrance, refuse_other_settings
-from dlops_dist.engine.rows import best_row, is_out_of_patience, parsed, rows_before, text_of, timeless
+from dlops_dist.engine.rows import best_row, is_out_of_patience, parsed, rows_before, step_of, text_of, timeless
 from dlops_dist.errors import RunError, UserError
 from dlops_dist.files import Folder, locked, make_writable
 
@@ -102,13 +100,13 @@ class RunFolder:
                     self.folder.delete(CONFIG)
                 raise
 
-    def check_room(self, weights: int, checkpoints: int) -> None:
-        """Refuse a disk that will be full before so many checkpoints are written, of so many bytes of weights."""
+    def check_room(self, model: torch.nn.Module, checkpoints: int) -> None:
+        """Refuse a disk that will be full before so many checkpoints of a model are written."""
         path = self.folder.local
         if path is None:
             return
         at_once = min(self.checkpoints.kept + 2, checkpoints)  # the best, and one being written
-        needed = weights * STATE_SIZE * at_once
+        needed = sum(p.numel() * p.element_size() for p in model.parameters()) * STATE_SIZE * at_once
         free = shutil.disk_usage(path).free
         if free < needed:
             raise UserError(
@@ -199,7 +197,7 @@ class RunFolder:
     def _keep_steps(self, last_step: int) -> None:
         """Drop the rows of steps that are later than the checkpoint."""
         lines = (self.read(STEPS) or b"").splitlines(keepends=True)
-        kept = list(takewhile(lambda line: _step_of(line) <= last_step, lines))
+        kept = list(takewhile(lambda line: step_of(line) <= last_step, lines))
         if len(kept) < len(lines):
             self.folder.write(STEPS, lambda file: file.writelines(kept))
 
@@ -293,11 +291,3 @@ def _mended_by_hand() -> Iterator[None]:
         yield
     except OSError as error:
         raise RunError(f"{error.filename}: {error.strerror}; mend that, then the same command goes on") from error
-
-
-def _step_of(line: bytes) -> float:
-    """Of a row of a step; that of a killed process's last, of which only a part was written, is later than all."""
-    try:
-        return float(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
-    except ValueError:
-        return math.inf

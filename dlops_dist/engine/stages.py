@@ -77,6 +77,12 @@ def spans_of(stages: Sequence[Stage]) -> list[Span]:
     return spans
 
 
+def checkpoints_after(step: int, spans: Sequence[Span], every: int | None) -> int:
+    """How many a run writes yet: one for each epoch that is not over, and one every so many steps; no fewer."""
+    epochs = sum(max(0, span.end_epoch - max(span.first_epoch, int(span.epoch_of(step)))) for span in spans)
+    return epochs + ((spans[-1].end_step - step) // every if every else 0)
+
+
 def training(settings: Run, samples: Samples, recipe: Recipe, device: torch.device) -> Stage:
     """The one stage of most runs: train a recipe's model on all samples that are not held out."""
     names = ("loss", *recipe.losses, *OF_A_HEAD, *recipe.metrics)

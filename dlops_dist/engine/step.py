@@ -14,21 +14,16 @@ from dlops_dist.data.loader import Batch
 from dlops_dist.data.readers import Reader
 from dlops_dist.distributed.norm import running_statistics_held, with_mean_statistics
 from dlops_dist.distributed.objective import Objective, objective_of_blocks
-from dlops_dist.distributed.tree import TreeSum
 from dlops_dist.engine.descent import Descent
 from dlops_dist.engine.epoch_sums import EpochSums
 from dlops_dist.engine.gathered import Everyone, Layout
-from dlops_dist.engine.gradients import gradients_of, or_zeros
 from dlops_dist.engine.lanes import Lane
 from dlops_dist.engine.losses import Losses, figures_of
+from dlops_dist.engine.mined import Mined, Outputs, Passed, joined, mine
 from dlops_dist.engine.moved import flat, move, summed
 from dlops_dist.engine.numerics import compiled
 from dlops_dist.engine.samples import Inputs
-from dlops_dist.losses import Terms
 from dlops_dist.metrics import Metric
-
-Outputs = dict[str, Tensor]
-"""{what losses read: (n, ...)} of a network."""
 
 
 class Seen(NamedTuple):
@@ -37,26 +32,6 @@ class Seen(NamedTuple):
     inputs: tuple[Tensor, ...]
     targets: Tensor
     """What losses of a rank's own samples compare its outputs with: labels (n,), parts of labels (n, C), or images."""
-
-
-class _Passed(NamedTuple):
-    """A block after its pass through the network."""
-
-    outputs: Outputs
-    terms: dict[str, Terms]
-    """Of the losses of own samples."""
-    statistics: list[Tensor]
-    """Of block norms, weighted by the block's share of the step."""
-
-
-class _Mined(NamedTuple):
-    """Losses over the global batch whose gradient has reached the network's outputs, but not yet the network."""
-
-    objective: Objective
-    gradient: Outputs
-    """With respect to the outputs of this rank's samples, in the order of the blocks."""
-    of_weights: list[Sequence[Tensor | None]]
-    """With respect to the weights of the losses, of each of this rank's blocks."""
 
 
 class Step(ABC):
@@ -140,11 +115,11 @@ class Step(ABC):
         seen = [self.lanes.map(lambda _, block: self.seen(block, epoch), own) for own in cut]
         lengths = [len(own[0].labels) for own in cut]
         layout = self._layout(tuple(lengths))
-        everyone = Everyone(layout, _joined([own[0].labels for own in cut]))
+        everyone = Everyone(layout, joined([own[0].labels for own in cut]))
         shares = [[(block.part.stop - block.part.start) / sum(lengths) for block in own] for own in cut]
         host_labels = np.concatenate([own[0].host_labels for own in cut])
 
-        passed: list[list[_Passed]] = []
+        passed: list[list[Passed]] = []
         mined = None
         if loss.of_all:
             if len(cut) == 1:
@@ -152,7 +127,7 @@ class Step(ABC):
             else:
                 with torch.no_grad(), running_statistics_held(self.model):
                     ahead = [self._pass(*given) for given in zip(seen, shares, strict=True)]
-            mined = self._mined(ahead, everyone, host_labels, figures)
+            mined = mine(loss, self.blocks, self.lanes, ahead, everyone, host_labels, figures)
 
         values = dict(mined.objective.values) if mined is not None else {}
         outputs: list[list[Outputs]] = []
@@ -171,8 +146,8 @@ class Step(ABC):
                     values[name] = values[name] + value if name in values else value
             if i < len(cut) - 1:
                 self._back_propagate(of_blocks, own, objective, mined, layout, i)
-        ours = [{name: _joined([o[name] for o in parts]) for name in parts[0]} for parts in zip(*outputs, strict=True)]
-        own_labels = [_joined([b.labels[b.part] for b in blocks]) for blocks in zip(*cut, strict=True)]
+        ours = [{name: joined([o[name] for o in parts]) for name in parts[0]} for parts in zip(*outputs, strict=True)]
+        own_labels = [joined([b.labels[b.part] for b in blocks]) for blocks in zip(*cut, strict=True)]
         sums = [summed(loss.moved, *given, sum(lengths)) for given in zip(ours, own_labels, strict=True)]
         self._back_propagate(of_blocks, own, objective, mined, layout, len(cut) - 1, list(map(flat, sums)))
 
@@ -182,8 +157,8 @@ class Step(ABC):
         if loss.moved:
             move(loss.moved, descent.gradients.carried, sums[0], ours, everyone)
         if figures is not None:
-            every = {name: _joined([outputs[name] for outputs in ours]) for name in ours[0]}
-            figures |= figures_of(loss.of_own.values(), every, _joined(own_labels), host_labels)
+            every = {name: joined([outputs[name] for outputs in ours]) for name in ours[0]}
+            figures |= figures_of(loss.of_own.values(), every, joined(own_labels), host_labels)
         self.stepped(step, ours, own_labels, everyone)
         return (losses * self._weights).sum()
 
@@ -196,19 +171,19 @@ class Step(ABC):
         """A batch with each sample so often as it is seen."""
         return batch
 
-    def _pass(self, seen: Sequence[Seen], shares: Sequence[float]) -> list[_Passed]:
+    def _pass(self, seen: Sequence[Seen], shares: Sequence[float]) -> list[Passed]:
         """This rank's blocks, through the network."""
 
-        def passed(lane: Lane, block: tuple[Seen, float]) -> _Passed:
+        def passed(lane: Lane, block: tuple[Seen, float]) -> Passed:
             seen, share = block
             outputs = self.outputs(lane.network, seen.inputs)
             terms = self._own_terms(outputs, seen.targets)
-            return _Passed(outputs, terms, list(torch._foreach_mul(lane.statistics, share)) if lane.statistics else [])
+            return Passed(outputs, terms, list(torch._foreach_mul(lane.statistics, share)) if lane.statistics else [])
 
         return self.lanes.map(passed, list(zip(seen, shares, strict=True)))
 
     def _back_propagate(
-        self, passed: Sequence[_Passed], own: Sequence[Batch], objective: Objective, mined: _Mined | None,
+        self, passed: Sequence[Passed], own: Sequence[Batch], objective: Objective, mined: Mined | None,
         layout: Layout, batch: int, carried: Sequence[Sequence[Tensor]] | None = None,
     ) -> None:  # fmt: skip
         """Add to each block's gradients what a micro-batch gives, as many blocks at once as there are lanes.
@@ -235,53 +210,6 @@ class Step(ABC):
             if last:
                 for place in places:
                     sums.finish(self.blocks.own[place])
-
-    def _mined(
-        self, passed: Sequence[Sequence[_Passed]], everyone: Everyone, host_labels: np.ndarray,
-        figures: dict[str, Tensor] | None,
-    ) -> _Mined:  # fmt: skip
-        """The losses of all samples, over all micro-batches, as gradients that each can back-propagate on its own.
-
-        Gradient caching (Gao et al. 2021, Scaling Deep Contrastive Learning Batch Size): embed everything, take the
-        gradient with respect to the outputs alone, then embed again, part by part, where that was without a graph.
-
-        Of a single micro-batch the terms of its other losses are known by then, and are exchanged with these.
-        """
-        loss, blocks, layout, labels = self.loss, self.blocks, everyone.layout, everyone.labels
-        rows = {}
-        for name in loss.read_by_all:
-            own = [x.outputs[name] for of_block in zip(*passed, strict=True) for x in of_block]
-            rows[name] = layout.by_batch(everyone.of(name, own, keep=len(passed) == 1)).detach().requires_grad_()
-        weights = [p for p in loss.parameters() if p.requires_grad]
-        with torch.enable_grad():
-            shared = loss.shared(rows, labels)
-
-        def terms_of(_: Lane, block: int) -> dict[str, Terms]:
-            with torch.enable_grad():
-                return loss.all_terms(rows, labels, blocks.part(len(labels), block), host_labels, shared)
-
-        def of_block(_: Lane, terms: dict[str, Terms]) -> list[Tensor | None]:
-            pairs = [(t.sum, objective.scales[name]) for name, t in terms.items()]
-            return gradients_of(pairs, [*rows.values(), *weights])
-
-        terms = self.lanes.map(terms_of, blocks.own)
-        beside: list[dict[str, Terms]] = [x.terms for x in passed[0]] if len(passed) == 1 else [{} for _ in terms]
-        both = [own | of_all for own, of_all in zip(beside, terms, strict=True)]
-        objective = objective_of_blocks(both, loss.backward_weights, blocks)
-        gradients = self.lanes.map(of_block, terms)
-        widths = [x[0].numel() for x in rows.values()]
-        added = TreeSum(blocks, pieces=[number * sum(widths) for number in layout.of_ranks])
-        for block, found in zip(blocks.own, gradients, strict=True):
-            parts = [or_zeros(g, x).flatten(1) for g, x in zip(found, rows.values(), strict=False)]
-            added.add(block, layout.by_block(_joined(parts, dim=1)).flatten())
-        total = added.total().view(-1, sum(widths)).split(widths, dim=1)
-        if figures is not None:
-            figures |= figures_of(loss.of_all.values(), rows, labels, host_labels)
-        return _Mined(
-            objective,
-            {name: part.unflatten(1, x.shape[1:]) for (name, x), part in zip(rows.items(), total, strict=True)},
-            [found[len(rows) :] for found in gradients],
-        )
 
     def state_dict(self) -> dict[str, Any]:
         """The state to resume from, as plain tensors and numbers. Every rank must call it."""
@@ -312,7 +240,3 @@ class Step(ABC):
 
     def epoch_ended(self, total: Mapping[str, Tensor]) -> None:  # noqa: B027
         """After an epoch, whose sums are given; by default nothing."""
-
-
-def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)

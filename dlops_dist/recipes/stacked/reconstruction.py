@@ -16,9 +16,10 @@ from dlops_dist.engine.descent import Descent
 from dlops_dist.engine.epoch_sums import EpochSums
 from dlops_dist.engine.evaluation import device_sums, evaluated_blocks, figures_of_sums, read_blocks
 from dlops_dist.engine.losses import Losses
+from dlops_dist.engine.mined import Outputs
 from dlops_dist.engine.numerics import compiles, precision_of
 from dlops_dist.engine.samples import Inputs
-from dlops_dist.engine.step import Outputs, Seen, Step
+from dlops_dist.engine.step import Seen, Step
 from dlops_dist.losses import ReconstructionLoss
 from dlops_dist.models.autoencoder import StackedAutoencoder
 from dlops_dist.recipes.stacked.codes import Codes, FlatPixels
