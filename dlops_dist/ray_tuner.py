@@ -72,7 +72,8 @@ def train_trials(folder: SweepFolder, known: Sequence[Run], board: Board) -> Non
                 trial_dirname_creator=lambda trial: trial.trial_id,
             ),
             run_config=tune.RunConfig(
-                name="tune", storage_path=str(folder.path / ".ray"), verbose=0, callbacks=[_watcher(board)]
+                name="tune", storage_path=str(folder.path / ".ray"), verbose=0, callbacks=[_watcher(board)],
+                failure_config=tune.FailureConfig(max_failures=sweep.max_restarts),
             ),
         ).fit()  # fmt: skip
 
@@ -198,6 +199,10 @@ def _watcher(board: Board) -> Any:
         def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
             _free(self.placement_groups.get(_name(trial)))
             self.board.ended(_name(trial))
+
+        def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+            _free(self.placement_groups.get(_name(trial)))
+            self.board.warn(f"{_name(trial)}: {_why(trial)}; it goes on from its last checkpoint")
 
         def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
             _free(self.placement_groups.get(_name(trial)))
