@@ -48,7 +48,7 @@ class Run(Section):
     """Go on with as few Ray workers as this where nodes are lost, and with all again once they are back; by default
     wait for as many."""
     max_restarts: int = Field(3, ge=0)
-    """How often all Ray workers are started again, from the last checkpoint, after one of them was lost."""
+    """How often all Ray workers, or a trial of a sweep, are started again, from the last checkpoint, after a loss."""
     node_wait: int = Field(900, ge=0)
     """Seconds that Ray workers wait for a node in place of one that is lost."""
     collective_timeout: int = Field(300, ge=1)
