@@ -10,8 +10,11 @@ from pathlib import Path
 
 import psutil
 from command import wait_until
+from ray._common.utils import get_default_ray_temp_dir
 
 RAY = Path(sys.executable).parent / "ray"
+RAYS = get_default_ray_temp_dir()
+"""Folder of Ray's own files, on each host."""
 
 
 @contextmanager
@@ -86,7 +89,7 @@ def hosts(folder, number):
     folder choose the same names for their sockets.
     """
     (folder / "hosts").write_text(f"127.0.0.1 localhost {socket.gethostname()}\n")
-    named, private = f"mount --bind {folder}/hosts /etc/hosts", "mkdir -p /tmp/ray && mount -t tmpfs none /tmp/ray"
+    named, private = f"mount --bind {folder}/hosts /etc/hosts", f"mkdir -p {RAYS} && mount -t tmpfs none {RAYS}"
     names = [host_name(place) for place in range(number)]
     first, places, inside = names[0], range(1, number), []
     try:
